@@ -1,0 +1,79 @@
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help run test check test-all pytest bench lock clean
+
+VENV ?= .venv
+VERSIONS := 3.11 3.12 3.13
+
+# A python3.X on the PATH can be a shim that does not run, so each candidate is really run. ensurepip is asked for because
+# some systems ship Python without it, and then no virtual environment can be made.
+PROBE := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	if "$$python" -c '$(PROBE)' >/dev/null 2>&1; then echo "$$python"; break; fi; done)
+
+help: ## Show the targets.
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F '|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@echo "Variables: PYTHON (the interpreter for $(VENV)), FILE (for run), ARGS (for test, test-all, bench and lock)"
+
+run: $(VENV)/.installed ## Run the main job; FILE=path chooses the text.
+	$(VENV)/bin/python examples/main_job.py $(if $(FILE),"$(FILE)")
+
+test: check pytest ## Check everything and run all tests.
+
+check: $(VENV)/.installed ## Check format, lint, types and tidiness (seconds).
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/python -m pytest -q tests/test_tidy.py
+
+# loadgroup keeps the tests that share fixed ports in one worker.
+pytest: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+# pyenv hides the versions that are not selected, so its folder is looked at as well.
+test-all: ## Run the tests on each Python that this machine has, of 3.11, 3.12 and 3.13.
+	@summary=; found=; status=0; \
+	for version in $(VERSIONS); do \
+		python=; \
+		for candidate in "python$$version" "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python$$version; do \
+			if "$$candidate" -c '$(PROBE)' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then result="not found on this machine, so not tested"; \
+		elif $(MAKE) --no-print-directory VENV=.venv-$$version PYTHON="$$python" pytest; then result=passed; found=yes; \
+		else result=FAILED; found=yes; status=1; fi; \
+		summary="$${summary}Python $$version: $$result\n"; \
+	done; \
+	printf "$$summary"; \
+	test -n "$$found" || { echo "error: none of Python $(VERSIONS) was found" >&2; exit 1; }; \
+	exit $$status
+
+bench: $(VENV)/.installed ## Measure against plain pyzmq.
+	$(VENV)/bin/python benchmarks/echo.py $(ARGS)
+
+lock: .venv-lock/.installed ## Write requirements.lock anew; ARGS=--upgrade takes newer releases.
+	.venv-lock/bin/uv pip compile pyproject.toml --extra cli --group dev --python .venv-lock/bin/python --universal \
+		--generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock $(ARGS)
+	@! grep -n '://' requirements.lock || { echo "error: requirements.lock names a host" >&2; exit 1; }
+
+clean: ## Remove the virtual environments and all caches.
+	rm -rf .venv .venv-* build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is written last, so that an installation that was broken off starts anew, and a complete one is not repeated.
+define make_venv
+	@"$(PYTHON)" -c '$(PROBE)' || { \
+		echo "error: no Python 3.11 or newer with venv was found (PYTHON='$(PYTHON)'); install one or set PYTHON" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear $(@D)
+endef
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(make_venv)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-lock/.installed:
+	$(make_venv)
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8'
+	@touch $@
