@@ -1,0 +1,366 @@
+"""What users hold: a `Connection` that they made, a `Listener` that they opened; and all of those of one messenger."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import msgspec
+
+from .destination import Destination
+from .errors import DestinationInvalid, LimitReached, MessengerClosed
+from .exchange import Callback, Exchange, Message
+from .limits import Limits
+from .transports.local import best_endpoint
+from .transports.zeromq import ConnectionLink, ListenerLink, SocketLink
+from .wire import encode_identity
+
+logger = logging.getLogger("messenger")
+
+
+class Security(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may connect.
+
+    Attributes:
+        insecure: Allow listeners that other machines can reach, with neither encryption nor a check of who connects.
+    """
+
+    insecure: bool = False
+
+
+class Driver(Protocol):
+    """What the endpoints need of the loop that serves them."""
+
+    def add(self, link: SocketLink) -> None:
+        """Receive from a link from now on."""
+
+    def run_callback(self, callback: Any, argument: Any) -> None:
+        """Run a user's callback in the calling thread, and survive it."""
+
+    def count_drop(self, kind: str) -> None:
+        """Count a message that goes no further."""
+
+
+class _Endpoint:
+    def __init__(self, messenger: Any, destination: Destination) -> None:
+        self.messenger = messenger
+        self.destination = destination
+        self.closed = False
+
+    @property
+    def links(self) -> Sequence[ConnectionLink | ListenerLink]:
+        """The sockets, for the messenger."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Send what ZeroMQ already has, for up to a second, then close. Twice is fine.
+
+        Messages that wait for a response here end with an error: `NotDelivered`, or `OutcomeUnknown` if they have left.
+
+        Thread: any.
+        """
+        self.messenger._close_endpoint(self)
+
+    def close_links(self, linger_s: float) -> None:
+        """Close the sockets, once nobody uses them any more."""
+        for link in self.links:
+            link.close(linger_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Connection(_Endpoint):
+    """A link to one destination, made by `make_connection` or by the first message to a destination.
+
+    Attributes:
+        destination: Where it leads.
+        routing_id: What a plain ROUTER knows it by: the messenger's identity, with `#2`, `#3`… for further connections
+            of one messenger to one destination.
+        closed: Whether `close` was called.
+    """
+
+    link: ConnectionLink
+    routing_id: str
+
+    @property
+    def endpoint(self) -> str:
+        """The ZeroMQ endpoint that was chosen for the destination."""
+        return self.link.endpoint
+
+    @property
+    def links(self) -> Sequence[ConnectionLink]:
+        """The socket, for the messenger."""
+        return (self.link,)
+
+    def __str__(self) -> str:
+        return str(self.destination)
+
+    def __repr__(self) -> str:
+        return f"<Connection to {self.destination} by {self.endpoint}>"
+
+
+class Listener(_Endpoint):
+    """An open destination with its server-loop callback, made by `listen_for_connection`.
+
+    Attributes:
+        destination: What was opened; a port of 0 has become the port that was free.
+        identity: What plain peers see as the sender of its messages.
+        closed: Whether `close` was called.
+    """
+
+    identity: str
+    workers: "Workers | None" = None
+
+    def __init__(self, messenger: Any, destination: Destination) -> None:
+        super().__init__(messenger, destination)
+        self._links: list[ListenerLink] = []
+
+    @property
+    def port(self) -> int:
+        """The port, 0 if the destination has none."""
+        return self.destination.port
+
+    @property
+    def endpoints(self) -> list[str]:
+        """The ZeroMQ endpoints that are bound, best first."""
+        return [link.endpoint for link in self._links]
+
+    @property
+    def links(self) -> Sequence[ListenerLink]:
+        """The sockets, best first, for the messenger."""
+        return self._links
+
+    def add_link(self, link: ListenerLink) -> None:
+        """Note a socket that was bound, in front of those that are there."""
+        self._links.insert(0, link)
+
+    def close_links(self, linger_s: float) -> None:
+        """Close the sockets, and let the workers end."""
+        if self.workers is not None:
+            self.workers.stop()
+        super().close_links(linger_s)
+
+    def __str__(self) -> str:
+        return f"a peer of {self.destination}"
+
+    def __repr__(self) -> str:
+        return f"<Listener on {', '.join(self.endpoints)}>"
+
+
+To = Connection | Message | tuple[Listener, str] | Destination | str | int
+
+
+class Workers:
+    """Threads that run a listener's callback, so that one slow message does not hold up the messenger's loop.
+
+    Messages start in the order in which they arrived; which of them ends first is open.
+    """
+
+    def __init__(
+        self, count: int, backlog_max: int, run: Callable[[Message], None], on_overflow: Callable[[], None]
+    ) -> None:
+        self._backlog_max = backlog_max
+        self._run = run
+        self._on_overflow = on_overflow
+        self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._pending_count = 0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"messenger-worker-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pending_count(self) -> int:
+        """Messages that wait or run."""
+        return self._pending_count
+
+    def submit(self, message: Any) -> None:
+        """Queue a message for the next free thread."""
+        if self._queue.qsize() >= self._backlog_max:
+            self._on_overflow()
+            return
+        with self._lock:
+            self._pending_count += 1
+        self._queue.put(message)
+
+    def stop(self) -> None:
+        """Let each thread end once the queue is empty; does not wait."""
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def _work(self) -> None:
+        while (message := self._queue.get()) is not None:
+            self._run(message)
+            with self._lock:
+                self._pending_count -= 1
+
+
+class Endpoints:
+    """The connections and listeners of one messenger. Called with its lock held, unless a method says otherwise."""
+
+    def __init__(self, messenger: Any, limits: Limits, security: Security, exchange: Exchange) -> None:
+        self._messenger = messenger
+        self._limits = limits
+        self._security = security
+        self._exchange = exchange
+        self._open: set[Connection | Listener] = set()
+        self._by_destination: dict[Any, Connection] = {}
+
+    def count(self, kind: type) -> int:
+        """Return how many are open, of connections or of listeners."""
+        return sum(isinstance(endpoint, kind) for endpoint in self._open)
+
+    def listen(
+        self, destination: Destination, callback: Callback | None, identity: str, worker_count: int, driver: Driver
+    ) -> Listener:
+        """Open a listener; see `Messenger.listen_for_connection`."""
+        self._check_exposed(destination)
+        self._check_count(Listener, "listeners_max", self._limits.listeners_max)
+        listener = Listener(self._messenger, destination)
+        listener.identity = identity
+        if callback is not None and worker_count:
+            user_callback = callback
+            backlog_max = self._limits.worker_backlog_max
+            listener.workers = Workers(
+                worker_count,
+                backlog_max,
+                lambda message: driver.run_callback(user_callback, message),
+                lambda: driver.count_drop("workers_full"),
+            )
+            callback = listener.workers.submit
+        try:
+            self._bind(listener, callback)
+        except BaseException:
+            listener.close_links(0)
+            raise
+        self._adopt(listener, driver)
+        return listener
+
+    def _bind(self, listener: Listener, callback: Callback | None) -> None:
+        """Bind all endpoints of a listener's destination, or raise; what is bound stands in `listener.links`."""
+
+        def bind(endpoint: str) -> None:
+            identity = encode_identity(listener.identity)
+            listener.add_link(ListenerLink(endpoint, identity, listener, callback, self._exchange, self._limits))
+
+        # The tcp port comes first: it may be any free one, and then names the others.
+        *local_endpoints, last_endpoint = listener.destination.endpoints()
+        bind(last_endpoint)
+        if last_endpoint.startswith("tcp:") and listener.destination.port == 0:
+            port = int(listener.endpoints[0].rpartition(":")[2])
+            listener.destination = msgspec.structs.replace(listener.destination, port=port)
+            local_endpoints = listener.destination.endpoints()[:-1]
+        for endpoint in reversed(local_endpoints):
+            bind(endpoint)
+
+    def connect(self, destination: Destination, callback: Callback | None, driver: Driver) -> Connection:
+        """Open a connection; see `Messenger.make_connection`."""
+        if destination.port == 0 and destination.transport in (None, "tcp"):
+            raise DestinationInvalid(f"{destination}: port 0 is only for listeners")
+        self._check_count(Connection, "connections_max", self._limits.connections_max)
+        connection = Connection(self._messenger, destination)
+        connection.routing_id = self._make_routing_id(destination)
+        routing_id = encode_identity(connection.routing_id)
+        endpoint = best_endpoint(destination.endpoints())
+        connection.link = ConnectionLink(endpoint, routing_id, connection, callback, self._exchange, self._limits)
+        self._adopt(connection, driver)
+        return connection
+
+    def _make_routing_id(self, destination: Destination) -> str:
+        """Return the identity, with a number if another connection may already show it to the same socket."""
+        place = (destination.host, destination.port, destination.name)
+        taken = {
+            other.routing_id
+            for other in self._open
+            if isinstance(other, Connection)
+            and (other.destination.host, other.destination.port, other.destination.name) == place
+        }
+        identity: str = self._messenger.identity
+        routing_id, number = identity, 2
+        while routing_id in taken:
+            routing_id, number = f"{identity}#{number}", number + 1
+        return routing_id
+
+    def _adopt(self, endpoint: Connection | Listener, driver: Driver) -> None:
+        self._open.add(endpoint)
+        for link in endpoint.links:
+            driver.add(link)
+
+    def route(self, to: Any, driver: Driver) -> tuple[Any, bytes, bool]:
+        """Return the link to send by, the routing id there, and whether the listener may have the peer on another."""
+        if isinstance(to, Message):
+            endpoint: Any = to.link.owner
+            route: tuple[Any, bytes, bool] = (to.link, to.peer if isinstance(endpoint, Listener) else b"", False)
+        elif isinstance(to, Connection):
+            endpoint, route = to, (to.link, b"", False)
+        elif isinstance(to, tuple):
+            if len(to) != 2 or not isinstance(to[0], Listener) or not isinstance(to[1], str):
+                raise TypeError(f"a pair to send to is (listener, identity), not {to!r}")
+            endpoint = to[0]
+            route = (endpoint.links[0], encode_identity(to[1]), True)
+        else:
+            endpoint = self._by_destination.get(to)
+            if endpoint is None:
+                destination = Destination.parse(to)
+                endpoint = self._by_destination.get(destination) or self.connect(destination, None, driver)
+                self._by_destination[to] = self._by_destination[destination] = endpoint
+            route = (endpoint.link, b"", False)
+        if endpoint.closed:
+            raise MessengerClosed(f"{endpoint!r} is closed")
+        if endpoint.messenger is not self._messenger:
+            raise ValueError(f"{to!r} belongs to {endpoint.messenger!r}, not to {self._messenger!r}")
+        return route
+
+    def attach_connections(self) -> Iterable[ConnectionLink]:
+        """Choose anew for connections that lead nowhere; return their links."""
+        for endpoint in self._open:
+            if isinstance(endpoint, Connection) and endpoint.link.must_attach():
+                best = best_endpoint(endpoint.destination.endpoints())
+                if best.startswith("inproc:") or best != endpoint.endpoint:
+                    endpoint.link.attach(best)
+                yield endpoint.link
+
+    def discard(self, endpoint: Any) -> None:
+        """Forget an endpoint that is being closed."""
+        endpoint.closed = True
+        self._open.discard(endpoint)
+        self._by_destination = {key: kept for key, kept in self._by_destination.items() if kept is not endpoint}
+
+    def are_idle(self) -> bool:
+        """Return whether no worker has anything to do."""
+        return not any(
+            endpoint.workers is not None and endpoint.workers.pending_count
+            for endpoint in self._open
+            if isinstance(endpoint, Listener)
+        )
+
+    def close_all(self, linger_s: float) -> None:
+        """Close everything, once nobody uses the sockets. Called without the lock."""
+        for endpoint in list(self._open):
+            self.discard(endpoint)
+            endpoint.close_links(linger_s)
+
+    def _check_count(self, kind: type, name: str, limit: int) -> None:
+        if self.count(kind) >= limit:
+            raise LimitReached(f"{limit} are open, that is {name}")
+
+    def _check_exposed(self, destination: Destination) -> None:
+        if destination.is_loopback():
+            return
+        if not self._security.insecure:
+            raise DestinationInvalid(
+                f"{destination} can be reached from other machines, and nothing would check who connects; listen on a "
+                "loopback address, or say Messenger(security=Security(insecure=True)) if the network is trusted"
+            )
+        logger.warning("! %r listens on %s without security: who reaches it can send", self._messenger, destination)

@@ -1,0 +1,65 @@
+"""Every exception of the Messenger.
+
+Two families, kept apart: mistakes that the caller can mend stand directly below `MessengerError`; what became of one
+message stands below `DeliveryError`, and exactly one of those (or the response) reaches the caller of each message.
+"""
+
+
+class MessengerError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class DestinationInvalid(MessengerError, ValueError):
+    """The destination cannot be parsed, or may not be used like this."""
+
+
+class DestinationInUse(MessengerError):
+    """Another listener, here or in another process, already has this destination. Nothing was opened."""
+
+
+class MessageTooLarge(MessengerError, ValueError):
+    """The contents exceed `limits.message_bytes_max`. Nothing was sent."""
+
+
+class QueueFull(MessengerError):
+    """The queue to the receiver stayed full for the whole timeout (in a callback: is full now). Nothing was sent."""
+
+
+class LimitReached(MessengerError):
+    """A limit of `Limits` other than a queue's or a message's size is reached. Nothing was opened or sent."""
+
+
+class MessengerClosed(MessengerError):
+    """The messenger, connection or listener is closed, or is closing. Nothing was sent."""
+
+
+class CalledFromCallback(MessengerError):
+    """A call that waits was made on the messenger's own thread, which would then wait for itself."""
+
+
+class ForkedError(MessengerError):
+    """The messenger was made before a fork and belongs to the parent; make a new one in the child."""
+
+
+class MalformedMessage(MessengerError, ValueError):
+    """Bytes of a peer that are no message. The loop counts it and drops the bytes; it never leaves the loop."""
+
+
+class DeliveryError(MessengerError):
+    """What became of one message that got no response.
+
+    Attributes:
+        message_id: The id that `send_message` returned.
+    """
+
+    def __init__(self, text: str, message_id: int) -> None:
+        super().__init__(text)
+        self.message_id = message_id
+
+
+class NotDelivered(DeliveryError):
+    """It is certain that the message did not run at the receiver."""
+
+
+class OutcomeUnknown(DeliveryError):
+    """No response came in time; the message may have run at the receiver."""

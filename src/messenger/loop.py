@@ -1,0 +1,376 @@
+"""The server loop of a `Messenger`, and the lock and the threads around it.
+
+The loop's own thread repeats: receive what is there, process, flush, run callbacks with no lock held, sleep until the
+next deadline or wake-up. One lock guards the core and all sockets; whoever holds it may use them. Any thread sends by
+itself, without waking the loop. A thread that waits for an outcome **leads** meanwhile, if nobody else does: it takes
+the input itself (`transports/wakeup.py`), which saves two thread switches. Callbacks always run on the loop's own
+thread, so that what a callback may rely on does not depend on who waits.
+
+What must never happen here: a callback that runs with the lock held; a sleep with a touched link whose events were
+not read again; a socket that two threads use without the lock.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from .errors import DeliveryError, QueueFull
+from .exchange import FOREVER, Exchange, Link, Message, Waiter
+from .transports.local import inproc_names
+from .transports.wakeup import Wakeup
+from .transports.zeromq import SocketLink
+
+logger = logging.getLogger("messenger")
+
+
+class State(Enum):
+    """Of a loop, and so of its messenger."""
+
+    NEW = "new"
+    RUNNING = "running"
+    CLOSING = "closing"
+    CLOSED = "closed"
+    FORKED = "forked"
+
+
+class ThreadWaiter(Waiter):
+    """A thread that waits for an outcome. It leads, or it follows: then it sleeps on `wake`."""
+
+    __slots__ = ("wake",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wake: threading.Lock | None = None
+
+    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
+        """Note the outcome and wake the thread."""
+        super().settle(response, error)
+        self.wake_up()
+
+    def wake_up(self) -> None:
+        """Wake the thread, if it follows."""
+        if self.wake is not None:
+            self.wake.release()
+            self.wake = None
+
+
+class Loop:
+    """The thread, the lock and the links of one messenger. Methods are called with `lock` held unless they say
+    otherwise.
+
+    Args:
+        name: Of the thread.
+        exchange: The core that it drives.
+        attach_links: Called when an inproc listener has come or gone.
+        is_idle: Asked while closing: whether nothing is going on outside of the core.
+        on_stop: Called once, without the lock, on the loop's thread, to close the links within so many seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        exchange: Exchange,
+        attach_links: Callable[[], None],
+        is_idle: Callable[[], bool],
+        on_stop: Callable[[float], None],
+    ) -> None:
+        self.lock = threading.Lock()
+        self.state = State.NEW
+        self.close_at = FOREVER
+        self._exchange = exchange
+        self._attach_links = attach_links
+        self._is_idle = is_idle
+        self._on_stop = on_stop
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        # Notified when a full queue gets room, and when a leader leaves while the messenger closes.
+        self._changed = threading.Condition(self.lock)
+        self._wakeup: Wakeup
+        self._links: dict[int, SocketLink] = {}
+        # Links whose events must be read before a sleep, and links that are known to have input.
+        self._touched: set[SocketLink] = set()
+        self._readable: set[SocketLink] = set()
+        self._leader: ThreadWaiter | None = None
+        self._followers: deque[ThreadWaiter] = deque()
+        # Whether the leader, and the loop's thread, sleep; only then need they be woken.
+        self._leader_sleeps = False
+        self._thread_sleeps = False
+        self._wake_at = FOREVER
+        self._must_attach = False
+        self._room_wanted_count = 0
+
+    # Life.
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._wakeup = Wakeup()
+        self.state = State.RUNNING
+        self._thread.start()
+        inproc_names.watch(self)
+
+    def close(self, timeout: float) -> None:
+        """Stop when all is settled or `timeout` is over. Called without the lock; waits, except in a callback."""
+        with self.lock:
+            if self.state is State.NEW:
+                self.state = State.CLOSED
+            if self.state is State.RUNNING:
+                self.state = State.CLOSING
+                self.close_at = time.monotonic() + timeout
+                self._changed.notify_all()
+                self._wakeup.ask_attention()
+                self._wakeup.announce_calls()
+        if self._thread.is_alive() and not self.is_own_thread():
+            self._thread.join()
+
+    def mark_forked(self) -> None:
+        """Never work again: this is the child of a fork. The thread lives in the parent, and may hold the lock."""
+        self.lock = threading.Lock()
+        self.state = State.FORKED
+
+    def is_own_thread(self) -> bool:
+        """Return whether the caller is a callback on the loop's thread. No lock needed."""
+        return self._thread.ident == threading.get_ident()
+
+    # Links.
+
+    def add(self, link: SocketLink) -> None:
+        """Receive from a link from now on."""
+        self._exchange.links.add(link)
+        self._links[link.descriptor] = link
+        self._wakeup.add(link.descriptor)
+        self._touched.add(link)
+        self._wakeup.ask_attention()
+
+    def remove(self, link: SocketLink, why: str) -> None:
+        """Forget a link, before it is closed, and end its messages."""
+        self._wakeup.remove(link.descriptor)
+        del self._links[link.descriptor]
+        self._touched.discard(link)
+        self._readable.discard(link)
+        self._exchange.abandon(link, why)
+        self.announce_calls()
+        self._changed.notify_all()
+
+    def touch(self, link: SocketLink) -> None:
+        """Have a link's events read before the next sleep."""
+        self._touched.add(link)
+
+    def notice_inproc_change(self) -> None:
+        """Look again which inproc endpoints have a listener. For the transports; any thread, no lock held or taken."""
+        self._must_attach = True
+        if self.state in (State.RUNNING, State.CLOSING):
+            self._wakeup.ask_attention()
+
+    # Sending.
+
+    def flush(self, link: SocketLink) -> None:
+        """Give a link's queue to the network; whoever sleeps is woken if that brought work."""
+        link.flush()
+        if self._leader_sleeps:
+            # The flush may have used up the descriptor's signal for input that came meanwhile.
+            if link.has_input():
+                self._readable.add(link)
+                self._wakeup.ask_attention()
+            elif self._exchange.next_deadline_at < self._wake_at:
+                self._wakeup.ask_attention()
+        else:
+            self._touched.add(link)
+        self.announce_calls()
+
+    def announce_calls(self) -> None:
+        """Wake the loop's thread if it sleeps and there are callbacks to run."""
+        if self._thread_sleeps and self._exchange.calls:
+            self._thread_sleeps = False
+            self._wakeup.announce_calls()
+
+    def wait_room(self, link: Link, deadline_at: float) -> None:
+        """Wait until a full queue takes a message. In a callback it returns at once, since it would wait for itself.
+
+        Raises:
+            QueueFull: There was no room before the deadline.
+        """
+        if self.is_own_thread():
+            return
+        self._room_wanted_count += 1
+        try:
+            while self._exchange.is_full(link) and self.state is State.RUNNING:
+                if not self._changed.wait(deadline_at - time.monotonic()):
+                    raise QueueFull(
+                        f"the queue to {link.owner} stayed full ({len(link.queue)} messages) to the timeout"
+                    )
+        finally:
+            self._room_wanted_count -= 1
+
+    # Receiving; only the leader calls these.
+
+    def _take_input(self) -> None:
+        """Receive what is there and end what has expired."""
+        links = self._readable
+        links.update(self._find(self._wakeup.wait_input(0)))
+        self._readable = set()
+        for link in links:
+            link.receive()
+            if link.queue:
+                link.flush()
+        self._touched |= links
+        if self._must_attach:
+            self._must_attach = False
+            self._attach_links()
+        if self._exchange.next_deadline_at < FOREVER:
+            now = time.monotonic()
+            if self._exchange.next_deadline_at <= now:
+                self._exchange.handle_deadline(now)
+        if self._room_wanted_count:
+            self._changed.notify_all()
+
+    def _find(self, descriptors: list[int]) -> list[SocketLink]:
+        return [self._links[descriptor] for descriptor in descriptors if descriptor in self._links]
+
+    def _read_events(self) -> bool:
+        """Read the events of touched links, as must be done before a sleep; return whether there is input."""
+        touched, self._touched = self._touched, set()
+        for link in touched:
+            if link.queue:
+                link.flush()
+            if link.has_input():
+                self._readable.add(link)
+        return bool(self._readable)
+
+    # Waiting in another thread.
+
+    def await_outcome(self, waiter: ThreadWaiter, deadline_at: float) -> None:
+        """Wait until a waiter is settled: lead if nobody does, else follow."""
+        try:
+            while not waiter.done:
+                if self.state is not State.RUNNING:
+                    # The loop's own thread ends everything now.
+                    if self._leader is waiter:
+                        self._leave_lead()
+                    self._follow(waiter, deadline_at)
+                    continue
+                if self._leader is None:
+                    self._leader = waiter
+                    self._wakeup.take_lead()
+                if self._leader is waiter:
+                    self._lead(waiter)
+                else:
+                    self._follow(waiter, deadline_at)
+        finally:
+            if self._leader is waiter:
+                self._leave_lead()
+            if not waiter.done:
+                self._exchange.forget(waiter)
+
+    def _lead(self, waiter: ThreadWaiter) -> None:
+        """Take input once, or sleep until there is some."""
+        if self._read_events():
+            self._take_input()
+        self.announce_calls()
+        if waiter.done or self._readable:
+            return
+        self._wake_at = self._exchange.next_deadline_at
+        self._leader_sleeps = True
+        self.lock.release()
+        try:
+            descriptors = self._wakeup.wait_input(max(0.0, self._wake_at - time.monotonic()))
+        finally:
+            self.lock.acquire()
+            self._leader_sleeps = False
+        self._readable.update(self._find(descriptors))
+        self._take_input()
+
+    def _follow(self, waiter: ThreadWaiter, deadline_at: float) -> None:
+        """Sleep until the leader settles the waiter or hands the lead over, or the deadline is over."""
+        wake = threading.Lock()
+        wake.acquire()
+        waiter.wake = wake
+        self._followers.append(waiter)
+        self.lock.release()
+        try:
+            wake.acquire(timeout=max(0.001, deadline_at - time.monotonic()))
+        finally:
+            self.lock.acquire()
+            waiter.wake = None
+            if waiter in self._followers:
+                self._followers.remove(waiter)
+        now = time.monotonic()
+        if not waiter.done and now >= deadline_at:
+            # Whoever leads may be in a long callback.
+            self._exchange.handle_deadline(now)
+
+    def _leave_lead(self) -> None:
+        if self._followers and self.state is State.RUNNING:
+            self._leader = self._followers.popleft()
+            self._leader.wake_up()
+            return
+        self._leader = None
+        has_input = self._read_events()
+        self._wakeup.give_lead_back()
+        if has_input or self._exchange.calls or self.state is not State.RUNNING:
+            self._wakeup.announce_calls()
+            self._changed.notify_all()
+
+    # The loop's own thread; called without the lock.
+
+    def _serve(self) -> None:
+        while True:
+            with self.lock:
+                self._thread_sleeps = False
+                if self._leader is None:
+                    self._leader_sleeps = False
+                    self._take_input()
+            self._run_calls()
+            with self.lock:
+                if self.state is State.CLOSING and self._is_over():
+                    break
+                leads = self._leader is None
+                if self._exchange.calls or (leads and self._read_events()):
+                    continue
+                wake_at = self.close_at
+                if leads:
+                    wake_at = self._wake_at = min(self._exchange.next_deadline_at, self.close_at)
+                    self._leader_sleeps = True
+                self._thread_sleeps = True
+            self._wakeup.sleep(max(0.0, wake_at - time.monotonic()))
+        self._stop()
+
+    def _run_calls(self) -> None:
+        calls = self._exchange.calls
+        while calls:
+            self.run_callback(*calls.popleft())
+
+    def run_callback(self, callback: Any, argument: Message | DeliveryError) -> None:
+        """Run a user's callback, here or in a worker thread; whatever it raises, the loop serves others and goes on."""
+        try:
+            callback(argument)
+        except BaseException:
+            logger.exception("! a callback raised: %r on %r", callback, argument)
+            with self.lock:
+                self._exchange.callback_error_count += 1
+
+    def count_drop(self, kind: str) -> None:
+        """Count a message that goes no further."""
+        with self.lock:
+            self._exchange.drop(kind)
+
+    def _is_over(self) -> bool:
+        if time.monotonic() >= self.close_at:
+            return True
+        exchange = self._exchange
+        return self._is_idle() and not (exchange.outstanding_count or exchange.queued_count or exchange.calls)
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.state = State.CLOSED
+            for link in list(self._links.values()):
+                self.remove(link, "the messenger was closed")
+            self._wakeup.ask_attention()
+            while self._leader is not None:
+                self._changed.wait()
+        self._run_calls()
+        self._on_stop(max(0.05, self.close_at - time.monotonic()))
+        with self.lock:
+            self._wakeup.close()

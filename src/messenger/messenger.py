@@ -1,0 +1,321 @@
+"""`Messenger`: the public calls, on the core (`exchange.py`), links (`transports/`) and one thread (`loop.py`)."""
+
+import atexit
+import logging
+import os
+import secrets
+import socket
+import time
+import weakref
+from types import TracebackType
+from typing import Literal, Self
+
+from .destination import Destination
+from .endpoint import Connection, Endpoints, Listener, Security, To
+from .errors import CalledFromCallback, DeliveryError, ForkedError, MessengerClosed
+from .exchange import FOREVER, Callback, ErrorCallback, Exchange, Message, Statistics, Waiter
+from .limits import CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, Limits
+from .loop import Loop, State, ThreadWaiter
+from .wire import ID_MAX, NOOP, Buffer, encode_identity
+
+logger = logging.getLogger("messenger")
+
+Contents = Buffer | str
+
+
+class Messenger:
+    """Sends messages to destinations and runs callbacks on what comes.
+
+    A context manager; it starts its thread on entry or at first use. All methods may be called by any thread, also
+    from callbacks, but `request`, which waits, not from a callback.
+
+    Args:
+        identity: The stable name that others see as `message.sender`, at most 240 bytes. By default one that is unique.
+        security: Who may connect; by default nobody from another machine.
+        limits: What this messenger may hold.
+
+    Source: docs/protocol.md.
+    """
+
+    def __init__(
+        self, identity: str | None = None, *, security: Security | None = None, limits: Limits | None = None
+    ) -> None:
+        if identity is None:
+            identity = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        _check_identity(identity)
+        self.identity = identity
+        self.limits = limits or Limits()
+        self._exchange = Exchange(self, self.limits, _log_unheard)
+        self._endpoints = Endpoints(self, self.limits, security or Security(), self._exchange)
+        self._loop = Loop(
+            f"messenger-{identity}",
+            self._exchange,
+            self._attach_links,
+            self._endpoints.are_idle,
+            self._endpoints.close_all,
+        )
+        _live_messengers.add(self)
+
+    def listen_for_connection(
+        self,
+        destination: Destination | str | int,
+        callback: Callback | None,
+        *,
+        identity: str | None = None,
+        workers: int = 0,
+    ) -> Listener:
+        """Open a destination and run a server-loop callback (SLC) on every message that arrives there.
+
+        Args:
+            destination: A bare port or `"host:port"` opens inproc, ipc and tcp at once. Port 0 takes any free one.
+            callback: The SLC, run on the messenger's thread; None to only serve built-in and registered callbacks.
+            identity: What plain peers see as the sender of its messages; by default the messenger's.
+            workers: Run the SLC on so many threads of its own instead; messages start in order but end in any.
+
+        Raises:
+            DestinationInUse: Somebody listens there already. Nothing was opened.
+            DestinationInvalid: It cannot be used, or is not loopback and `security` does not allow that.
+            LimitReached, MessengerClosed, ForkedError.
+
+        Thread: any. Source: docs/protocol.md, "Destinations".
+        """
+        _check_callable("callback", callback)
+        if identity is not None:
+            _check_identity(identity)
+        if workers < 0:
+            raise ValueError(f"workers is {workers}, it must be at least 0")
+        parsed = Destination.parse(destination)
+        with self._loop.lock:
+            self._require_open()
+            listener = self._endpoints.listen(parsed, callback, identity or self.identity, workers, self._loop)
+        logger.info("= %s listens on %s", self.identity, ", ".join(listener.endpoints))
+        return listener
+
+    def make_connection(
+        self,
+        destination: Destination | str | int,
+        *,
+        callback: Callback | None = None,
+        dialect: Literal["session", "basic"] = "session",
+    ) -> Connection:
+        """Connect to a destination. Nobody need be there yet; messages wait until somebody is.
+
+        Args:
+            destination: A bare port or `"host:port"` takes the best transport that has a listener now, else tcp.
+            callback: Run on every message that arrives on this connection, as an SLC is at a listener.
+            dialect: `"basic"` for servers that are plain ZeroMQ programs. Until sessions exist both mean basic.
+
+        Raises:
+            DestinationInvalid, LimitReached, MessengerClosed, ForkedError.
+
+        Thread: any. Source: docs/protocol.md, "Destinations".
+        """
+        _check_callable("callback", callback)
+        if dialect not in ("session", "basic"):
+            raise ValueError(f"dialect is {dialect!r}, it must be 'session' or 'basic'")
+        parsed = Destination.parse(destination)
+        with self._loop.lock:
+            self._require_open()
+            return self._endpoints.connect(parsed, callback, self._loop)
+
+    def send_message(
+        self,
+        to: To,
+        contents: Contents,
+        callback: Callback | None = None,
+        *,
+        on_error: ErrorCallback | None = None,
+        remote_callback: int = NOOP,
+        timeout: float = 30.0,
+    ) -> int:
+        """Queue one message and return at once.
+
+        Exactly one of `callback` and `on_error` is called, once, on the messenger's thread. In the basic dialect a
+        message may be lost with its link, as ZeroMQ loses it; its deadline then ends it with `OutcomeUnknown`.
+
+        Args:
+            to: A connection, a message to answer, a (listener, identity) pair, or a destination (connected on first
+                use and kept).
+            contents: Bytes, or text that is sent as UTF-8; at most `limits.message_bytes_max` bytes.
+            callback: The message-specific callback (MSC), run on the response.
+            on_error: Told what became of the message if no response came; without it, that is logged.
+            remote_callback: The callback that the receiver is to run, 0 to 2**64 - 1. Answering a message names the
+                callback that the message asked for.
+            timeout: Seconds, > 0, until the message ends as `NotDelivered` (nobody was there to take it) or
+                `OutcomeUnknown`.
+
+        Returns:
+            The message's id, unique in this process's life.
+
+        Raises:
+            QueueFull: The queue stayed full for `timeout` seconds; in a callback: is full. Nothing was sent.
+            MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid.
+
+        Thread: any. Source: docs/protocol.md, "Messages".
+        """
+        _check_callable("callback", callback)
+        _check_callable("on_error", on_error)
+        return self._send(to, contents, callback, on_error, remote_callback, timeout)
+
+    def request(self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = 30.0) -> Message:
+        """Send one message and wait for its response.
+
+        Args:
+            to, contents, remote_callback, timeout: As `send_message` takes them.
+
+        Returns:
+            The response.
+
+        Raises:
+            NotDelivered, OutcomeUnknown: What became of the message.
+            CalledFromCallback: Made on the messenger's own thread. Nothing was sent; use `send_message` with a
+            callback. QueueFull, MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid.
+
+        Thread: any but the messenger's own.
+        """
+        if self._loop.is_own_thread():
+            raise CalledFromCallback("request would wait for itself in a callback; use send_message with a callback")
+        waiter = ThreadWaiter()
+        self._send(to, contents, waiter, None, remote_callback, timeout)
+        if not waiter.done:
+            with self._loop.lock:
+                self._loop.await_outcome(waiter, time.monotonic() + timeout)
+        if waiter.error is not None:
+            raise waiter.error
+        return waiter.response  # type: ignore[return-value]  # Settled without an error.
+
+    def register_callback(self, callback_id: int, callback: Callback) -> None:
+        """Let peers run `callback`, on the messenger's thread, by naming a fixed id as `remote_callback`.
+
+        Raises:
+            ValueError: The id is not 64 to 1023, or is taken.
+
+        Thread: any.
+        """
+        _check_callable("callback", callback)
+        with self._loop.lock:
+            self._exchange.register_callback(callback_id, callback)
+
+    def statistics(self) -> Statistics:
+        """Return what was counted so far, as one immutable object. Thread: any."""
+        with self._loop.lock:
+            connections, listeners = self._endpoints.count(Connection), self._endpoints.count(Listener)
+            return self._exchange.statistics(self.identity, connections, listeners)
+
+    def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
+        """Wait until every message has its outcome, for at most `timeout` seconds, then stop. Twice is fine.
+
+        What is still open then ends as `NotDelivered` or `OutcomeUnknown`. In a callback it returns at once and the
+        messenger stops after it. In the child of a fork it does nothing.
+
+        Thread: any.
+        """
+        self._loop.close(timeout)
+
+    def __enter__(self) -> Self:
+        with self._loop.lock:
+            self._require_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Messenger {self.identity!r}, {self._loop.state.value}>"
+
+    # Called with the loop's lock held, except _send, which takes it.
+
+    def _require_open(self) -> None:
+        state = self._loop.state
+        if state is State.RUNNING:
+            return
+        if state is State.NEW:
+            self._loop.start()
+        elif state is State.FORKED:
+            raise ForkedError(f"messenger {self.identity!r} was made before a fork; make a new one in the child")
+        # Callbacks may still answer while the messenger closes.
+        elif state is State.CLOSED or not self._loop.is_own_thread():
+            raise MessengerClosed(f"messenger {self.identity!r} is {state.value}")
+
+    def _send(
+        self,
+        to: To,
+        contents: Contents,
+        callback: Callback | Waiter | None,
+        on_error: ErrorCallback | None,
+        remote_callback: int,
+        timeout: float,
+    ) -> int:
+        if isinstance(contents, str):
+            contents = contents.encode()
+        elif not isinstance(contents, (bytes, bytearray)):
+            contents = memoryview(contents).cast("B")
+        if not 0 < timeout < FOREVER:
+            raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
+        if not 0 <= remote_callback <= ID_MAX:
+            raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
+        deadline_at = time.monotonic() + timeout
+        loop, exchange = self._loop, self._exchange
+        with loop.lock:
+            if loop.state is not State.RUNNING:
+                self._require_open()
+            link, peer, roams = self._endpoints.route(to, loop)
+            if isinstance(to, Message) and not remote_callback:
+                remote_callback = to.source_callback_id
+            if link.queue and exchange.is_full(link):
+                loop.wait_room(link, deadline_at)
+                self._require_open()
+            message_id = exchange.send(link, peer, contents, callback, on_error, remote_callback, deadline_at, roams)
+            loop.flush(link)
+            if roams:
+                for sibling in link.siblings():
+                    loop.flush(sibling)
+        return message_id
+
+    def _close_endpoint(self, endpoint: Connection | Listener) -> None:
+        """Close a connection or listener. Called without the lock."""
+        with self._loop.lock:
+            if endpoint.closed or self._loop.state is State.FORKED:
+                return
+            self._endpoints.discard(endpoint)
+            for link in endpoint.links:
+                self._loop.remove(link, "it was closed")
+        endpoint.close_links(CLOSE_TIMEOUT_S)
+
+    def _attach_links(self) -> None:
+        for link in self._endpoints.attach_connections():
+            self._loop.touch(link)
+
+
+def _log_unheard(error: DeliveryError) -> None:
+    logger.warning("! %s: %s (give on_error= to handle this)", type(error).__name__, error)
+
+
+def _check_callable(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} is {value!r}, it must be callable")
+
+
+def _check_identity(identity: str) -> None:
+    length = len(encode_identity(identity))
+    if not 0 < length <= IDENTITY_BYTES_MAX or "\0" in identity:
+        raise ValueError(f"identity {identity!r} is {length} bytes, it must be 1 to {IDENTITY_BYTES_MAX} without NUL")
+
+
+_live_messengers: weakref.WeakSet[Messenger] = weakref.WeakSet()
+
+
+def _close_at_exit() -> None:
+    for messenger in list(_live_messengers):
+        messenger.close()
+
+
+def _mark_forked() -> None:
+    for messenger in _live_messengers:
+        messenger._loop.mark_forked()
+
+
+atexit.register(_close_at_exit)
+os.register_at_fork(after_in_child=_mark_forked)

@@ -1,0 +1,162 @@
+"""Who listens on this machine: locks in front of ipc paths, and the inproc names of this process.
+
+ZeroMQ lets a second bind steal an ipc path, and leaves the file of a dead process behind. So each path has a lock
+file beside it, held
+by an advisory lock for as long as the listener lives: whoever gets the lock may remove a stale socket, and a sender
+that finds it held knows that somebody listens. Lock files are never removed, since a lock on a removed file protects
+nothing.
+"""
+
+import fcntl
+import itertools
+import os
+import stat
+import threading
+import weakref
+from pathlib import Path
+from typing import Protocol
+
+from ..destination import runtime_folder
+from ..errors import DestinationInUse, DestinationInvalid
+
+
+class IpcLock:
+    """The right to bind one ipc path, from creation to `release`."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock and remove what a dead process left.
+
+        Raises:
+            DestinationInUse: A living process has it.
+            DestinationInvalid: The folder or what stands at the path is not ours to use.
+        """
+        self._path = path
+        _check_folder(path.parent)
+        try:
+            self._descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DestinationInvalid(
+                f"ipc://{path}: its lock file {_lock_path(path)} cannot be opened: {error}"
+            ) from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._remove_stale()
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise DestinationInUse(f"ipc://{path}: another listener has it ({_lock_path(path)} is locked)") from None
+        except DestinationInvalid:
+            os.close(self._descriptor)
+            raise
+
+    def _remove_stale(self) -> None:
+        try:
+            found = self._path.lstat()
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise DestinationInvalid(
+                f"ipc://{self._path}: there is a file that is no socket; move it away or take another path"
+            )
+        self._path.unlink()
+
+    def release(self) -> None:
+        """Remove the socket's file and let others bind the path."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+def has_ipc_listener(path: Path) -> bool:
+    """Return whether a living process holds the path."""
+    try:
+        descriptor = os.open(_lock_path(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # A shared lock, so that two senders that look at once do not take each other for a listener.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def best_endpoint(endpoints: list[str]) -> str:
+    """Return the first endpoint that is known to have a listener, else the last (tcp finds out by itself)."""
+    for endpoint in endpoints:
+        if endpoint.startswith("inproc:") and inproc_names.binding(endpoint):
+            return endpoint
+        if endpoint.startswith("ipc:") and has_ipc_listener(Path(endpoint.removeprefix("ipc://"))):
+            return endpoint
+    return endpoints[-1]
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+def _check_folder(folder: Path) -> None:
+    """Make our own runtime folder; refuse it if it is not ours alone. Other folders are the user's own choice."""
+    if folder != runtime_folder():
+        if not folder.is_dir():
+            raise DestinationInvalid(f"the folder {folder} does not exist")
+        return
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise DestinationInvalid(
+            f"the folder {folder} must be a folder of user {os.getuid()} with mode 0700; remove it"
+        )
+
+
+class InprocWatcher(Protocol):
+    """Somebody who wants to hear of inproc listeners that come and go."""
+
+    def notice_inproc_change(self) -> None:
+        """Called after each change, by any thread; must be quick and must not call back."""
+
+
+class _InprocNames:
+    """The inproc endpoints that have a listener in this process.
+
+    ZeroMQ neither tells whether an inproc endpoint is bound nor connects again when it is bound anew, so each binding
+    has a number, by which a connection sees that its own is over.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._bindings: dict[str, int] = {}
+        self._watchers: weakref.WeakSet[InprocWatcher] = weakref.WeakSet()
+
+    def add(self, endpoint: str) -> None:
+        """Note a listener and tell the watchers."""
+        with self._lock:
+            self._bindings[endpoint] = next(self._numbers)
+        self._tell()
+
+    def remove(self, endpoint: str) -> None:
+        """Note that a listener is gone and tell the watchers."""
+        with self._lock:
+            self._bindings.pop(endpoint, None)
+        self._tell()
+
+    def binding(self, endpoint: str) -> int:
+        """Return the number of the present binding, 0 if there is none."""
+        return self._bindings.get(endpoint, 0)
+
+    def watch(self, watcher: InprocWatcher) -> None:
+        """Tell `watcher`, for as long as it lives."""
+        with self._lock:
+            self._watchers.add(watcher)
+
+    def _tell(self) -> None:
+        with self._lock:
+            watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher.notice_inproc_change()
+
+
+inproc_names = _InprocNames()
+# No listener of the parent lives in the child of a fork, and the lock may be held for ever there.
+os.register_at_fork(after_in_child=inproc_names.__init__)  # type: ignore[misc]

@@ -1,0 +1,85 @@
+"""What the threads of a messenger sleep on.
+
+One thread **leads**: it alone takes input off the sockets. Usually that is the messenger's own thread; a thread that
+waits in `request` may lead in its stead, which saves two thread switches a round trip. Both sleep on descriptors,
+never on ZeroMQ sockets, so that any thread may use a socket (under the messenger's lock) while they sleep.
+
+    outer epoll (the messenger's thread) ── calls: run callbacks that somebody else received
+        └── inner epoll (whoever leads) ── every socket's descriptor
+                                        └── attention: something changed, look again
+
+To lead, a caller takes the inner epoll out of the outer one (a system call, no thread switch) and sleeps on it himself.
+"""
+
+import os
+import select
+from collections.abc import Callable
+
+# epoll takes whole milliseconds, in 31 bits; a longer sleep just wakes up once more.
+SLEEP_S_MAX = 86_400.0
+
+
+class Wakeup:
+    """Two nested epolls and two event descriptors. Methods that sleep are called without the messenger's lock."""
+
+    def __init__(self) -> None:
+        self._inner = select.epoll()
+        self._outer = select.epoll()
+        self._attention = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._calls = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._inner.register(self._attention, select.EPOLLIN)
+        self._outer.register(self._calls, select.EPOLLIN)
+        self._outer.register(self._inner.fileno(), select.EPOLLIN)
+
+    def add(self, descriptor: int) -> None:
+        """Wake the leader when a socket's descriptor becomes readable."""
+        self._inner.register(descriptor, select.EPOLLIN)
+
+    def remove(self, descriptor: int) -> None:
+        """Forget a socket's descriptor, before the socket is closed."""
+        self._inner.unregister(descriptor)
+
+    def take_lead(self) -> None:
+        """Keep input from waking the messenger's thread."""
+        self._outer.modify(self._inner.fileno(), 0)
+
+    def give_lead_back(self) -> None:
+        """Let input wake the messenger's thread again, at once if there is some."""
+        self._outer.modify(self._inner.fileno(), select.EPOLLIN)
+
+    def ask_attention(self) -> None:
+        """Wake whoever leads."""
+        os.eventfd_write(self._attention, 1)
+
+    def announce_calls(self) -> None:
+        """Wake the messenger's thread to run callbacks."""
+        os.eventfd_write(self._calls, 1)
+
+    def sleep(self, timeout: float) -> None:
+        """Sleep on the messenger's thread until there is input, attention or a call to run, or `timeout` is over."""
+        for descriptor, _ in self._outer.poll(min(timeout, SLEEP_S_MAX)):
+            if descriptor == self._calls:
+                _clear(self._calls)
+
+    def wait_input(self, timeout: float) -> list[int]:
+        """Return the sockets' descriptors that are readable, after at most `timeout` seconds."""
+        ready = [descriptor for descriptor, _ in self._inner.poll(min(timeout, SLEEP_S_MAX))]
+        if self._attention in ready:
+            ready.remove(self._attention)
+            _clear(self._attention)
+        return ready
+
+    def close(self) -> None:
+        """Close the descriptors. Nobody may sleep on them any more."""
+        closers: list[Callable[[], None]] = [self._outer.close, self._inner.close]
+        for close in closers:
+            close()
+        os.close(self._attention)
+        os.close(self._calls)
+
+
+def _clear(descriptor: int) -> None:
+    try:
+        os.eventfd_read(descriptor)
+    except BlockingIOError:
+        return  # Somebody else cleared it in between.
