@@ -4,20 +4,24 @@ from .destination import Destination
 from .endpoint import Connection, Listener, Security
 from .errors import (
     CalledFromCallback,
+    Cancelled,
     DeliveryError,
     DestinationInUse,
     DestinationInvalid,
     ForkedError,
+    HandlerError,
+    IdentityInUse,
     LimitReached,
     MessageTooLarge,
     MessengerClosed,
     MessengerError,
+    NoHandler,
     NotDelivered,
     OutcomeUnknown,
     QueueFull,
 )
-from .exchange import Message, Statistics
 from .limits import Limits
+from .message import Message, Statistics
 from .messenger import Messenger
 from .wire import ECHO, NOOP, BuiltinCallback
 
@@ -28,12 +32,15 @@ __all__ = [
     "NOOP",
     "BuiltinCallback",
     "CalledFromCallback",
+    "Cancelled",
     "Connection",
     "DeliveryError",
     "Destination",
     "DestinationInUse",
     "DestinationInvalid",
     "ForkedError",
+    "HandlerError",
+    "IdentityInUse",
     "LimitReached",
     "Limits",
     "Listener",
@@ -42,6 +49,7 @@ __all__ = [
     "Messenger",
     "MessengerClosed",
     "MessengerError",
+    "NoHandler",
     "NotDelivered",
     "OutcomeUnknown",
     "QueueFull",

@@ -11,8 +11,10 @@ import msgspec
 
 from .destination import Destination
 from .errors import DestinationInvalid, LimitReached, MessengerClosed
-from .exchange import Callback, Exchange, Message
+from .exchange import Exchange
 from .limits import Limits
+from .link import GoneOutlet, Outlet
+from .message import Callback, Message
 from .transports.local import best_endpoint
 from .transports.zeromq import ConnectionLink, ListenerLink, SocketLink
 from .wire import encode_identity
@@ -36,8 +38,11 @@ class Driver(Protocol):
     def add(self, link: SocketLink) -> None:
         """Receive from a link from now on."""
 
-    def run_callback(self, callback: Any, argument: Any) -> None:
-        """Run a user's callback in the calling thread, and survive it."""
+    def remove(self, link: SocketLink, why: str) -> None:
+        """Forget a link, before it is closed."""
+
+    def run_in_worker(self, callback: Any, message: Message) -> None:
+        """Run a user's callback in the calling thread, survive it, and note that the message is processed."""
 
     def count_drop(self, kind: str) -> None:
         """Count a message that goes no further."""
@@ -82,12 +87,13 @@ class Connection(_Endpoint):
 
     Attributes:
         destination: Where it leads.
-        routing_id: What a plain ROUTER knows it by: the messenger's identity, with `#2`, `#3`… for further connections
-            of one messenger to one destination.
+        routing_id: In the basic dialect, what a plain ROUTER knows it by: the messenger's identity, with `#2`, `#3`…
+            for further connections of one messenger to one destination.
         closed: Whether `close` was called.
     """
 
     link: ConnectionLink
+    outlet: Outlet
     routing_id: str
 
     @property
@@ -187,7 +193,8 @@ class Workers:
 
     def submit(self, message: Any) -> None:
         """Queue a message for the next free thread."""
-        if self._queue.qsize() >= self._backlog_max:
+        # A session's window bounds what it sends; a plain peer cannot be told to slow down.
+        if not message.number and self._queue.qsize() >= self._backlog_max:
             self._on_overflow()
             return
         with self._lock:
@@ -235,7 +242,7 @@ class Endpoints:
             listener.workers = Workers(
                 worker_count,
                 backlog_max,
-                lambda message: driver.run_callback(user_callback, message),
+                lambda message: driver.run_in_worker(user_callback, message),
                 lambda: driver.count_drop("workers_full"),
             )
             callback = listener.workers.submit
@@ -245,6 +252,8 @@ class Endpoints:
             listener.close_links(0)
             raise
         self._adopt(listener, driver)
+        if not destination.is_loopback():
+            logger.warning("! %s can be reached by anybody, without security", destination)
         return listener
 
     def _bind(self, listener: Listener, callback: Callback | None) -> None:
@@ -252,7 +261,9 @@ class Endpoints:
 
         def bind(endpoint: str) -> None:
             identity = encode_identity(listener.identity)
-            listener.add_link(ListenerLink(endpoint, identity, listener, callback, self._exchange, self._limits))
+            link = ListenerLink(endpoint, identity, listener, callback, self._exchange, self._limits)
+            link.has_workers = listener.workers is not None
+            listener.add_link(link)
 
         # The tcp port comes first: it may be any free one, and then names the others.
         *local_endpoints, last_endpoint = listener.destination.endpoints()
@@ -264,27 +275,36 @@ class Endpoints:
         for endpoint in reversed(local_endpoints):
             bind(endpoint)
 
-    def connect(self, destination: Destination, callback: Callback | None, driver: Driver) -> Connection:
+    def connect(self, destination: Destination, callback: Callback | None, dialect: str, driver: Driver) -> Connection:
         """Open a connection; see `Messenger.make_connection`."""
         if destination.port == 0 and destination.transport in (None, "tcp"):
             raise DestinationInvalid(f"{destination}: port 0 is only for listeners")
         self._check_count(Connection, "connections_max", self._limits.connections_max)
         connection = Connection(self._messenger, destination)
-        connection.routing_id = self._make_routing_id(destination)
+        is_basic = dialect == "basic"
+        connection.routing_id = self._make_routing_id(destination) if is_basic else ""
         routing_id = encode_identity(connection.routing_id)
         endpoint = best_endpoint(destination.endpoints())
-        connection.link = ConnectionLink(endpoint, routing_id, connection, callback, self._exchange, self._limits)
+        link = ConnectionLink(routing_id, connection, callback, self._exchange, self._limits)
+        connection.link = link
+        connection.outlet = link if is_basic else self._exchange.handshake.open(link)
         self._adopt(connection, driver)
+        try:
+            link.attach(endpoint)
+        except DestinationInvalid:
+            self.discard(connection)
+            driver.remove(link, "it cannot be connected")
+            link.close(0)
+            raise
         return connection
 
     def _make_routing_id(self, destination: Destination) -> str:
         """Return the identity, with a number if another connection may already show it to the same socket."""
-        place = (destination.host, destination.port, destination.name)
+        places = set(destination.endpoints())
         taken = {
             other.routing_id
             for other in self._open
-            if isinstance(other, Connection)
-            and (other.destination.host, other.destination.port, other.destination.name) == place
+            if isinstance(other, Connection) and not places.isdisjoint(other.destination.endpoints())
         }
         identity: str = self._messenger.identity
         routing_id, number = identity, 2
@@ -299,26 +319,35 @@ class Endpoints:
 
     def route(self, to: Any, driver: Driver) -> tuple[Any, bytes, bool]:
         """Return the link to send by, the routing id there, and whether the listener may have the peer on another."""
-        if isinstance(to, Message):
-            endpoint: Any = to.link.owner
-            route: tuple[Any, bytes, bool] = (to.link, to.peer if isinstance(endpoint, Listener) else b"", False)
-        elif isinstance(to, Connection):
-            endpoint, route = to, (to.link, b"", False)
+        route: tuple[Any, bytes, bool]
+        kind = type(to)  # Nobody derives from these, and isinstance costs more.
+        if kind is Message:
+            outlet = to.link
+            endpoint: Any = outlet.handle
+            if to.incarnation != outlet.peer_incarnation:
+                outlet = GoneOutlet(endpoint, None)
+            route = (outlet, to.peer if outlet.is_shared else b"", False)
+        elif kind is Connection:
+            endpoint = to
+            route = (to.outlet, b"", False)
         elif isinstance(to, tuple):
             if len(to) != 2 or not isinstance(to[0], Listener) or not isinstance(to[1], str):
                 raise TypeError(f"a pair to send to is (listener, identity), not {to!r}")
             endpoint = to[0]
-            route = (endpoint.links[0], encode_identity(to[1]), True)
+            identity = encode_identity(to[1])
+            session = self._exchange.handshake.find(endpoint, identity)
+            # Whom no session knows may be a plain peer, at any of the sockets.
+            route = (endpoint.links[0], identity, True) if session is None else (session, b"", False)
         else:
             endpoint = self._by_destination.get(to)
             if endpoint is None:
                 destination = Destination.parse(to)
-                endpoint = self._by_destination.get(destination) or self.connect(destination, None, driver)
+                endpoint = self._by_destination.get(destination) or self.connect(destination, None, "session", driver)
                 self._by_destination[to] = self._by_destination[destination] = endpoint
-            route = (endpoint.link, b"", False)
-        if endpoint.closed:
-            raise MessengerClosed(f"{endpoint!r} is closed")
-        if endpoint.messenger is not self._messenger:
+            route = (endpoint.outlet, b"", False)
+        if endpoint.closed or endpoint.messenger is not self._messenger:
+            if endpoint.closed:
+                raise MessengerClosed(f"{endpoint!r} is closed")
             raise ValueError(f"{to!r} belongs to {endpoint.messenger!r}, not to {self._messenger!r}")
         return route
 
@@ -356,11 +385,8 @@ class Endpoints:
             raise LimitReached(f"{limit} are open, that is {name}")
 
     def _check_exposed(self, destination: Destination) -> None:
-        if destination.is_loopback():
-            return
-        if not self._security.insecure:
+        if not destination.is_loopback() and not self._security.insecure:
             raise DestinationInvalid(
                 f"{destination} can be reached from other machines, and nothing would check who connects; listen on a "
                 "loopback address, or say Messenger(security=Security(insecure=True)) if the network is trusted"
             )
-        logger.warning("! %r listens on %s without security: who reaches it can send", self._messenger, destination)

@@ -63,3 +63,27 @@ class NotDelivered(DeliveryError):
 
 class OutcomeUnknown(DeliveryError):
     """No response came in time; the message may have run at the receiver."""
+
+
+class IdentityInUse(NotDelivered):
+    """Another living process has this messenger's identity at the receiver. The message did not run."""
+
+
+class NoHandler(NotDelivered):
+    """The message arrived, but there is nothing to run at the receiver: no callback, and no such callback id."""
+
+
+class HandlerError(DeliveryError):
+    """A callback at the receiver raised.
+
+    Attributes:
+        type_name: Of the exception, such as `"ValueError"`.
+    """
+
+    def __init__(self, text: str, message_id: int, type_name: str = "") -> None:
+        super().__init__(text, message_id)
+        self.type_name = type_name
+
+
+class Cancelled(DeliveryError):
+    """The sender gave the message up with `cancel`. It may have run."""

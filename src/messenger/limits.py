@@ -24,6 +24,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         listeners_max: Listeners of one messenger. Each holds up to three sockets.
         worker_backlog_max: Messages that wait for a free thread at a listener with `workers`. Beyond it they are
             dropped and counted, because a plain peer cannot be told to slow down.
+        window_msgs: Messages of one session that were sent and whose callbacks have not returned. Both ends keep it, so
+            the smaller one counts.
+        window_bytes: The same in bytes, at least one message.
+        sessions_max: Sessions of peers that listeners of this messenger know, alive or not. About 3 KB each.
+        session_idle_s_max: Seconds after which a listener forgets a session that it hears nothing of.
     """
 
     message_bytes_max: int = 64 * MIB
@@ -33,6 +38,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     connections_max: int = 4_096
     listeners_max: int = 1_024
     worker_backlog_max: int = 100_000
+    window_msgs: int = 8_192
+    window_bytes: int = 64 * MIB
+    sessions_max: int = 10_000
+    session_idle_s_max: int = 600
 
     def __post_init__(self) -> None:
         for field in self.__struct_fields__:
@@ -48,11 +57,34 @@ IDENTITY_BYTES_MAX = 240
 TURN_MSGS_MAX = 250
 # The two callback ids and their dashes in front of the contents: 2 x 20 digits + 2.
 HEADER_BYTES_MAX = 42
-# Below this size a copy costs less than the bookkeeping of a zero-copy send (7 microseconds).
-ZERO_COPY_BYTES_MIN = 64 * KIB
+# Contents from this size on travel as a frame of their own, without a copy. Below, a copy costs less than a frame.
+LARGE_BYTES_MIN = 64 * KIB
 # The longest path that fits a Unix socket address, without its closing NUL.
 IPC_PATH_BYTES_MAX = 107
 # A close waits so long for what was queued to leave the process.
 CLOSE_TIMEOUT_S = 1.0
 # Descriptors and sockets of all messengers of a process; ZeroMQ's own default of 1,023 is too small for 1,000 peers.
 SOCKETS_MAX = 65_535
+
+# Sessions.
+
+# A batch never holds more, so that both sides of a busy session work at once.
+BATCH_MSGS_MAX = 250
+BATCH_BYTES_MAX = 256 * KIB
+# What callbacks send leaves at the end of their turn, but if the turn takes longer than this, in between.
+FLUSH_S = 0.001
+# An acknowledgement waits so long for a message that it can travel with.
+ACK_DELAY_S = 0.02
+# RFC 6298 says 1 s for the last two; links here are fast, and what the timeout sends is an empty frame.
+RTO_MIN_S = 0.25
+RTO_INITIAL_S = 0.5
+RTO_MAX_S = 8.0
+# A session with nothing under way shows so often that it lives; a listener learns by it when the link was made anew.
+IDLE_PROBE_S = 10.0
+# A HELLO without an answer is said again after the first time, doubled each time, up to the second.
+HELLO_S_MIN = 0.25
+HELLO_S_MAX = 2.0
+# Challenges that are open at one time, for one identity and in all, and how long a challenge stays open.
+CHALLENGES_PER_IDENTITY_MAX = 4
+CHALLENGES_MAX = 1_024
+CHALLENGE_S = 10.0

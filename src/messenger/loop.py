@@ -19,9 +19,13 @@ from enum import Enum
 from typing import Any
 
 from .errors import DeliveryError, QueueFull
-from .exchange import FOREVER, Exchange, Link, Message, Waiter
+from .exchange import BATCH_PROCESSED, Exchange
+from .limits import CLOSE_TIMEOUT_S, FLUSH_S
+from .link import Outlet
+from .message import Message, Waiter
+from .session import FOREVER
 from .transports.local import inproc_names
-from .transports.wakeup import Wakeup
+from .transports.wakeup import SLEEP_S_MAX, Wakeup
 from .transports.zeromq import SocketLink
 
 logger = logging.getLogger("messenger")
@@ -85,11 +89,14 @@ class Loop:
         self._attach_links = attach_links
         self._is_idle = is_idle
         self._on_stop = on_stop
+        self.thread_id = 0
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         # Notified when a full queue gets room, and when a leader leaves while the messenger closes.
         self._changed = threading.Condition(self.lock)
         self._wakeup: Wakeup
+        # By descriptor: of the sockets, and of their monitors.
         self._links: dict[int, SocketLink] = {}
+        self._monitored: dict[int, SocketLink] = {}
         # Links whose events must be read before a sleep, and links that are known to have input.
         self._touched: set[SocketLink] = set()
         self._readable: set[SocketLink] = set()
@@ -99,6 +106,7 @@ class Loop:
         self._leader_sleeps = False
         self._thread_sleeps = False
         self._wake_at = FOREVER
+        self._thread_wake_at = FOREVER
         self._must_attach = False
         self._room_wanted_count = 0
 
@@ -109,10 +117,19 @@ class Loop:
         self._wakeup = Wakeup()
         self.state = State.RUNNING
         self._thread.start()
+        self.thread_id = self._thread.ident or 0
         inproc_names.watch(self)
 
     def close(self, timeout: float) -> None:
         """Stop when all is settled or `timeout` is over. Called without the lock; waits, except in a callback."""
+        self.begin_close(timeout)
+        if self._thread.is_alive() and not self.is_own_thread():
+            self._thread.join(min(timeout, SLEEP_S_MAX) + CLOSE_TIMEOUT_S)
+            if self._thread.is_alive():
+                logger.error("! %s: a callback still runs after the close; nothing is sent any more", self._thread.name)
+
+    def begin_close(self, timeout: float) -> None:
+        """Close as `close` does, but do not wait. Called without the lock."""
         with self.lock:
             if self.state is State.NEW:
                 self.state = State.CLOSED
@@ -122,8 +139,6 @@ class Loop:
                 self._changed.notify_all()
                 self._wakeup.ask_attention()
                 self._wakeup.announce_calls()
-        if self._thread.is_alive() and not self.is_own_thread():
-            self._thread.join()
 
     def mark_forked(self) -> None:
         """Never work again: this is the child of a fork. The thread lives in the parent, and may hold the lock."""
@@ -132,7 +147,7 @@ class Loop:
 
     def is_own_thread(self) -> bool:
         """Return whether the caller is a callback on the loop's thread. No lock needed."""
-        return self._thread.ident == threading.get_ident()
+        return self.thread_id == threading.get_ident()
 
     # Links.
 
@@ -140,17 +155,24 @@ class Loop:
         """Receive from a link from now on."""
         self._exchange.links.add(link)
         self._links[link.descriptor] = link
+        self._monitored[link.monitor_descriptor] = link
         self._wakeup.add(link.descriptor)
+        self._wakeup.add(link.monitor_descriptor)
+        link.touch = self._touched.add
         self._touched.add(link)
+        # A descriptor tells of nothing before the events were read once.
+        link.read_news()
         self._wakeup.ask_attention()
 
     def remove(self, link: SocketLink, why: str) -> None:
         """Forget a link, before it is closed, and end its messages."""
+        self._exchange.close_link(link, why, time.monotonic())
         self._wakeup.remove(link.descriptor)
+        self._wakeup.remove(link.monitor_descriptor)
         del self._links[link.descriptor]
+        del self._monitored[link.monitor_descriptor]
         self._touched.discard(link)
         self._readable.discard(link)
-        self._exchange.abandon(link, why)
         self.announce_calls()
         self._changed.notify_all()
 
@@ -166,19 +188,16 @@ class Loop:
 
     # Sending.
 
-    def flush(self, link: SocketLink) -> None:
-        """Give a link's queue to the network; whoever sleeps is woken if that brought work."""
-        link.flush()
-        if self._leader_sleeps:
-            # The flush may have used up the descriptor's signal for input that came meanwhile.
-            if link.has_input():
-                self._readable.add(link)
-                self._wakeup.ask_attention()
-            elif self._exchange.next_deadline_at < self._wake_at:
-                self._wakeup.ask_attention()
-        else:
-            self._touched.add(link)
+    def flush(self) -> None:
+        """Give what waits to the network; whoever sleeps is woken if that brought work."""
+        exchange = self._exchange
+        exchange.flush(time.monotonic())
+        # The flush may have used up the descriptor's signal for input that came meanwhile.
+        if self._leader_sleeps and (self._read_events() or exchange.next_deadline_at < self._wake_at):
+            self._wakeup.ask_attention()
         self.announce_calls()
+        if self._room_wanted_count:
+            self._changed.notify_all()
 
     def announce_calls(self) -> None:
         """Wake the loop's thread if it sleeps and there are callbacks to run."""
@@ -186,7 +205,7 @@ class Loop:
             self._thread_sleeps = False
             self._wakeup.announce_calls()
 
-    def wait_room(self, link: Link, deadline_at: float) -> None:
+    def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
         """Wait until a full queue takes a message. In a callback it returns at once, since it would wait for itself.
 
         Raises:
@@ -196,11 +215,9 @@ class Loop:
             return
         self._room_wanted_count += 1
         try:
-            while self._exchange.is_full(link) and self.state is State.RUNNING:
+            while self._exchange.is_full(outlet) and self.state is State.RUNNING:
                 if not self._changed.wait(deadline_at - time.monotonic()):
-                    raise QueueFull(
-                        f"the queue to {link.owner} stayed full ({len(link.queue)} messages) to the timeout"
-                    )
+                    raise QueueFull(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
         finally:
             self._room_wanted_count -= 1
 
@@ -208,13 +225,10 @@ class Loop:
 
     def _take_input(self) -> None:
         """Receive what is there and end what has expired."""
-        links = self._readable
-        links.update(self._find(self._wakeup.wait_input(0)))
-        self._readable = set()
+        self._note_ready(self._wakeup.wait_input(0))
+        links, self._readable = self._readable, set()
         for link in links:
             link.receive()
-            if link.queue:
-                link.flush()
         self._touched |= links
         if self._must_attach:
             self._must_attach = False
@@ -226,17 +240,26 @@ class Loop:
         if self._room_wanted_count:
             self._changed.notify_all()
 
-    def _find(self, descriptors: list[int]) -> list[SocketLink]:
-        return [self._links[descriptor] for descriptor in descriptors if descriptor in self._links]
+    def _note_ready(self, descriptors: list[int]) -> None:
+        """Note which links have input, and read the news of those that have news."""
+        for descriptor in descriptors:
+            if descriptor in self._links:
+                self._readable.add(self._links[descriptor])
+            elif descriptor in self._monitored:
+                self._monitored[descriptor].read_news()
 
     def _read_events(self) -> bool:
-        """Read the events of touched links, as must be done before a sleep; return whether there is input."""
-        touched, self._touched = self._touched, set()
-        for link in touched:
-            if link.queue:
-                link.flush()
-            if link.has_input():
-                self._readable.add(link)
+        """Send what waits and read touched links' events, as is due before a sleep; return whether there is input."""
+        exchange = self._exchange
+        while self._touched or exchange.is_dirty:
+            exchange.flush(time.monotonic())
+            touched = list(self._touched)
+            self._touched.clear()
+            for link in touched:
+                if link.has_input():
+                    self._readable.add(link)
+        if self._room_wanted_count:
+            self._changed.notify_all()
         return bool(self._readable)
 
     # Waiting in another thread.
@@ -279,7 +302,7 @@ class Loop:
         finally:
             self.lock.acquire()
             self._leader_sleeps = False
-        self._readable.update(self._find(descriptors))
+        self._note_ready(descriptors)
         self._take_input()
 
     def _follow(self, waiter: ThreadWaiter, deadline_at: float) -> None:
@@ -309,7 +332,11 @@ class Loop:
         self._leader = None
         has_input = self._read_events()
         self._wakeup.give_lead_back()
-        if has_input or self._exchange.calls or self.state is not State.RUNNING:
+        # The loop's thread leads again; it may sleep on until the time that it chose when it went to sleep.
+        self._leader_sleeps = self._thread_sleeps
+        self._wake_at = self._thread_wake_at
+        is_late = self._exchange.next_deadline_at < self._wake_at
+        if has_input or is_late or self._exchange.calls or self.state is not State.RUNNING:
             self._wakeup.announce_calls()
             self._changed.notify_all()
 
@@ -327,29 +354,59 @@ class Loop:
                 if self.state is State.CLOSING and self._is_over():
                     break
                 leads = self._leader is None
-                if self._exchange.calls or (leads and self._read_events()):
+                has_input = self._read_events()
+                if has_input and self._leader_sleeps and not leads:
+                    self._wakeup.ask_attention()
+                if self._exchange.calls or (leads and has_input):
                     continue
                 wake_at = self.close_at
                 if leads:
                     wake_at = self._wake_at = min(self._exchange.next_deadline_at, self.close_at)
                     self._leader_sleeps = True
+                self._thread_wake_at = wake_at
                 self._thread_sleeps = True
             self._wakeup.sleep(max(0.0, wake_at - time.monotonic()))
         self._stop()
 
     def _run_calls(self) -> None:
         calls = self._exchange.calls
-        while calls:
-            self.run_callback(*calls.popleft())
+        flush_at = time.monotonic() + FLUSH_S
+        # Only those that are there now: callbacks may add calls for ever, and input must have its turn.
+        for _ in range(len(calls)):
+            callback, argument = calls.popleft()
+            if callback is BATCH_PROCESSED:
+                with self.lock:
+                    self._exchange.note_processed(*argument)
+            else:
+                try:
+                    callback(argument)
+                except BaseException as error:
+                    self._report(callback, argument, error)
+            now = time.monotonic()
+            if now >= flush_at:
+                # What earlier callbacks sent must not wait for slow ones.
+                with self.lock:
+                    self.flush()
+                flush_at = now + FLUSH_S
 
-    def run_callback(self, callback: Any, argument: Message | DeliveryError) -> None:
-        """Run a user's callback, here or in a worker thread; whatever it raises, the loop serves others and goes on."""
+    def run_in_worker(self, callback: Callable[[Message], object], message: Message) -> None:
+        """Run a user's callback in a worker thread, survive it, and note that the message is processed."""
         try:
-            callback(argument)
-        except BaseException:
-            logger.exception("! a callback raised: %r on %r", callback, argument)
-            with self.lock:
-                self._exchange.callback_error_count += 1
+            callback(message)
+        except BaseException as error:
+            self._report(callback, message, error)
+        with self.lock:
+            self._exchange.note_one_processed(message)
+            if self.state in (State.RUNNING, State.CLOSING):
+                self.flush()
+                if self.state is State.CLOSING:
+                    self._wakeup.announce_calls()
+
+    def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
+        """Tell of a callback that raised; whatever it was, the loop serves others and goes on."""
+        logger.error("! a callback raised: %r on %r", callback, argument, exc_info=error)
+        with self.lock:
+            self._exchange.report_raised(argument, error)
 
     def count_drop(self, kind: str) -> None:
         """Count a message that goes no further."""
@@ -359,8 +416,7 @@ class Loop:
     def _is_over(self) -> bool:
         if time.monotonic() >= self.close_at:
             return True
-        exchange = self._exchange
-        return self._is_idle() and not (exchange.outstanding_count or exchange.queued_count or exchange.calls)
+        return self._is_idle() and self._exchange.is_settled
 
     def _stop(self) -> None:
         with self.lock:
@@ -370,7 +426,8 @@ class Loop:
             self._wakeup.ask_attention()
             while self._leader is not None:
                 self._changed.wait()
-        self._run_calls()
+        while self._exchange.calls:
+            self._run_calls()
         self._on_stop(max(0.05, self.close_at - time.monotonic()))
         with self.lock:
             self._wakeup.close()

@@ -5,22 +5,28 @@ import logging
 import os
 import secrets
 import socket
-import time
 import weakref
+from threading import get_ident
+from time import monotonic
 from types import TracebackType
 from typing import Literal, Self
 
 from .destination import Destination
 from .endpoint import Connection, Endpoints, Listener, Security, To
-from .errors import CalledFromCallback, DeliveryError, ForkedError, MessengerClosed
-from .exchange import FOREVER, Callback, ErrorCallback, Exchange, Message, Statistics, Waiter
-from .limits import CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, Limits
+from .errors import CalledFromCallback, DeliveryError, ForkedError, MessengerClosed, QueueFull
+from .exchange import Exchange
+from .limits import BATCH_MSGS_MAX, CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, Limits
 from .loop import Loop, State, ThreadWaiter
+from .message import Callback, ErrorCallback, Message, Statistics
+from .session import FOREVER
 from .wire import ID_MAX, NOOP, Buffer, encode_identity
 
 logger = logging.getLogger("messenger")
+# Draws incarnations and nonces, which others must not guess.
+_rng = secrets.SystemRandom()
 
 Contents = Buffer | str
+RUNNING = State.RUNNING
 
 
 class Messenger:
@@ -45,7 +51,7 @@ class Messenger:
         _check_identity(identity)
         self.identity = identity
         self.limits = limits or Limits()
-        self._exchange = Exchange(self, self.limits, _log_unheard)
+        self._exchange = Exchange(self, self.limits, _log_unheard, encode_identity(identity), _rng)
         self._endpoints = Endpoints(self, self.limits, security or Security(), self._exchange)
         self._loop = Loop(
             f"messenger-{identity}",
@@ -103,7 +109,7 @@ class Messenger:
         Args:
             destination: A bare port or `"host:port"` takes the best transport that has a listener now, else tcp.
             callback: Run on every message that arrives on this connection, as an SLC is at a listener.
-            dialect: `"basic"` for servers that are plain ZeroMQ programs. Until sessions exist both mean basic.
+            dialect: `"basic"` for servers that are plain ZeroMQ programs; fire and forget, as ZeroMQ is.
 
         Raises:
             DestinationInvalid, LimitReached, MessengerClosed, ForkedError.
@@ -116,7 +122,7 @@ class Messenger:
         parsed = Destination.parse(destination)
         with self._loop.lock:
             self._require_open()
-            return self._endpoints.connect(parsed, callback, self._loop)
+            return self._endpoints.connect(parsed, callback, dialect, self._loop)
 
     def send_message(
         self,
@@ -127,6 +133,7 @@ class Messenger:
         on_error: ErrorCallback | None = None,
         remote_callback: int = NOOP,
         timeout: float = 30.0,
+        redeliver: bool = False,
     ) -> int:
         """Queue one message and return at once.
 
@@ -153,9 +160,36 @@ class Messenger:
 
         Thread: any. Source: docs/protocol.md, "Messages".
         """
-        _check_callable("callback", callback)
-        _check_callable("on_error", on_error)
-        return self._send(to, contents, callback, on_error, remote_callback, timeout)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback is {callback!r}, it must be callable")
+        if on_error is not None and not callable(on_error):
+            raise TypeError(f"on_error is {on_error!r}, it must be callable")
+        if type(contents) is not bytes:
+            contents = _as_bytes(contents)
+        if not 0 < timeout < FOREVER:
+            raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
+        if not 0 <= remote_callback <= ID_MAX:
+            raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
+        deadline_at = monotonic() + timeout
+        loop, exchange = self._loop, self._exchange
+        with loop.lock:
+            if loop.state is not RUNNING:
+                self._require_open(type(to) is Message)
+            outlet, peer, roams = self._endpoints.route(to, loop)
+            if not remote_callback and type(to) is Message:
+                remote_callback = to.source_callback_id
+            arguments = (outlet, peer, contents, callback, on_error, remote_callback, deadline_at, roams, redeliver)
+            try:
+                message_id = exchange.send(*arguments)
+            except QueueFull:
+                loop.wait_room(outlet, deadline_at)
+                self._require_open(type(to) is Message)
+                self._endpoints.route(to, loop)  # It may have been closed meanwhile.
+                message_id = exchange.send(*arguments)
+            # In a callback messages wait for the end of the turn, or for a full batch.
+            if loop.thread_id != get_ident() or len(outlet.queue) >= BATCH_MSGS_MAX:
+                loop.flush()
+        return message_id
 
     def request(self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = 30.0) -> Message:
         """Send one message and wait for its response.
@@ -176,13 +210,26 @@ class Messenger:
         if self._loop.is_own_thread():
             raise CalledFromCallback("request would wait for itself in a callback; use send_message with a callback")
         waiter = ThreadWaiter()
-        self._send(to, contents, waiter, None, remote_callback, timeout)
+        self.send_message(to, contents, waiter, remote_callback=remote_callback, timeout=timeout)
         if not waiter.done:
             with self._loop.lock:
-                self._loop.await_outcome(waiter, time.monotonic() + timeout)
+                self._loop.await_outcome(waiter, monotonic() + timeout)
         if waiter.error is not None:
             raise waiter.error
         return waiter.response  # type: ignore[return-value]  # Settled without an error.
+
+    def cancel(self, message_id: int) -> bool:
+        """Give a message up: its `on_error` gets `Cancelled`, unless it has its outcome already. It may still run.
+
+        Returns:
+            Whether it had no outcome yet.
+
+        Thread: any.
+        """
+        with self._loop.lock:
+            is_open = self._exchange.cancel(message_id)
+            self._loop.announce_calls()
+        return is_open
 
     def register_callback(self, callback_id: int, callback: Callback) -> None:
         """Let peers run `callback`, on the messenger's thread, by naming a fixed id as `remote_callback`.
@@ -210,6 +257,8 @@ class Messenger:
 
         Thread: any.
         """
+        if not timeout >= 0:
+            raise ValueError(f"timeout is {timeout!r}, it must be a number of seconds of at least 0")
         self._loop.close(timeout)
 
     def __enter__(self) -> Self:
@@ -225,9 +274,9 @@ class Messenger:
     def __repr__(self) -> str:
         return f"<Messenger {self.identity!r}, {self._loop.state.value}>"
 
-    # Called with the loop's lock held, except _send, which takes it.
+    # Called with the loop's lock held.
 
-    def _require_open(self) -> None:
+    def _require_open(self, is_answer: bool = False) -> None:
         state = self._loop.state
         if state is State.RUNNING:
             return
@@ -235,44 +284,9 @@ class Messenger:
             self._loop.start()
         elif state is State.FORKED:
             raise ForkedError(f"messenger {self.identity!r} was made before a fork; make a new one in the child")
-        # Callbacks may still answer while the messenger closes.
-        elif state is State.CLOSED or not self._loop.is_own_thread():
+        # While the messenger closes, callbacks may still send, and workers answer.
+        elif state is State.CLOSED or not (is_answer or self._loop.is_own_thread()):
             raise MessengerClosed(f"messenger {self.identity!r} is {state.value}")
-
-    def _send(
-        self,
-        to: To,
-        contents: Contents,
-        callback: Callback | Waiter | None,
-        on_error: ErrorCallback | None,
-        remote_callback: int,
-        timeout: float,
-    ) -> int:
-        if isinstance(contents, str):
-            contents = contents.encode()
-        elif not isinstance(contents, (bytes, bytearray)):
-            contents = memoryview(contents).cast("B")
-        if not 0 < timeout < FOREVER:
-            raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
-        if not 0 <= remote_callback <= ID_MAX:
-            raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
-        deadline_at = time.monotonic() + timeout
-        loop, exchange = self._loop, self._exchange
-        with loop.lock:
-            if loop.state is not State.RUNNING:
-                self._require_open()
-            link, peer, roams = self._endpoints.route(to, loop)
-            if isinstance(to, Message) and not remote_callback:
-                remote_callback = to.source_callback_id
-            if link.queue and exchange.is_full(link):
-                loop.wait_room(link, deadline_at)
-                self._require_open()
-            message_id = exchange.send(link, peer, contents, callback, on_error, remote_callback, deadline_at, roams)
-            loop.flush(link)
-            if roams:
-                for sibling in link.siblings():
-                    loop.flush(sibling)
-        return message_id
 
     def _close_endpoint(self, endpoint: Connection | Listener) -> None:
         """Close a connection or listener. Called without the lock."""
@@ -289,6 +303,12 @@ class Messenger:
             self._loop.touch(link)
 
 
+def _as_bytes(contents: Contents) -> Buffer:
+    if isinstance(contents, str):
+        return contents.encode()
+    return contents if isinstance(contents, (bytes, bytearray)) else memoryview(contents).cast("B")
+
+
 def _log_unheard(error: DeliveryError) -> None:
     logger.warning("! %s: %s (give on_error= to handle this)", type(error).__name__, error)
 
@@ -299,7 +319,10 @@ def _check_callable(name: str, value: object) -> None:
 
 
 def _check_identity(identity: str) -> None:
-    length = len(encode_identity(identity))
+    try:
+        length = len(encode_identity(identity))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"identity {identity!r} cannot be encoded as UTF-8") from error
     if not 0 < length <= IDENTITY_BYTES_MAX or "\0" in identity:
         raise ValueError(f"identity {identity!r} is {length} bytes, it must be 1 to {IDENTITY_BYTES_MAX} without NUL")
 
@@ -308,7 +331,11 @@ _live_messengers: weakref.WeakSet[Messenger] = weakref.WeakSet()
 
 
 def _close_at_exit() -> None:
-    for messenger in list(_live_messengers):
+    messengers = list(_live_messengers)
+    # All at once, so that many do not take many seconds.
+    for messenger in messengers:
+        messenger._loop.begin_close(CLOSE_TIMEOUT_S)
+    for messenger in messengers:
         messenger.close()
 
 

@@ -1,13 +1,21 @@
-"""Bytes to messages and back: pure functions, nothing else.
+"""Bytes to messages, and to the frames of sessions, and back: pure functions, nothing else.
 
 A message is, byte for byte, what `b"%d-%d-%b" % (source_callback_id, dest_callback_id, contents)` gives. The contents
 may hold anything, dashes included, so only the first two dashes separate. Nothing here may raise anything but
 `MalformedMessage` on any bytes whatever, or take time that grows with the digits of an id.
 
-Source: docs/protocol.md, "Messages".
+A session frame is a fixed header and a body that depends on its kind; a DATA frame holds a batch of messages in this
+very format, back to back, their sizes in front of them.
+
+Source: docs/protocol.md, "Messages" and "Session dialect".
 """
 
-from enum import IntEnum
+import struct
+from collections.abc import Sequence
+from enum import IntEnum, IntFlag
+from typing import Annotated, NamedTuple
+
+import msgspec
 
 from .errors import MalformedMessage
 
@@ -84,3 +92,252 @@ def decode_identity(routing_id: bytes) -> str:
     if identity.startswith("0x") and encode_identity(identity) != routing_id:
         return "0x" + routing_id.hex()
     return identity
+
+
+# Session frames. All integers are little-endian.
+
+MAGIC = 0x4D
+VERSION = 1
+_HEADER = struct.Struct("<BBBBQQ")
+_HELLO = struct.Struct("<QQIQ")
+_CHALLENGE = struct.Struct("<QQIQ")
+_RESPONSE = struct.Struct("<Q")
+_DATA = struct.Struct("<QQQI")
+DATA_HEADER_BYTES = _HEADER.size + _DATA.size
+# In a message's size: its contents follow as a frame of their own.
+_LARGE = 1 << 31
+_SIZES = [struct.Struct(f"<{count}I") for count in range(257)]
+
+
+class Kind(IntEnum):
+    """What a session frame is for."""
+
+    HELLO = 1
+    CHALLENGE = 2
+    RESPONSE = 3
+    DATA = 4
+    UNKNOWN = 5
+    REFUSED = 6
+    GOODBYE = 7
+
+
+class Flag(IntFlag):
+    """What a DATA frame asks for, or has."""
+
+    ASK = 1  # Answer with your acknowledgements now.
+    RESEND = 2  # Something is missing behind `received_through`; send from there again.
+    OPTIONS = 4  # A block of options follows the sizes.
+
+
+class Reason(IntEnum):
+    """Why a session is refused."""
+
+    VERSION = 1
+    IDENTITY_IN_USE = 2
+    LIMIT = 3
+
+
+class OptionKind(IntEnum):
+    """What an option says of one message of a batch."""
+
+    HANDLER_ERROR = 1  # It is an error response; name and text of the exception.
+    NO_HANDLER = 2  # It is an error response: nothing ran.
+    REDELIVERED = 3  # An earlier process may have run it.
+
+
+class Option(msgspec.Struct, array_like=True, frozen=True):
+    """What is rare, of one message of a batch."""
+
+    index: int
+    kind: int
+    name: str = ""
+    text: str = ""
+
+
+# A list that names more messages than a batch has is refused before it is built.
+_OPTIONS = msgspec.msgpack.Decoder(Annotated[list[Option], msgspec.Meta(max_length=256)])
+REFUSAL_BYTES_MAX = 1_000
+
+
+class Header(NamedTuple):
+    """What every session frame starts with."""
+
+    version: int
+    kind: int
+    flags: int
+    source_incarnation: int
+    dest_incarnation: int
+
+
+class Hello(NamedTuple):
+    """HELLO: who wants a session."""
+
+    nonce: int
+    process: int
+    window_msgs: int
+    window_bytes: int
+    identity: bytes
+
+
+class Challenge(NamedTuple):
+    """CHALLENGE: the other side, alive (it echoes the nonce of a HELLO), asks the same of us."""
+
+    echo: int
+    nonce: int
+    window_msgs: int
+    window_bytes: int
+    identity: bytes
+
+
+class Data(NamedTuple):
+    """DATA: acknowledgements, and a batch that starts with message number `first`."""
+
+    first: int
+    received_through: int
+    processed_through: int
+    msg_count: int
+
+
+def encode_header(kind: Kind, source_incarnation: int, dest_incarnation: int, flags: int = 0) -> bytes:
+    """Return a whole UNKNOWN or GOODBYE frame, or the start of any other."""
+    return _HEADER.pack(MAGIC, VERSION, kind, flags, source_incarnation, dest_incarnation)
+
+
+def decode_header(frame: bytes) -> Header:
+    """Return the header of a session frame.
+
+    Raises:
+        MalformedMessage: It is none.
+    """
+    if len(frame) < _HEADER.size or frame[0] != MAGIC:
+        raise MalformedMessage("the first frame is no session header")
+    return Header(*_HEADER.unpack_from(frame)[1:])
+
+
+def encode_hello(source_incarnation: int, dest_incarnation: int, hello: Hello) -> bytes:
+    """Return a HELLO frame."""
+    return encode_header(Kind.HELLO, source_incarnation, dest_incarnation) + _HELLO.pack(*hello[:4]) + hello.identity
+
+
+def decode_hello(frame: bytes) -> Hello:
+    """Return the body of a HELLO frame."""
+    nonce, process, window_msgs, window_bytes = _unpack(_HELLO, frame)
+    return Hello(nonce, process, window_msgs, window_bytes, frame[_HEADER.size + _HELLO.size :])
+
+
+def encode_challenge(source_incarnation: int, dest_incarnation: int, challenge: Challenge) -> bytes:
+    """Return a CHALLENGE frame."""
+    header = encode_header(Kind.CHALLENGE, source_incarnation, dest_incarnation)
+    return header + _CHALLENGE.pack(*challenge[:4]) + challenge.identity
+
+
+def decode_challenge(frame: bytes) -> Challenge:
+    """Return the body of a CHALLENGE frame."""
+    echo, nonce, window_msgs, window_bytes = _unpack(_CHALLENGE, frame)
+    return Challenge(echo, nonce, window_msgs, window_bytes, frame[_HEADER.size + _CHALLENGE.size :])
+
+
+def encode_response(source_incarnation: int, dest_incarnation: int, echo: int) -> bytes:
+    """Return a RESPONSE frame."""
+    return encode_header(Kind.RESPONSE, source_incarnation, dest_incarnation) + _RESPONSE.pack(echo)
+
+
+def decode_response(frame: bytes) -> int:
+    """Return the nonce that a RESPONSE frame echoes."""
+    (echo,) = _unpack(_RESPONSE, frame)
+    return int(echo)
+
+
+def encode_refusal(dest_incarnation: int, reason: Reason, text: str, source_incarnation: int = 0) -> bytes:
+    """Return a REFUSED frame; the text is for people."""
+    return encode_header(Kind.REFUSED, source_incarnation, dest_incarnation, reason) + text.encode()
+
+
+def decode_refusal(frame: bytes) -> str:
+    """Return the text of a REFUSED frame; its reason is the header's flags."""
+    return frame[_HEADER.size : _HEADER.size + REFUSAL_BYTES_MAX].decode(errors="replace")
+
+
+def encode_data(
+    source_incarnation: int,
+    dest_incarnation: int,
+    flags: int,
+    data: Data,
+    messages: Sequence[bytes],
+    large: Sequence[bool] = (),
+    options: Sequence[Option] = (),
+) -> bytes:
+    """Return a DATA frame.
+
+    Args:
+        messages: Whole messages, or of large ones only what stands in front of their contents; at most 256.
+        large: For each message whether its contents follow as a frame of their own; none does if this is empty.
+        options: Of single messages.
+    """
+    sizes: Sequence[int] = [len(message) for message in messages]
+    if large:
+        sizes = [size | _LARGE if is_large else size for size, is_large in zip(sizes, large, strict=True)]
+    block = b""
+    if options:
+        flags |= Flag.OPTIONS
+        encoded = msgspec.msgpack.encode(options)
+        block = len(encoded).to_bytes(4, "little") + encoded
+    return b"".join(
+        (
+            _HEADER.pack(MAGIC, VERSION, Kind.DATA, flags, source_incarnation, dest_incarnation),
+            _DATA.pack(*data),
+            _SIZES[len(sizes)].pack(*sizes),
+            block,
+            *messages,
+        )
+    )
+
+
+def decode_data(frame: bytes) -> Data:
+    """Return the numbers of a DATA frame."""
+    return Data(*_unpack(_DATA, frame))
+
+
+def decode_batch(
+    frame: bytes, flags: int, count: int, extra: Sequence[bytes]
+) -> tuple[list[bytes], dict[int, bytes], list[Option]]:
+    """Return the messages of a DATA frame, the contents of those that are large by index, and the options.
+
+    Args:
+        extra: The frames behind it: the contents of its large messages, in order.
+
+    Raises:
+        MalformedMessage: The sizes do not fit the frame or the frames behind it, or the options do not decode.
+    """
+    end = DATA_HEADER_BYTES + 4 * count
+    if count > 256 or end > len(frame):
+        raise MalformedMessage("the sizes of a batch exceed its frame")
+    sizes = _SIZES[count].unpack_from(frame, DATA_HEADER_BYTES)
+    options: list[Option] = []
+    if flags & Flag.OPTIONS:
+        block_start = end + 4
+        end = block_start + int.from_bytes(frame[end:block_start], "little")
+        try:
+            options = _OPTIONS.decode(frame[block_start:end])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise MalformedMessage("the options of a batch do not decode") from error
+    messages: list[bytes] = []
+    large: dict[int, bytes] = {}
+    for size in sizes:
+        if size & _LARGE:
+            size ^= _LARGE
+            if len(large) == len(extra):
+                raise MalformedMessage("a large message lacks its frame")
+            large[len(messages)] = extra[len(large)]
+        start, end = end, end + size
+        messages.append(frame[start:end])
+    if end != len(frame) or len(large) != len(extra):
+        raise MalformedMessage("the sizes of a batch do not fit its frames")
+    return messages, large, options
+
+
+def _unpack(body: struct.Struct, frame: bytes) -> tuple[int, ...]:
+    try:
+        return body.unpack_from(frame, _HEADER.size)
+    except struct.error as error:
+        raise MalformedMessage("a session frame is too short for its kind") from error

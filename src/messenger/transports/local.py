@@ -12,12 +12,16 @@ import itertools
 import os
 import stat
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Protocol
 
 from ..destination import runtime_folder
 from ..errors import DestinationInUse, DestinationInvalid
+
+LOCK_TRIES = 20
+LOCK_PAUSE_S = 0.005
 
 
 class IpcLock:
@@ -32,6 +36,8 @@ class IpcLock:
         """
         self._path = path
         _check_folder(path.parent)
+        # Before anything is made beside it.
+        self._is_stale()
         try:
             self._descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -39,29 +45,53 @@ class IpcLock:
                 f"ipc://{path}: its lock file {_lock_path(path)} cannot be opened: {error}"
             ) from error
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take()
             self._remove_stale()
         except BlockingIOError:
             os.close(self._descriptor)
             raise DestinationInUse(f"ipc://{path}: another listener has it ({_lock_path(path)} is locked)") from None
-        except DestinationInvalid:
+        except (DestinationInvalid, OSError):
             os.close(self._descriptor)
             raise
+        _held_locks.add(self)
+
+    def _take(self) -> None:
+        # A sender that looks whether somebody listens has a shared lock for some microseconds.
+        for _ in range(LOCK_TRIES - 1):
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(LOCK_PAUSE_S)
+            else:
+                return
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _remove_stale(self) -> None:
+        if self._is_stale():
+            self._path.unlink()
+
+    def _is_stale(self) -> bool:
+        """Return whether a socket stands at the path; nothing else may."""
         try:
             found = self._path.lstat()
         except FileNotFoundError:
-            return
+            return False
         if not stat.S_ISSOCK(found.st_mode):
             raise DestinationInvalid(
                 f"ipc://{self._path}: there is a file that is no socket; move it away or take another path"
             )
-        self._path.unlink()
+        return True
 
     def release(self) -> None:
         """Remove the socket's file and let others bind the path."""
         self._path.unlink(missing_ok=True)
+        # A child of a fork may hold a copy of the descriptor, and with it the lock.
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        os.close(self._descriptor)
+        _held_locks.discard(self)
+
+    def forget(self) -> None:
+        """Close the copy of the descriptor in the child of a fork; the parent keeps the lock."""
         os.close(self._descriptor)
 
 
@@ -101,7 +131,10 @@ def _check_folder(folder: Path) -> None:
         if not folder.is_dir():
             raise DestinationInvalid(f"the folder {folder} does not exist")
         return
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DestinationInvalid(f"the folder {folder} cannot be made: {error}") from error
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise DestinationInvalid(
@@ -157,6 +190,16 @@ class _InprocNames:
             watcher.notice_inproc_change()
 
 
+_held_locks: set[IpcLock] = set()
+
+
+def _forget_locks() -> None:
+    for lock in _held_locks:
+        lock.forget()
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 inproc_names = _InprocNames()
 # No listener of the parent lives in the child of a fork, and the lock may be held for ever there.
 os.register_at_fork(after_in_child=inproc_names.__init__)  # type: ignore[misc]

@@ -1,43 +1,56 @@
-"""ZeroMQ sockets as links of the core, in the basic dialect.
+"""ZeroMQ sockets as links of the core.
 
 A connection is a DEALER, a listener a ROUTER for each of its endpoints. All calls are made under the messenger's
 lock, by any thread.
 
-The traps of ZeroMQ that this file is about (numbers of the project's measurements in docs/design.md):
+The traps of ZeroMQ that this file is about:
 
 * Its descriptor is edge-triggered: after every send or receive the events must be read again before anybody sleeps on
-  it. A link that needs that is `touched`; `has_input` reads them.
-* A check costs more than a message, so a quiet link takes one message and then checks once; a busy link takes many
-  and checks never.
-* A ROUTER drops what it cannot route unless it is MANDATORY, and then it raises for one peer; that never stops the
-  others.
-* A DEALER takes messages for nobody unless it is IMMEDIATE; ours waits in our own queue, so that "not delivered" is
-  certain.
-* A socket is really closed, and its port free, only when its monitor says that it stopped.
+  it. A link that was used tells the loop by `touch`; `has_input` reads them.
+* A check costs more than a message, so a quiet link takes one message and then checks once; a busy link takes many and
+  checks never.
+* A ROUTER drops what it cannot route unless it is MANDATORY, and then it raises for one peer; that never stops others.
+* A DEALER takes messages while nobody is there. With IMMEDIATE it does not, but then it throws away what it has
+  received when its link breaks. So a monitor tells when somebody is there; until then messages wait in our own queue.
+* A socket is really closed, and its port free, only when its monitor says that it stopped. That is told by a send that
+  blocks the thread which closes all sockets of the process, so a monitor that was not told is kept until it is.
 
 Source: docs/protocol.md, "Basic dialect".
 """
 
 import errno
+import itertools
 import os
 import threading
+import time
+from collections.abc import Callable as Function
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import DestinationInUse, DestinationInvalid
-from ..exchange import Callback, Exchange, Link, Outgoing
-from ..limits import HEADER_BYTES_MAX, SOCKETS_MAX, TURN_MSGS_MAX, ZERO_COPY_BYTES_MIN, Limits
+from ..exchange import Exchange
+from ..limits import BATCH_MSGS_MAX, HEADER_BYTES_MAX, LARGE_BYTES_MIN, SOCKETS_MAX, TURN_MSGS_MAX, Limits
+from ..link import Link, Outgoing
+from ..message import Callback
 from .local import IpcLock, inproc_names
 
+# libzmq takes milliseconds in 31 bits.
+LINGER_S_MAX = 1_000_000.0
 NOBLOCK = int(zmq.NOBLOCK)
 SNDMORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
 RCVMORE = zmq.RCVMORE
+POLLIN = int(zmq.POLLIN)
 # Beyond twice the largest message libzmq cuts the peer off itself; up to there we drop the message and count it.
 FRAME_BYTES_FACTOR = 2
 
 _context: zmq.Context[zmq.Socket[bytes]] | None = None
 _context_lock = threading.Lock()
+_monitor_numbers = itertools.count(1)
+# Of closed sockets that have not stopped yet.
+_untold_monitors: list[zmq.Socket[bytes]] = []
 
 
 def context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -54,25 +67,43 @@ def _forget_context() -> None:
     """Drop the parent's context in the child of a fork: its threads do not exist here."""
     global _context, _context_lock
     _context = None
+    _untold_monitors.clear()
     _context_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_forget_context)
 
 
-class SocketLink(Link):
-    """What a DEALER and a ROUTER have in common."""
+def _touch_nothing(link: "SocketLink") -> None:
+    """Stand in until a loop has adopted the link."""
 
-    def __init__(self, kind: int, owner: object, callback: Callback | None, exchange: Exchange, limits: Limits) -> None:
-        super().__init__(owner, callback)
+
+class SocketLink(Link):
+    """What a DEALER and a ROUTER have in common.
+
+    Attributes:
+        endpoint: What it is bound or connected to.
+        is_up: Whether somebody may be there to take a message.
+        descriptor, monitor_descriptor: Readable when there may be input, or news of the link.
+    """
+
+    def __init__(
+        self, kind: int, events: int, handle: object, callback: Callback | None, exchange: Exchange, limits: Limits
+    ) -> None:
+        super().__init__(handle, callback)
+        self.endpoint = ""
+        self.is_up = False
         self._exchange = exchange
         self._busy = False
+        # Set by the loop: has the events read before anybody sleeps.
+        self.touch: Function[[SocketLink], None] = _touch_nothing
         self._frame_bytes_max = limits.message_bytes_max + HEADER_BYTES_MAX
         self.socket = context().socket(kind)
         options = {
             zmq.LINGER: 0,
-            # ZeroMQ's marks bound only what a plain peer can make us hold; they are in messages, a peer each.
-            zmq.SNDHWM: limits.queue_msgs_max,
+            # ZeroMQ's marks bound only what a plain peer can make us hold; they are in messages, a peer each. A session
+            # must never reach them, its window is what bounds it.
+            zmq.SNDHWM: limits.queue_msgs_max + 2 * limits.window_msgs,
             zmq.RCVHWM: limits.queue_msgs_max,
             zmq.MAXMSGSIZE: FRAME_BYTES_FACTOR * self._frame_bytes_max,
             zmq.HANDSHAKE_IVL: 5_000,
@@ -83,16 +114,42 @@ class SocketLink(Link):
             # A cut link is noticed within two heartbeats and a bit. libzmq answers them while a callback runs.
             zmq.HEARTBEAT_IVL: 1_000,
             zmq.HEARTBEAT_TIMEOUT: 3_000,
-            zmq.IPV6: 1,
         }
         for option, value in options.items():
             self.socket.setsockopt(option, value)
         self.descriptor: int = self.socket.getsockopt(zmq.FD)  # type: ignore[assignment]
+        self._monitor = context().socket(zmq.PAIR)
+        self._monitor.setsockopt(zmq.LINGER, 0)
+        # libzmq's own threads must never wait for us to read.
+        self._monitor.setsockopt(zmq.RCVHWM, 0)
+        # libzmq frees a name some time after its socket was closed, so each is used once.
+        name = f"inproc://messenger-monitor-{next(_monitor_numbers)}"
+        self.socket.monitor(name, events | zmq.EVENT_MONITOR_STOPPED)
+        self._monitor.connect(name)
+        self.monitor_descriptor: int = self._monitor.getsockopt(zmq.FD)  # type: ignore[assignment]
 
     def has_input(self) -> bool:
         """Read the socket's events, as must be done before anybody sleeps on its descriptor."""
-        self._busy = bool(self._events() & zmq.POLLIN)
+        self._busy = bool(self._events() & POLLIN)
         return self._busy
+
+    def read_news(self) -> None:
+        """Take what the monitor tells of the link."""
+        while self._monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
+            event = recv_monitor_message(self._monitor)["event"]
+            if event in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
+                self.note_up(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+    def note_up(self, is_up: bool) -> None:
+        """Note that somebody is there now, or that nobody is."""
+        self.is_up = is_up
+        handshake = self._exchange.handshake
+        if self.session is None:
+            self._exchange.mark_dirty(self)
+        elif is_up:
+            handshake.handle_link_up(self, time.monotonic())
+        else:
+            handshake.handle_link_down(self)
 
     def _events(self) -> int:
         return self.socket.getsockopt(zmq.EVENTS)  # type: ignore[return-value]
@@ -109,9 +166,36 @@ class SocketLink(Link):
     def _receive_one(self) -> None:
         raise NotImplementedError
 
-    def flush(self) -> None:
-        """Give the queue to ZeroMQ, as far as it takes it."""
-        raise NotImplementedError
+    def send_frames(self, routing_id: bytes, frames: Sequence[bytes]) -> bool:
+        """Send one ZeroMQ message, to a peer of a listener or by a connection; return False if there is no way."""
+        if not self.is_up:
+            return False
+        send = self.socket.send
+        self.touch(self)
+        last = frames[-1]
+        try:
+            if routing_id:
+                send(routing_id, SNDMORE_NOBLOCK)
+            for frame in frames[:-1]:
+                send(frame, SNDMORE_NOBLOCK, copy=len(frame) < LARGE_BYTES_MIN)
+            send(last, NOBLOCK, copy=len(last) < LARGE_BYTES_MIN)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            return False
+        return True
+
+    def _receive_session(self, routing_id: bytes, frame: bytes) -> None:
+        """Take the frames behind a session's first frame, and give all to the exchange."""
+        extra: list[bytes] = []
+        while self.socket.getsockopt(RCVMORE):
+            if len(extra) == BATCH_MSGS_MAX:
+                self._drop_rest("malformed_frames")
+                return
+            extra.append(self.socket.recv(NOBLOCK))
+        self._exchange.handshake.receive(self, routing_id, frame, extra, time.monotonic())
 
     def _receive_last(self, peer: bytes) -> None:
         """Take the frame that must be a message's last, and drop the message if it is not."""
@@ -130,33 +214,48 @@ class SocketLink(Link):
 
     def close(self, linger_s: float) -> None:
         """Close the socket; wait at most `linger_s` until what was given to it is sent and its endpoints are free."""
-        endpoint = f"inproc://monitor-{id(self)}"
-        self.socket.monitor(endpoint, zmq.EVENT_MONITOR_STOPPED)
-        with context().socket(zmq.PAIR) as monitor:
-            monitor.setsockopt(zmq.LINGER, 0)
-            monitor.connect(endpoint)
-            self.socket.close(linger=int(linger_s * 1000))
-            monitor.poll(int(linger_s * 1000) + 50)
+        linger_ms = int(min(linger_s, LINGER_S_MAX) * 1000)
+        self.socket.close(linger=linger_ms)
+        # An inproc socket stops only when its peers have noticed, which this thread may have to do for them.
+        has_stopped = not self.endpoint.startswith("inproc:") and self._await_stop(linger_ms + 50)
+        with _context_lock:
+            if has_stopped:
+                self._monitor.close()
+            else:
+                _untold_monitors.append(self._monitor)
+            for monitor in [other for other in _untold_monitors if _has_stopped(other)]:
+                _untold_monitors.remove(monitor)
+                monitor.close()
+
+    def _await_stop(self, timeout_ms: int) -> bool:
+        ends_at = time.monotonic() + timeout_ms / 1000
+        while (left_s := ends_at - time.monotonic()) > 0:
+            if self._monitor.poll(int(left_s * 1000) + 1) and _has_stopped(self._monitor):
+                return True
+        return False
+
+
+def _has_stopped(monitor: zmq.Socket[bytes]) -> bool:
+    """Read what a monitor has; return whether its socket is closed for good."""
+    while monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
+        if recv_monitor_message(monitor)["event"] == zmq.EVENT_MONITOR_STOPPED:
+            return True
+    return False
 
 
 class ConnectionLink(SocketLink):
     """A DEALER that is connected to one endpoint."""
 
     def __init__(
-        self,
-        endpoint: str,
-        routing_id: bytes,
-        owner: object,
-        callback: Callback | None,
-        exchange: Exchange,
-        limits: Limits,
+        self, routing_id: bytes, handle: object, callback: Callback | None, exchange: Exchange, limits: Limits
     ) -> None:
-        super().__init__(zmq.DEALER, owner, callback, exchange, limits)
-        self.socket.setsockopt(zmq.ROUTING_ID, routing_id)
-        self.socket.setsockopt(zmq.IMMEDIATE, 1)
-        self.endpoint = ""
+        news = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        super().__init__(zmq.DEALER, news, handle, callback, exchange, limits)
+        # A session's routing id is ZeroMQ's own and means nothing; in the basic dialect it is the identity.
+        if routing_id:
+            self.socket.setsockopt(zmq.ROUTING_ID, routing_id)
+        self.socket.setsockopt(zmq.IPV6, 1)
         self._inproc_binding = 0
-        self.attach(endpoint)
 
     def attach(self, endpoint: str) -> None:
         """Connect to an endpoint, in place of the present one if there is one; what is queued here goes there.
@@ -167,7 +266,7 @@ class ConnectionLink(SocketLink):
         self._detach()
         self.endpoint = endpoint
         if endpoint.startswith("inproc:"):
-            # libzmq would queue for an inproc name that nobody has bound, whatever IMMEDIATE says.
+            # No monitor tells of inproc; the names that are bound do.
             self._inproc_binding = inproc_names.binding(endpoint)
             if not self._inproc_binding:
                 return
@@ -175,6 +274,8 @@ class ConnectionLink(SocketLink):
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
             raise DestinationInvalid(f"cannot connect to {endpoint}: {error}") from error
+        if self._inproc_binding:
+            self.note_up(True)
 
     def _detach(self) -> None:
         if self.endpoint and (self._inproc_binding or not self.endpoint.startswith("inproc:")):
@@ -184,45 +285,43 @@ class ConnectionLink(SocketLink):
                 if error.errno != errno.ENOENT:  # An inproc link is gone already when its listener is.
                     raise
         self._inproc_binding = 0
+        if self.is_up:
+            self.note_up(False)
 
     def must_attach(self) -> bool:
         """Return whether the present endpoint leads nowhere, so that it is time to choose again."""
         if self.endpoint.startswith("inproc:"):
             return self._inproc_binding != inproc_names.binding(self.endpoint) or not self._inproc_binding
-        return not self._events() & zmq.POLLOUT
+        return not self.is_up
 
     def _receive_one(self) -> None:
         peer = self.socket.recv(NOBLOCK)
-        if not self.socket.getsockopt(RCVMORE):
+        if self.session is not None:
+            self._receive_session(b"", peer)
+        elif not self.socket.getsockopt(RCVMORE):
             self._exchange.drop("malformed_frames")
         elif self.socket.recv(NOBLOCK) != b"" or not self.socket.getsockopt(RCVMORE):
             self._drop_rest("malformed_frames")
         else:
             self._receive_last(peer)
 
-    def flush(self) -> None:
-        """Give the queue to ZeroMQ, as far as it takes it."""
+    def flush(self, now: float) -> None:
+        """Give the queue to ZeroMQ, as far as it takes it; the descriptor tells when somebody comes."""
         queue = self.queue
-        send = self.socket.send
-        while queue:
-            data = queue[0].data
-            try:
-                send(b"", SNDMORE_NOBLOCK)
-            except zmq.Again:
-                return  # Nobody is there. The descriptor tells when that changes.
-            send(data, NOBLOCK, copy=len(data) < ZERO_COPY_BYTES_MIN)
-            queue.popleft()
-            self.queue_bytes -= len(data)
+        while queue and self.send_frames(b"", (b"", queue[0].whole())):
+            self.queue_bytes -= queue.popleft().size_bytes
 
 
 class ListenerLink(SocketLink):
     """A ROUTER that is bound to one endpoint."""
 
+    is_shared = True
+
     def __init__(
         self,
         endpoint: str,
         identity: bytes,
-        owner: object,
+        handle: object,
         callback: Callback | None,
         exchange: Exchange,
         limits: Limits,
@@ -232,51 +331,60 @@ class ListenerLink(SocketLink):
         Raises:
             DestinationInUse, DestinationInvalid: Nothing is left open.
         """
-        self._identity = identity
         self._ipc_lock = IpcLock(Path(endpoint.removeprefix("ipc://"))) if endpoint.startswith("ipc:") else None
-        super().__init__(zmq.ROUTER, owner, callback, exchange, limits)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A plain peer that restarts under its routing id is served at once, even if its old link is not known dead yet.
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
+            super().__init__(zmq.ROUTER, 0, handle, callback, exchange, limits)
+            self.is_up = True
+            self.identity = identity
+            self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            # A plain peer that restarts under its routing id is served at once, even if its old link is not known dead.
+            self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            # With it, libzmq shows IPv4 addresses in the form of IPv6.
+            self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
             self._bind(endpoint)
-        except zmq.ZMQError as error:
-            self.socket.close(linger=0)
+        except (zmq.ZMQError, OSError) as error:
+            if hasattr(self, "socket"):
+                super().close(0)
             if self._ipc_lock is not None:
                 self._ipc_lock.release()
             if error.errno == errno.EADDRINUSE:
                 raise DestinationInUse(f"{endpoint}: another listener has it") from error
             raise DestinationInvalid(f"cannot listen on {endpoint}: {error}") from error
-        self.endpoint: str = self.socket.getsockopt(zmq.LAST_ENDPOINT).strip(b"\0").decode()  # type: ignore[union-attr]
         if endpoint.startswith("inproc:"):
             inproc_names.add(endpoint)
 
     def _bind(self, endpoint: str) -> None:
         self.socket.bind(endpoint)
-        if self._ipc_lock is None:
-            return
-        # Its folder is ours alone, or the user's own choice; in either case only this user may connect.
-        Path(endpoint.removeprefix("ipc://")).chmod(0o600)
+        self.endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT).strip(b"\0").decode()  # type: ignore[union-attr]
+        if self._ipc_lock is not None:
+            # Its folder is ours alone, or the user's own choice; in either case only this user may connect.
+            Path(endpoint.removeprefix("ipc://")).chmod(0o600)
+
+    def siblings(self) -> Iterable[Link]:
+        """Return all links of the listener."""
+        return self.handle.links  # type: ignore[no-any-return]
 
     def _receive_one(self) -> None:
         socket = self.socket
         peer = socket.recv(NOBLOCK)
         first = socket.recv(NOBLOCK)
         if first != b"":
-            self._drop_rest("unknown_header")
+            self._receive_session(peer, first)
         elif not socket.getsockopt(RCVMORE):
             self._exchange.drop("malformed_frames")
         else:
             self._receive_last(peer)
 
-    def flush(self) -> None:
+    def flush(self, now: float) -> None:
         """Give the queue to ZeroMQ; what it refuses goes back to the exchange."""
         queue = self.queue
         send = self.socket.send
+        if queue:
+            self.touch(self)
         while queue:
             outgoing: Outgoing = queue.popleft()
-            data = outgoing.data
-            self.queue_bytes -= len(data)
+            self.queue_bytes -= outgoing.size_bytes
+            data = outgoing.whole()
             try:
                 send(outgoing.peer, SNDMORE_NOBLOCK)
             except zmq.Again:
@@ -286,17 +394,17 @@ class ListenerLink(SocketLink):
                     raise
                 self._exchange.handle_unsendable(self, outgoing, "peer_gone")
             else:
-                send(self._identity, SNDMORE_NOBLOCK)
+                send(self.identity, SNDMORE_NOBLOCK)
                 send(b"", SNDMORE_NOBLOCK)
-                send(data, NOBLOCK, copy=len(data) < ZERO_COPY_BYTES_MIN)
+                send(data, NOBLOCK, copy=len(data) < LARGE_BYTES_MIN)
 
     def close(self, linger_s: float) -> None:
         """Close the socket and free its endpoint for others."""
         if self.endpoint.startswith("inproc:"):
-            # An inproc socket stops only when its peers have noticed, which this thread may have to do for them.
-            self.socket.close(linger=0)
-            inproc_names.remove(self.endpoint)
-            return
+            # Frees the name at once; after a close libzmq's own thread would do that some time later.
+            self.socket.unbind(self.endpoint)
         super().close(linger_s)
+        if self.endpoint.startswith("inproc:"):
+            inproc_names.remove(self.endpoint)
         if self._ipc_lock is not None:
             self._ipc_lock.release()

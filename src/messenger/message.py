@@ -1,0 +1,105 @@
+"""What users are given: messages that arrived, and counts; and who takes an outcome."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from .errors import DeliveryError
+from .link import Outlet
+from .wire import decode_identity
+
+
+class Message(msgspec.Struct, eq=False):
+    """A message that arrived.
+
+    Attributes:
+        messenger: The messenger that received it.
+        contents: The application's bytes.
+        source_callback_id: What an answer names as destination; 0 if the sender waits for none.
+        dest_callback_id: The callback that the sender asked for.
+        redelivered: Whether an earlier process of this identity may have run it already.
+    """
+
+    messenger: Any
+    contents: bytes
+    source_callback_id: int
+    dest_callback_id: int
+    link: Outlet
+    peer: bytes
+    number: int = 0
+    incarnation: int = 0
+    redelivered: bool = False
+
+    @property
+    def buffer(self) -> memoryview:
+        """The contents, without a copy."""
+        return memoryview(self.contents)
+
+    @property
+    def sender(self) -> str:
+        """The sender's identity; of a plain peer its routing id, as `0x` and hex if that is not UTF-8."""
+        return decode_identity(self.peer)
+
+    def reply(self, contents: Any, callback: "Callback | None" = None, **options: Any) -> Any:
+        """Answer this message, on the link that it came by; takes and returns what `send_message` does."""
+        return self.messenger.send_message(self, contents, callback, **options)
+
+    def __repr__(self) -> str:
+        ids = f"{self.source_callback_id}-{self.dest_callback_id}"
+        return f"<Message {ids} from {self.sender!r}, {len(self.contents)} bytes>"
+
+
+Callback = Callable[[Message], object]
+ErrorCallback = Callable[[DeliveryError], object]
+
+
+class Waiter:
+    """Takes an outcome in place of a callback, at once, inside the core: it only notes it and wakes who waits."""
+
+    __slots__ = ("done", "error", "response")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.response: Message | None = None
+        self.error: DeliveryError | None = None
+
+    def __call__(self, response: Message) -> None:
+        """Take the response, where a callback would be called."""
+        self.settle(response, None)
+
+    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
+        """Note the outcome. Called once, by the core."""
+        self.response = response
+        self.error = error
+        self.done = True
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """What a messenger has counted since it was made, and holds now.
+
+    Attributes:
+        identity: The messenger's.
+        sent_msgs: Messages accepted by `send_message` and `request`.
+        received_msgs: Messages that arrived, malformed ones included.
+        response_msgs: Messages that ran an MSC or ended a `request`.
+        not_delivered_msgs, outcome_unknown_msgs: Sent messages that ended so.
+        callback_error_count: Callbacks that raised.
+        outstanding_msgs: Sent messages whose outcome is open now.
+        queued_msgs: Messages that wait for a connection now.
+        connection_count, listener_count: Open now.
+        dropped: What was dropped, by kind (docs/protocol.md, "What is dropped and counted").
+    """
+
+    identity: str
+    sent_msgs: int
+    received_msgs: int
+    response_msgs: int
+    not_delivered_msgs: int
+    outcome_unknown_msgs: int
+    callback_error_count: int
+    outstanding_msgs: int
+    queued_msgs: int
+    connection_count: int
+    listener_count: int
+    dropped: Mapping[str, int]

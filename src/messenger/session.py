@@ -1,0 +1,460 @@
+"""A session: exactly once and in order between two ends, over links that come and go.
+
+Each end has an **incarnation**, a random number that it drew when its state began. A session joins two incarnations,
+and both directions number their messages from 1. Whoever restarts, or has forgotten the session, has a new
+incarnation and begins anew; what was sent to the old one and not answered has an unknown outcome, and is not given to
+the new one (unless the sender asked for it).
+
+    state at a connection   event                                            next state
+    CONNECTING              CHALLENGE that echoes our nonce                  ESTABLISHED (told: established)
+    ESTABLISHED             the same, from the incarnation that we know      ESTABLISHED (resends)
+    ESTABLISHED             the same, from another incarnation               ESTABLISHED (told: ended)
+    ESTABLISHED             GOODBYE                                          CONNECTING (told: ended)
+    any but CLOSED          the link is up, UNKNOWN, a strange CHALLENGE     the same; says HELLO until echoed
+    any but CLOSED          REFUSED                                          CONNECTING (told: refused)
+    any                     close                                            CLOSED
+
+    state at a listener     event                                            next state
+    (none)                  RESPONSE that echoes our nonce                   ESTABLISHED (told: established)
+    ESTABLISHED             GOODBYE, or a new process of the same identity   CLOSED (told: ended)
+
+The transitions stand in `handshake.py`; here is what an established session does. A frame that fits no row is counted
+and dropped.
+
+Sending. What is queued goes out in batches as long as the window has room. A sent batch is kept until
+`received_through` covers it, and counts against the window until `processed_through` does. Resending starts where the
+other side says that something is missing, and when a link comes up. If acknowledgements stay away for the
+retransmission timeout (RFC 6298) an empty frame asks for them; it carries the number of the next message, so that a
+receiver that lacks anything before it says so. A receiver that is busy is thus asked, with back-off, and never
+flooded.
+
+Receiving. Only the next number is accepted; lower ones are duplicates, higher ones show a gap. So the receiver keeps
+a handful of integers. Acknowledgements travel on every frame, and on one of their own if nothing goes the other way
+for a moment.
+
+What must never happen here: a message processed twice or out of order; a window exceeded; a number that a peer claims
+    believed without a check.
+
+Source: docs/protocol.md, "Session dialect".
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+from .errors import MalformedMessage
+from .limits import (
+    ACK_DELAY_S,
+    BATCH_BYTES_MAX,
+    BATCH_MSGS_MAX,
+    IDLE_PROBE_S,
+    RTO_INITIAL_S,
+    RTO_MAX_S,
+    RTO_MIN_S,
+    Limits,
+)
+from .link import Link, Outgoing, Outlet
+from .wire import Data, Flag, Kind, Option, decode_identity, encode_data, encode_header
+
+FOREVER = float("inf")
+
+
+class Random(Protocol):
+    """What the core needs of a source of random numbers; `random.Random` is one."""
+
+    def random(self) -> float:
+        """Return a number of at least 0 and below 1."""
+
+    def getrandbits(self, k: int, /) -> int:
+        """Return a number of k bits."""
+
+
+class State(Enum):
+    """Of a session; the table is in the module's docstring."""
+
+    CONNECTING = "connecting"
+    ESTABLISHED = "established"
+    CLOSED = "closed"
+
+
+class Batch(NamedTuple):
+    """What went out in one frame, kept until it has been received."""
+
+    first: int
+    messages: list[Outgoing]
+    size_bytes: int
+
+    @property
+    def last(self) -> int:
+        """The number of its last message."""
+        return self.first + len(self.messages) - 1
+
+
+class Session(Outlet):
+    """One end of a session. A connection has one for its whole life, a listener one for each peer.
+
+    Attributes:
+        incarnation: Of this end.
+        peer_incarnation: Of the other end, 0 if none was ever established.
+        process: The incarnation of the other end's process.
+        peer: The other end's identity, as bytes.
+        link: The link that leads to the other end now, None if there is none.
+        routing_id: The other end's label at that link.
+        connection_link: Of a connection, the link that it was made with, up or not.
+        nonce: Of the HELLO that waits for its echo, 0 if none does.
+    """
+
+    def __init__(
+        self,
+        incarnation: int,
+        handle: Any,
+        callback: Callable[[Any], object] | None,
+        limits: Limits,
+        rng: Random,
+    ) -> None:
+        super().__init__(handle, callback)
+        self.owner = self
+        self.incarnation = incarnation
+        self.state = State.CONNECTING
+        self.peer_incarnation = 0
+        self.process = 0
+        self.peer = b""
+        self.link: Link | None = None
+        self.connection_link: Link | None = None
+        self.routing_id = b""
+        self.nonce = 0
+        self.hello_at = FOREVER
+        self.hello_count = 0
+        self._limits = limits
+        self._rng = rng
+        self._reset(limits.window_msgs, limits.window_bytes, 0.0)
+
+    def _reset(self, window_msgs: int, window_bytes: int, now: float) -> None:
+        """Begin the numbering anew."""
+        # Sending.
+        self._window_msgs = min(window_msgs, self._limits.window_msgs)
+        self._window_bytes = min(window_bytes, self._limits.window_bytes)
+        self.next_number = 1
+        self.peer_received_through = 0
+        self.peer_processed_through = 0
+        self._unreceived: deque[Batch] = deque()
+        self._resending: deque[Batch] = deque()
+        self._unprocessed: deque[Batch] = deque()
+        self._unprocessed_bytes = 0
+        # Receiving.
+        self.received_through = 0
+        self.processed_through = 0
+        self._told_received_through = 0
+        self._told_processed_through = 0
+        self._resend_asked_at = -FOREVER
+        self._resend_asked_after = -1
+        self._done_early: set[int] = set()
+        self._held: deque[tuple[int, int]] = deque()
+        self._held_bytes = 0
+        self._resent_after = -1
+        self._resent_at = -FOREVER
+        self._must_answer = False
+        self._must_ask_resend = False
+        # Time.
+        self.heard_at = now
+        self._smoothed_rtt: float | None = None
+        self._rtt_variation = 0.0
+        self._rto = RTO_INITIAL_S
+        self._timed_number = 0
+        self._timed_at = 0.0
+        self._unanswered_count = 0
+        self.probe_at = now + IDLE_PROBE_S
+        self.ack_at = FOREVER
+
+    @property
+    def is_closed(self) -> bool:  # type: ignore[override]
+        """Whether nothing will ever leave here again."""
+        return self.state is State.CLOSED
+
+    # The life of a session; `handshake.py` decides when.
+
+    def establish(self, peer_incarnation: int, window_msgs: int, window_bytes: int, now: float) -> None:
+        """Join an incarnation of the other end that was proven to be alive."""
+        self.peer_incarnation = peer_incarnation
+        self.state = State.ESTABLISHED
+        self._reset(window_msgs, window_bytes, now)
+
+    def attach(self, link: Link | None, routing_id: bytes = b"") -> None:
+        """Use a link from now on; what may have been lost on the way there is sent again."""
+        self.link = link
+        self.routing_id = routing_id
+        self._resending = deque(self._unreceived)
+        if link is not None and self.received_through:
+            self._must_answer = True  # What was told last may have been lost with the old link.
+
+    def end(self) -> list[Outgoing]:
+        """Forget the other end's incarnation; return what was sent to it and is not known to be processed."""
+        lost = [outgoing for batch in self._unprocessed for outgoing in batch.messages]
+        if lost:
+            lost = lost[self.peer_processed_through + 1 - self._unprocessed[0].first :]
+        self.state = State.CONNECTING
+        self._reset(self._limits.window_msgs, self._limits.window_bytes, self.heard_at)
+        return lost
+
+    # Sending.
+
+    @property
+    def unreceived_count(self) -> int:
+        """Messages that were sent and of which it is not known that they arrived."""
+        return self.next_number - 1 - self.peer_received_through
+
+    @property
+    def unprocessed_count(self) -> int:
+        """Messages that were sent and of which it is not known that their callbacks have returned."""
+        return self.next_number - 1 - self.peer_processed_through
+
+    def flush(self, now: float) -> None:
+        """Send what may be sent now; an acknowledgement alone only if it is due."""
+        link = self.link
+        if link is None or self.state is not State.ESTABLISHED:
+            return
+        has_sent = False
+        for frames in self._batches(now):
+            if not link.send_frames(self.routing_id, frames):
+                self.attach(None)
+                return
+            has_sent = True
+        if has_sent:
+            return
+        if self._must_answer or self._must_ask_resend or self._owes_much():
+            self._send_empty(0)
+        elif self.ack_at == FOREVER and self._owes_any():
+            self.ack_at = now + ACK_DELAY_S
+
+    def _batches(self, now: float) -> Iterator[list[bytes]]:
+        while self._resending:
+            batch = self._resending.popleft()
+            if batch.last > self.peer_received_through:
+                self._timed_number = 0  # Karn's rule: what was sent twice tells no round trip time.
+                yield self._encode(batch)
+        while self.queue:
+            new = self._take_batch()
+            if new is None:
+                return
+            batch = new
+            if not self._unreceived:
+                self.probe_at = now + self._rto
+                self._unanswered_count = 0
+            if not self._timed_number:
+                self._timed_number, self._timed_at = batch.last, now
+            self._unreceived.append(batch)
+            self._unprocessed.append(batch)
+            self._unprocessed_bytes += batch.size_bytes
+            yield self._encode(batch)
+
+    def _take_batch(self) -> Batch | None:
+        """Move messages off the queue, as many as the window and a batch have room for; None if the window is full."""
+        room_msgs = min(BATCH_MSGS_MAX, self._window_msgs - self.unprocessed_count)
+        room_bytes = self._window_bytes - self._unprocessed_bytes
+        messages: list[Outgoing] = []
+        size_bytes = 0
+        queue = self.queue
+        if len(queue) <= room_msgs and self.queue_bytes <= min(room_bytes, BATCH_BYTES_MAX):
+            messages, size_bytes = list(queue), self.queue_bytes
+            queue.clear()
+        while queue and len(messages) < room_msgs:
+            size = queue[0].size_bytes
+            # A message larger than the whole window goes alone, when the window is empty.
+            if size_bytes + size > room_bytes and (messages or self._unprocessed):
+                break
+            if messages and size_bytes + size > BATCH_BYTES_MAX:
+                break
+            messages.append(queue.popleft())
+            size_bytes += size
+        if not messages:
+            return None
+        self.queue_bytes -= size_bytes
+        batch = Batch(self.next_number, messages, size_bytes)
+        self.next_number += len(messages)
+        return batch
+
+    def _encode(self, batch: Batch) -> list[bytes]:
+        messages = [outgoing.data for outgoing in batch.messages]
+        large: list[bytes] = []
+        is_large: list[bool] = []
+        options: list[Option] = []
+        if any(outgoing.large is not None or outgoing.option is not None for outgoing in batch.messages):
+            large = [outgoing.large for outgoing in batch.messages if outgoing.large is not None]
+            is_large = [outgoing.large is not None for outgoing in batch.messages]
+            options = [
+                Option(index, outgoing.option.kind, outgoing.option.name, outgoing.option.text)
+                for index, outgoing in enumerate(batch.messages)
+                if outgoing.option is not None
+            ]
+        flags = Flag.RESEND if self._must_ask_resend else 0
+        data = Data(batch.first, self.received_through, self.processed_through, len(messages))
+        self._note_told()
+        return [encode_data(self.incarnation, self.peer_incarnation, flags, data, messages, is_large, options), *large]
+
+    def _send_empty(self, flags: int) -> None:
+        """Send a frame without messages: acknowledgements, and the number of the next message, which shows a gap."""
+        if self.link is None:
+            return
+        if self._must_ask_resend:
+            flags |= Flag.RESEND
+        data = Data(self.next_number, self.received_through, self.processed_through, 0)
+        self._note_told()
+        frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, ())
+        if not self.link.send_frames(self.routing_id, [frame]):
+            self.attach(None)
+
+    def _note_told(self) -> None:
+        self._told_received_through = self.received_through
+        self._told_processed_through = self.processed_through
+        self._must_answer = self._must_ask_resend = False
+        self.ack_at = FOREVER
+
+    def _owes_any(self) -> bool:
+        return (self.received_through, self.processed_through) != (
+            self._told_received_through,
+            self._told_processed_through,
+        )
+
+    def _owes_much(self) -> bool:
+        """Return whether the other end may soon wait for acknowledgements."""
+        owed_count = self.processed_through - self._told_processed_through
+        return owed_count > 0 and owed_count >= self._window_msgs // 8
+
+    def is_reachable(self) -> bool:
+        """Return whether a link leads to the other end, as far as can be told by using it."""
+        self._send_empty(Flag.ASK)
+        return self.link is not None
+
+    def say_goodbye(self) -> None:
+        """Tell the other end, if it can be reached, what was processed and that this end is gone for good."""
+        if self.link is not None and self.state is State.ESTABLISHED:
+            self._send_empty(0)
+        if self.link is not None and self.state is State.ESTABLISHED:
+            self.link.send_frames(
+                self.routing_id, [encode_header(Kind.GOODBYE, self.incarnation, self.peer_incarnation)]
+            )
+        self.state = State.CLOSED
+
+    # Receiving.
+
+    def receive(self, flags: int, data: Data, size_bytes: int, now: float) -> int | None:
+        """Take the numbers of a DATA frame of the established peer.
+
+        Args:
+            size_bytes: Of its messages.
+
+        Returns:
+            How many of its messages, from the first, are duplicates; None if none of them may be processed.
+
+        Raises:
+            MalformedMessage: It acknowledges what was never sent, or exceeds the window. Nothing was taken.
+        """
+        if data.received_through >= self.next_number or data.processed_through > data.received_through:
+            raise MalformedMessage("a frame acknowledges what was never sent")
+        last = data.first + data.msg_count - 1
+        if data.first <= self.received_through + 1 and last > self.received_through:
+            is_too_large = bool(self._held) and self._held_bytes + size_bytes > self._limits.window_bytes
+            if is_too_large or last - self.processed_through > self._limits.window_msgs:
+                raise MalformedMessage("a batch exceeds the window")
+        self.heard_at = now
+        self._unanswered_count = 0
+        self._take_acks(data, now)
+        if flags & Flag.RESEND and data.received_through == self.peer_received_through:
+            self._resend(now)
+        if flags & Flag.ASK:
+            self._must_answer = True
+        expected = self.received_through + 1
+        if data.first > expected:
+            # Once for each number, and again when the answer seems lost.
+            if self._resend_asked_after != self.received_through or now >= self._resend_asked_at + self._rto:
+                self._resend_asked_after, self._resend_asked_at = self.received_through, now
+                self._must_ask_resend = True
+            return None
+        if not data.msg_count:
+            return None
+        if last < expected:
+            self._must_answer = True
+            return None
+        skipped = expected - data.first
+        self.received_through = last
+        self._held.append((last, size_bytes))
+        self._held_bytes += size_bytes
+        return skipped
+
+    def _resend(self, now: float) -> None:
+        """Send again what is not known to have arrived; once, not once for each time that the peer asks."""
+        if self._resent_after != self.peer_received_through or now >= self._resent_at + self._rto / 2:
+            self._resent_after, self._resent_at = self.peer_received_through, now
+            self._resending = deque(self._unreceived)
+
+    def note_processed(self, number: int) -> None:
+        """Note that the callbacks of all messages up to a number have returned."""
+        if number > self.processed_through:
+            self.processed_through = number
+        while self._held and self._held[0][0] <= self.processed_through:
+            self._held_bytes -= self._held.popleft()[1]
+
+    def note_unrun(self, number: int) -> None:
+        """Note a message that no worker will ever be done with, since it was dropped or is no message of the user's."""
+        if self.has_workers:
+            self.note_one_processed(number)
+
+    def note_one_processed(self, number: int) -> None:
+        """Note that the callbacks of one message have returned, in any order (a listener with workers)."""
+        self._done_early.add(number)
+        while self.processed_through + 1 in self._done_early:
+            self.processed_through += 1
+            self._done_early.discard(self.processed_through)
+        self.note_processed(self.processed_through)
+
+    def _take_acks(self, data: Data, now: float) -> None:
+        if data.received_through > self.peer_received_through:
+            self.peer_received_through = data.received_through
+            unreceived = self._unreceived
+            while unreceived and unreceived[0].last <= data.received_through:
+                unreceived.popleft()
+            if self._timed_number and data.received_through >= self._timed_number:
+                self._note_round_trip(now - self._timed_at)
+                self._timed_number = 0
+            self.probe_at = now + (self._rto if unreceived else IDLE_PROBE_S)
+        if data.processed_through > self.peer_processed_through:
+            self.peer_processed_through = data.processed_through
+            unprocessed = self._unprocessed
+            while unprocessed and unprocessed[0].last <= data.processed_through:
+                self._unprocessed_bytes -= unprocessed.popleft().size_bytes
+
+    def _note_round_trip(self, seconds: float) -> None:
+        """RFC 6298, section 2."""
+        if self._smoothed_rtt is None:
+            self._smoothed_rtt, self._rtt_variation = seconds, seconds / 2
+        else:
+            self._rtt_variation += (abs(self._smoothed_rtt - seconds) - self._rtt_variation) / 4
+            self._smoothed_rtt += (seconds - self._smoothed_rtt) / 8
+        self._rto = min(max(self._smoothed_rtt + 4 * self._rtt_variation, RTO_MIN_S), RTO_MAX_S)
+
+    # Time.
+
+    @property
+    def next_deadline_at(self) -> float:  # type: ignore[override]
+        """When `handle_deadline` has something to do."""
+        if self.state is State.ESTABLISHED and self.link is not None:
+            return min(self.probe_at, self.ack_at, self.hello_at)
+        return self.hello_at
+
+    def handle_deadline(self, now: float) -> None:
+        """Send an acknowledgement that waited long enough, or ask for those that stay away."""
+        if self.state is not State.ESTABLISHED or self.link is None:
+            return
+        if now >= self.ack_at:
+            self._send_empty(0)
+        if now >= self.probe_at:
+            self._unanswered_count += 1
+            wait_s = IDLE_PROBE_S
+            if self.unreceived_count or self.unprocessed_count:
+                wait_s = min(self._rto * 2 ** min(self._unanswered_count, 10), RTO_MAX_S)
+            self.probe_at = now + wait_s * (0.75 + 0.5 * self._rng.random())
+            self._send_empty(Flag.ASK)
+
+    def __str__(self) -> str:
+        return f"{self.handle} ({decode_identity(self.peer)!r})" if self.peer else str(self.handle)
