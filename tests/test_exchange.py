@@ -1,6 +1,9 @@
-"""`exchange`: the core without a network. A fake link keeps what would be sent; `run` does what a driver does."""
+"""`exchange`: the core without a network; first the basic dialect, by hand, then two cores joined by a session.
 
-from collections.abc import Iterable
+A fake link keeps what would be sent; `run` does what a driver does.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -19,19 +22,53 @@ from messenger import (
     OutcomeUnknown,
     QueueFull,
 )
-from messenger.exchange import FOREVER, Exchange, Link, Waiter
-from messenger.wire import ID_MAX
+from messenger.errors import Cancelled, HandlerError, IdentityInUse, NoHandler
+from messenger.exchange import BATCH_PROCESSED, ERROR_TEXT_MAX, Exchange
+from messenger.limits import HELLO_S_MAX, LARGE_BYTES_MIN
+from messenger.link import Link
+from messenger.message import Waiter
+from messenger.session import FOREVER, Session, State
+from messenger.wire import (
+    ID_MAX,
+    Kind,
+    Option,
+    OptionKind,
+    Reason,
+    decode_batch,
+    decode_data,
+    decode_header,
+    encode_header,
+    encode_refusal,
+)
+
+
+class FakeRandom:
+    """Counts up from a start of its own; 0.5 leaves durations as they are."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.drawn = start
+
+    def random(self) -> float:
+        return 0.5
+
+    def getrandbits(self, k: int, /) -> int:
+        self.drawn += 1
+        return self.drawn
 
 
 class FakeLink(Link):
-    """A link that belongs to a listener (with siblings) or to a connection."""
+    """A link that belongs to a listener (with siblings) or to a connection; it sends nothing by itself."""
 
     def __init__(self, owner: object = "owner", callback: Any = None) -> None:
         super().__init__(owner, callback)
         self.others: list[FakeLink] = [self]
+        self.flushed_at: list[float] = []
 
     def siblings(self) -> Iterable[Link]:
         return self.others
+
+    def flush(self, now: float) -> None:
+        self.flushed_at.append(now)
 
 
 class Core:
@@ -40,11 +77,11 @@ class Core:
     def __init__(self, limits: Limits | None = None, **options: Any) -> None:
         self.told: list[Any] = []
         self.unheard: list[DeliveryError] = []
-        self.exchange = Exchange("messenger", limits or Limits(), self.unheard.append, **options)
+        self.exchange = Exchange("messenger", limits or Limits(), self.unheard.append, b"me", FakeRandom(), **options)
         self.link = FakeLink()
         self.exchange.links.add(self.link)
 
-    def send(self, contents: bytes = b"x", callback: Any = None, on_error: Any = None, **options: Any) -> int:
+    def send(self, contents: Any = b"x", callback: Any = None, on_error: Any = None, **options: Any) -> int:
         link = options.pop("link", self.link)
         peer = options.pop("peer", b"")
         dest = options.pop("dest", NOOP)
@@ -55,7 +92,7 @@ class Core:
         """Run the calls and return what they were told since the last time."""
         while self.exchange.calls:
             callback, argument = self.exchange.calls.popleft()
-            callback(argument)
+            callback(argument)  # type: ignore[misc]
         told, self.told = self.told, []
         return told
 
@@ -368,7 +405,7 @@ def test_closing_a_link_ends_all_of_its_owners_messages() -> None:
     queued = core.send(on_error=core.tell)
     core.send()
     other = core.send(on_error=core.tell, link=FakeLink("other"))
-    core.exchange.abandon(core.link, "it was closed")
+    core.exchange.close_link(core.link, "it was closed")
     assert {error.message_id: type(error) for error in core.run()} == {left: OutcomeUnknown, queued: NotDelivered}
     assert core.exchange.outstanding_count == 1
     assert core.dropped() == {"not_delivered": 1}
@@ -401,3 +438,1021 @@ def test_statistics_cannot_be_changed() -> None:
 def test_a_link_of_a_connection_has_no_siblings() -> None:
     link = Link("owner", None)
     assert list(link.siblings()) == [link]
+
+
+def test_a_waiter_can_stand_where_a_callback_is_called() -> None:
+    waiter = Waiter()
+    message = Message("messenger", b"", 0, 0, FakeLink(), b"")
+    waiter(message)
+    assert waiter.done
+    assert waiter.response is message
+
+
+def test_an_error_of_a_callback_of_a_plain_peers_message_is_only_counted() -> None:
+    core = Core()
+    core.exchange.report_raised(Message("messenger", b"", 5, 0, core.link, b"peer"), ValueError("text"))
+    core.exchange.report_raised(NotDelivered("text", 7), ValueError("text"))
+    assert core.statistics.callback_error_count == 2
+    assert not core.link.queue
+
+
+def test_a_plain_peer_that_names_nothing_gets_no_answer() -> None:
+    core = Core()
+    core.exchange.receive(core.link, b"peer", b"1024-0-x")
+    core.exchange.note_one_processed(Message("messenger", b"", 5, 0, core.link, b"peer"))
+    assert not core.link.queue
+
+
+def test_a_cancelled_message_has_its_outcome_at_once_and_once() -> None:
+    core = Core()
+    message_id = core.send(callback=core.tell, on_error=core.tell)
+    assert core.exchange.cancel(message_id)
+    assert not core.exchange.cancel(message_id)
+    assert not core.exchange.cancel(7)
+    (error,) = core.run()
+    assert isinstance(error, Cancelled)
+    core.link.queue.clear()
+    core.exchange.receive(core.link, b"", b"0-%d-x" % message_id)
+    core.exchange.handle_deadline(31.0)
+    assert core.run() == []
+    assert (core.statistics.not_delivered_msgs, core.statistics.outcome_unknown_msgs) == (0, 0)
+
+
+def test_what_was_queued_is_flushed_once_a_turn() -> None:
+    core = Core()
+    core.send()
+    core.send()
+    assert core.exchange.is_dirty
+    core.exchange.flush(3.0)
+    assert core.link.flushed_at == [3.0]
+    assert not core.exchange.is_dirty
+
+
+@pytest.mark.parametrize("contents", [bytearray(b"x" * LARGE_BYTES_MIN), memoryview(bytearray(b"x" * LARGE_BYTES_MIN))])
+def test_large_contents_that_may_still_change_are_copied(contents: bytearray | memoryview) -> None:
+    core = Core()
+    core.send(contents)
+    contents[0] = 0
+    (outgoing,) = core.link.queue
+    assert outgoing.whole() == b"0-0-" + b"x" * LARGE_BYTES_MIN
+    assert outgoing.size_bytes == core.link.queue_bytes == LARGE_BYTES_MIN + 4
+
+
+# Sessions: two cores, joined.
+
+
+class WireLink(Link):
+    """Keeps the frames that are under way; a listener's knows for whom they are."""
+
+    def __init__(self, handle: object, callback: Any = None) -> None:
+        super().__init__(handle, callback)
+        self.sent: list[tuple[bytes, list[bytes]]] = []
+        self.is_up = True
+        self.gone: set[bytes] = set()
+
+    def flush(self, now: float) -> None:
+        """Nothing is ever queued at the link itself."""
+
+    def send_frames(self, routing_id: bytes, frames: Sequence[bytes]) -> bool:
+        if not self.is_up or routing_id in self.gone:
+            return False
+        self.sent.append((routing_id, list(frames)))
+        return True
+
+
+class Node:
+    """One process: an exchange, and what its callbacks were told."""
+
+    def __init__(self, name: str, start: int, limits: Limits | None = None) -> None:
+        self.unheard: list[DeliveryError] = []
+        self.told: list[Any] = []
+        self.exchange = Exchange(name, limits or Limits(), self.unheard.append, name.encode(), FakeRandom(start))
+        self.slc: Any = self.tell
+
+    def tell(self, argument: Any) -> None:
+        self.told.append(argument)
+
+    def run(self) -> None:
+        """Run what is to be run, as a driver does."""
+        calls = self.exchange.calls
+        while calls:
+            callback, argument = calls.popleft()
+            if callback is BATCH_PROCESSED:
+                self.exchange.note_processed(*argument)
+                continue
+            try:
+                callback(argument)
+            except Exception as error:
+                self.exchange.report_raised(argument, error)
+
+    def take(self) -> list[Any]:
+        self.run()
+        told, self.told = self.told, []
+        return told
+
+    def contents(self) -> list[bytes]:
+        return [message.contents for message in self.take()]
+
+    def reply(self, message: Message, contents: bytes, **options: Any) -> int:
+        on_error = options.pop("on_error", None)
+        dest, deadline_at = message.source_callback_id, 1_000.0
+        return self.exchange.send(message.link, b"", contents, None, on_error, dest, deadline_at, **options)
+
+    def dropped(self) -> dict[str, int]:
+        return dict(self.exchange.dropped)
+
+
+class World:
+    """A client with one connection to a server's listener."""
+
+    def __init__(
+        self, client_limits: Limits | None = None, server_limits: Limits | None = None, has_slc: bool = True
+    ) -> None:
+        self.now = 0.0
+        self.started_count = 0
+        self.link_number = 0
+        self.limits = (client_limits, server_limits)
+        self.has_slc = has_slc
+        self.start_server()
+        self.start_client()
+
+    def start_server(self) -> None:
+        self.started_count += 1
+        self.server = Node("server", 10_000 * self.started_count, self.limits[1])
+        server = self.server
+        slc = (lambda message: server.slc(message)) if self.has_slc else None
+        self.listener_link = WireLink("listener", slc)
+        self.server.exchange.links.add(self.listener_link)
+
+    def start_client(self, name: str = "client") -> None:
+        self.started_count += 1
+        self.client = Node(name, 10_000 * self.started_count, self.limits[0])
+        self.connection_link = WireLink("connection", None)
+        self.client.exchange.links.add(self.connection_link)
+        self.session = self.client.exchange.handshake.open(self.connection_link)
+
+    @property
+    def routing_id(self) -> bytes:
+        return b"r%d" % self.link_number
+
+    @property
+    def server_session(self) -> Session:
+        (session,) = self.server.exchange.handshake.sessions
+        return session
+
+    def link_up(self) -> None:
+        self.link_number += 1
+        self.connection_link.is_up = True
+        self.client.exchange.handshake.handle_link_up(self.connection_link, self.now)
+
+    def link_down(self) -> None:
+        """Cut the link; what was under way is lost."""
+        self.listener_link.gone.add(self.routing_id)
+        self.connection_link.is_up = False
+        self.connection_link.sent.clear()
+        self.listener_link.sent.clear()
+        self.client.exchange.handshake.handle_link_down(self.connection_link)
+
+    def deliver(self, runs: bool = True) -> None:
+        """Deliver, and if wanted run callbacks, until nothing is under way."""
+        while True:
+            for node in (self.client, self.server):
+                if runs:
+                    node.run()
+                node.exchange.flush(self.now)
+            to_server, self.connection_link.sent = self.connection_link.sent, []
+            to_client, self.listener_link.sent = self.listener_link.sent, []
+            if not to_server and not to_client:
+                return
+            for _, (frame, *extra) in to_server:
+                handshake = self.server.exchange.handshake
+                handshake.receive(self.listener_link, self.routing_id, frame, extra, self.now)
+            for routing_id, (frame, *extra) in to_client:
+                if routing_id == self.routing_id:
+                    handshake = self.client.exchange.handshake
+                    handshake.receive(self.connection_link, b"", frame, extra, self.now)
+
+    def run(self, until: float) -> None:
+        """Let time pass."""
+        self.deliver()
+        while (due_at := min(node.exchange.next_deadline_at for node in (self.client, self.server))) <= until:
+            self.now = max(self.now, due_at)
+            for node in (self.client, self.server):
+                if node.exchange.next_deadline_at <= self.now:
+                    node.exchange.handle_deadline(self.now)
+                    assert node.exchange.next_deadline_at > self.now
+            self.deliver()
+        self.now = until
+
+    def connect(self) -> None:
+        self.link_up()
+        self.deliver()
+
+    def send(self, contents: bytes = b"x", callback: Any = None, on_error: Any = None, **options: Any) -> int:
+        """Send from the client."""
+        dest = options.pop("dest", NOOP)
+        deadline_at = options.pop("deadline_at", 1_000.0)
+        return self.client.exchange.send(self.session, b"", contents, callback, on_error, dest, deadline_at, **options)
+
+    def ask(self, contents: bytes = b"x", **options: Any) -> int:
+        """Send from the client, which is told of any outcome."""
+        return self.send(contents, self.client.tell, self.client.tell, **options)
+
+    def server_ask(self, contents: bytes = b"x") -> int:
+        """Send from the server, which is told of any outcome."""
+        node = self.server
+        return node.exchange.send(self.server_session, b"", contents, node.tell, node.tell, NOOP, 1_000.0)
+
+
+def outcomes(told: Iterable[Any]) -> dict[int, type]:
+    return {each.message_id: type(each) for each in told}
+
+
+def test_a_message_and_its_response_travel_in_a_session() -> None:
+    world = World()
+    message_id = world.ask(b"question")
+    assert world.client.exchange.queued_count == 1
+    assert not world.client.exchange.is_settled
+    world.connect()
+    (message,) = world.server.take()
+    assert (message.contents, message.sender, message.messenger) == (b"question", "client", "server")
+    assert (message.source_callback_id, message.number, message.redelivered) == (message_id, 1, False)
+    world.server.reply(message, b"answer")
+    world.run(1.0)
+    (response,) = world.client.take()
+    assert (response.contents, response.sender) == (b"answer", "server")
+    assert response.dest_callback_id == message_id
+    for node in (world.client, world.server):
+        assert node.exchange.is_settled
+        assert not node.unheard
+        assert not node.exchange.dropped
+    statistics = world.client.exchange.statistics("client", 1, 0)
+    assert (statistics.sent_msgs, statistics.response_msgs, statistics.received_msgs) == (1, 1, 1)
+
+
+def test_a_conversation_may_start_at_the_listener() -> None:
+    world = World()
+    world.connection_link.callback = world.session.callback = world.client.tell
+    world.connect()
+    world.server_ask(b"question")
+    world.deliver()
+    (message,) = world.client.take()
+    world.client.reply(message, b"answer")
+    world.deliver()
+    # Its MSC, and then the SLC.
+    assert world.server.contents() == [b"answer", b"answer"]
+
+
+def test_many_messages_run_once_and_in_order_whatever_happens_to_the_link() -> None:
+    world = World()
+    expected = []
+    for number in range(1_000):
+        world.send(b"%d" % number)
+        expected.append(b"%d" % number)
+        if number % 300 == 299:
+            world.link_up()
+            world.client.exchange.flush(world.now)
+            world.run(world.now + number % 2)
+            world.send(b"lost on its way")
+            expected.append(b"lost on its way")
+            world.client.exchange.flush(world.now)
+            world.link_down()
+    world.link_up()
+    world.run(world.now + 5.0)
+    assert world.server.contents() == expected
+    assert world.client.exchange.is_settled
+
+
+def test_a_batch_is_processed_when_the_callbacks_of_all_of_it_have_returned() -> None:
+    world = World()
+    world.connect()
+    for _ in range(3):
+        world.send()
+    world.deliver(runs=False)
+    assert (world.server_session.received_through, world.server_session.processed_through) == (3, 0)
+    calls = world.server.exchange.calls
+    assert len(calls) == 4
+    while len(calls) > 1:
+        assert world.server_session.processed_through == 0
+        callback, argument = calls.popleft()
+        callback(argument)  # type: ignore[misc]
+    assert not world.client.exchange.is_settled
+    world.run(1.0)
+    assert world.server_session.processed_through == 3
+    assert world.client.exchange.is_settled
+
+
+def test_messages_at_workers_are_processed_when_those_say_so() -> None:
+    world = World()
+    world.listener_link.has_workers = True
+    world.connect()
+    for _ in range(3):
+        world.send()
+    world.deliver()
+    first, second, third = world.server.take()
+    assert world.server_session.processed_through == 0
+    world.server.exchange.note_one_processed(second)
+    world.server.exchange.note_one_processed(first)
+    assert world.server_session.processed_through == 2
+    world.run(1.0)
+    assert world.session.unprocessed_count == 1
+    world.server.exchange.note_one_processed(third)
+    world.run(2.0)
+    assert world.client.exchange.is_settled
+
+
+def test_what_never_reaches_a_worker_holds_up_no_worker() -> None:
+    world = World(server_limits=Limits(message_bytes_max=10))
+    world.listener_link.has_workers = True
+    world.connect()
+    session = world.server_session
+    error = Option(2, OptionKind.NO_HANDLER)
+    world.server.exchange.handle_batch(session, 1, ([b"0-0-" + b"x" * 11, b"hello", b"0-7-"], {}, [error]), 0)
+    assert session.processed_through == 3
+    assert world.server.dropped() == {"message_too_large": 1, "malformed_message": 1, "unknown_callback": 1}
+
+
+def test_what_was_processed_before_is_skipped() -> None:
+    world = World()
+    world.connect()
+    session = world.server_session
+    world.server.exchange.handle_batch(session, 4, ([b"0-0-a", b"0-0-b", b"0-0-c"], {}, []), 2)
+    (message,) = world.server.take()
+    assert (message.contents, message.number) == (b"c", 6)
+    assert world.server.exchange.statistics("server", 0, 1).received_msgs == 1
+
+
+def test_a_bad_message_harms_no_other_of_its_batch() -> None:
+    world = World(server_limits=Limits(message_bytes_max=100))
+    world.connect()
+    world.send(b"a")
+    world.send(b"x" * 101)
+    world.send(b"b")
+    world.session.queue[1].data, malformed = b"0-0", world.session.queue[1]
+    world.session.queue_bytes += 3 - malformed.size_bytes
+    malformed.size_bytes = 3
+    world.send(b"y" * 101)
+    world.run(1.0)
+    assert world.server.contents() == [b"a", b"b"]
+    assert world.server.dropped() == {"malformed_message": 1, "message_too_large": 1}
+    assert world.client.exchange.is_settled
+
+
+def test_an_echo_in_a_session_comes_back_and_the_slc_runs_too() -> None:
+    world = World()
+    world.connect()
+    world.ask(b"a-b", dest=ECHO)
+    world.deliver()
+    assert world.server.contents() == [b"a-b"]
+    assert world.client.contents() == [b"a-b"]
+
+
+def test_large_contents_travel_without_a_copy() -> None:
+    world = World()
+    world.connect()
+    contents = b"l" * LARGE_BYTES_MIN
+    world.ask(b"small")
+    world.ask(contents, dest=ECHO)
+    world.client.exchange.flush(0.0)
+    ((_, (head, extra)),) = world.connection_link.sent
+    assert extra is contents
+    assert len(head) < 200
+    world.deliver()
+    small, message = world.server.take()
+    assert small.contents == b"small"
+    assert message.contents is contents
+    (response,) = world.client.take()
+    assert response.contents is contents
+    world.run(1.0)
+    assert world.session.unprocessed_count == 0
+
+
+def test_large_contents_above_the_receivers_limit_are_dropped_and_counted() -> None:
+    world = World(server_limits=Limits(message_bytes_max=LARGE_BYTES_MIN))
+    world.connect()
+    world.send(b"l" * (LARGE_BYTES_MIN + 1))
+    world.send(b"l" * LARGE_BYTES_MIN)
+    world.run(1.0)
+    assert len(world.server.take()) == 1
+    assert world.server.dropped() == {"message_too_large": 1}
+
+
+def test_an_echo_into_the_full_queue_of_a_session_is_counted() -> None:
+    world = World(server_limits=Limits(queue_msgs_max=1))
+    world.connect()
+    for _ in range(2):
+        world.ask(dest=ECHO)
+    world.deliver()
+    assert world.server.dropped() == {"queue_full": 1}
+    assert len(world.client.take()) == 1
+
+
+def test_only_the_session_that_was_asked_may_answer() -> None:
+    world = World()
+    world.connect()
+    message_id = world.server_ask(b"for the first")
+    asked = world.server_session
+    world.server.exchange.flush(0.0)
+    world.listener_link.sent.clear()
+    world.start_client("another")
+    world.connect()
+    world.send(b"forged", dest=message_id)
+    world.deliver()
+    assert world.server.dropped() == {"foreign_response": 1}
+    world.server.exchange.handle_batch(asked, 1, ([b"0-%d-true" % message_id], {}, []), 0)
+    assert b"true" in world.server.contents()
+
+
+# Outcomes in sessions.
+
+
+@pytest.mark.parametrize("dest", [NOOP, 2, 64, 1023, 1024, ID_MAX])
+def test_a_message_that_finds_nothing_to_run_ends_as_no_handler(dest: int) -> None:
+    world = World(has_slc=False)
+    world.connect()
+    message_id = world.ask(dest=dest)
+    world.send(dest=dest)
+    world.deliver()
+    (error,) = world.client.take()
+    assert isinstance(error, NoHandler)
+    assert isinstance(error, NotDelivered)
+    assert error.message_id == message_id
+    assert str(error).startswith("message 1024 to connection ('server'): there is nothing to run at the receiver")
+    assert world.client.exchange.statistics("client", 1, 0).not_delivered_msgs == 1
+    assert world.client.exchange.outstanding_count == 0
+
+
+def test_what_a_callback_or_a_built_in_takes_has_a_handler() -> None:
+    world = World(has_slc=False)
+    world.server.exchange.register_callback(64, world.server.tell)
+    world.connect()
+    world.ask(dest=64)
+    world.ask(b"echo", dest=ECHO)
+    world.run(1.0)
+    assert len(world.server.take()) == 1
+    assert world.client.contents() == [b"echo"]
+    assert world.client.exchange.outstanding_count == 1
+    # With an SLC an unknown id is not without a handler.
+    world = World()
+    world.connect()
+    world.ask(dest=70)
+    world.run(1.0)
+    assert world.client.take() == []
+
+
+def test_what_a_callback_raised_is_told_to_the_sender() -> None:
+    world = World()
+    world.connect()
+
+    def refuse(message: Message) -> None:
+        raise ValueError(message.contents.decode() * ERROR_TEXT_MAX)
+
+    world.server.slc = refuse
+    message_id = world.ask(b"a")
+    world.send(b"b")
+    waiter = Waiter()
+    world.send(b"c", waiter)
+    world.deliver()
+    (error,) = world.client.take()
+    assert isinstance(error, HandlerError)
+    assert (error.message_id, error.type_name) == (message_id, "ValueError")
+    assert str(error).endswith("the callback raised ValueError: " + "a" * ERROR_TEXT_MAX)
+    assert isinstance(waiter.error, HandlerError)
+    assert world.server.exchange.statistics("server", 0, 1).callback_error_count == 3
+    assert world.client.exchange.statistics("client", 1, 0).not_delivered_msgs == 0
+    world.run(1.0)
+    assert world.client.exchange.is_settled
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("and so does its text")
+
+
+@pytest.mark.parametrize("raised", [OSError("\udcff is no file"), Unprintable(), SystemExit(1), KeyError("\0")])
+def test_whatever_a_callback_raises_can_be_told(raised: BaseException) -> None:
+    world = World()
+    world.connect()
+    world.server.slc = lambda message: world.server.exchange.report_raised(message, raised)
+    message_id = world.ask()
+    world.ask(b"another", dest=ECHO)
+    world.deliver()
+    error, response = sorted(world.client.take(), key=lambda each: isinstance(each, Message))
+    assert isinstance(error, HandlerError)
+    assert (error.message_id, error.type_name) == (message_id, type(raised).__name__)
+    assert response.contents == b"another"
+
+
+def test_the_second_of_two_outcomes_is_counted() -> None:
+    world = World()
+    world.connect()
+
+    def answer_and_raise(message: Message) -> None:
+        world.server.reply(message, b"answer")
+        raise ValueError("too late")
+
+    world.server.slc = answer_and_raise
+    world.ask()
+    world.deliver()
+    assert world.client.contents() == [b"answer"]
+    assert world.client.dropped() == {"late_response": 1}
+
+
+def test_an_option_that_is_not_known_does_no_harm() -> None:
+    world = World()
+    world.connect()
+    message_id = world.ask()
+    world.deliver()
+    world.client.exchange.handle_batch(world.session, 1, ([b"0-%d-x" % message_id], {}, [Option(0, 200)]), 0)
+    assert world.client.contents() == [b"x"]
+
+
+def test_a_cancelled_message_of_a_session_has_no_other_outcome() -> None:
+    world = World()
+    world.connect()
+    message_id = world.ask(dest=ECHO)
+    assert world.client.exchange.cancel(message_id)
+    world.deliver()
+    assert outcomes(world.client.take()) == {message_id: Cancelled}
+    assert world.client.dropped() == {"late_response": 1}
+
+
+def test_deadlines_of_a_session_what_was_sent_is_unknown_and_what_was_not_is_certain() -> None:
+    world = World()
+    queued = world.ask(deadline_at=5.0)
+    world.run(5.0)
+    assert outcomes(world.client.take()) == {queued: NotDelivered}
+    world.connect()
+    sent = world.ask(deadline_at=10.0)
+    world.run(10.0)
+    assert outcomes(world.client.take()) == {sent: OutcomeUnknown}
+    assert len(world.server.take()) == 1
+    assert world.session.queue_bytes == 0
+
+
+# The other end goes.
+
+
+def test_a_restart_of_the_server_ends_what_was_sent_and_keeps_what_was_queued() -> None:
+    world = World()
+    world.connect()
+    sent = world.ask(b"sent")
+    world.client.exchange.flush(0.0)
+    world.link_down()
+    world.ask(b"queued")
+    world.start_server()
+    world.link_up()
+    world.run(5.0)
+    (error,) = world.client.take()
+    assert (type(error), error.message_id) == (OutcomeUnknown, sent)
+    (message,) = world.server.take()
+    assert (message.contents, message.redelivered) == (b"queued", False)
+    assert world.client.exchange.statistics("client", 1, 0).outcome_unknown_msgs == 1
+
+
+def test_redelivered_messages_go_first_in_their_order_and_are_marked() -> None:
+    world = World()
+    world.connect()
+    world.server.slc = world.server.tell
+    ids = [world.ask(b"%d" % number, redeliver=number != 2) for number in range(1, 5)]
+    world.send(b"silent", redeliver=True)
+    world.client.exchange.flush(0.0)
+    world.link_down()
+    world.ask(b"queued", redeliver=True)
+    world.start_server()
+    world.link_up()
+    world.run(5.0)
+    assert outcomes(world.client.take()) == {ids[1]: OutcomeUnknown}
+    messages = world.server.take()
+    assert [(message.contents, message.redelivered) for message in messages] == [
+        *((b"1", True), (b"3", True), (b"4", True), (b"silent", True)),
+        (b"queued", False),
+    ]
+    for message in messages:
+        if message.source_callback_id:
+            world.server.reply(message, b"done")
+    world.run(10.0)
+    assert len(world.client.take()) == 4
+    assert world.client.exchange.is_settled
+    assert world.session.queue_bytes == 0
+
+
+def test_a_message_that_was_processed_but_not_answered_is_redelivered() -> None:
+    world = World()
+    world.connect()
+    message_id = world.ask(b"a", redeliver=True)
+    world.run(1.0)
+    assert world.server.contents() == [b"a"]
+    assert world.session.unprocessed_count == 0
+    world.link_down()
+    world.start_server()
+    world.link_up()
+    world.run(5.0)
+    (message,) = world.server.take()
+    assert (message.source_callback_id, message.redelivered) == (message_id, True)
+
+
+@pytest.mark.parametrize("ended_by", ["answer", "cancel", "deadline"])
+def test_what_has_its_outcome_is_neither_redelivered_nor_reported(ended_by: str) -> None:
+    world = World()
+    world.connect()
+    message_id = world.ask(b"a", redeliver=True, dest=ECHO, deadline_at=0.4)
+    other_id = world.ask(b"b", dest=ECHO, deadline_at=0.4)
+    if ended_by == "answer":
+        # The server has answered, and not yet said that it has processed.
+        world.deliver(runs=False)
+        assert len(world.client.take()) == 2
+    else:
+        world.client.exchange.flush(0.0)
+        world.connection_link.sent.clear()
+        if ended_by == "cancel":
+            assert world.client.exchange.cancel(message_id)
+            assert world.client.exchange.cancel(other_id)
+        else:
+            world.client.exchange.handle_deadline(0.4)
+        assert len(world.client.take()) == 2
+    assert world.session.unprocessed_count == 2
+    world.link_down()
+    world.start_server()
+    world.link_up()
+    world.run(5.0)
+    assert world.server.take() == []
+    assert world.client.take() == []
+    assert world.client.unheard == []
+    assert "outcome_unknown" not in world.client.dropped()
+
+
+def test_messages_without_a_callback_to_a_process_that_ended_are_reported_together() -> None:
+    world = World()
+    world.connect()
+    for _ in range(3):
+        world.send()
+    world.client.exchange.flush(0.0)
+    world.link_down()
+    world.start_server()
+    world.link_up()
+    world.run(5.0)
+    assert world.client.dropped() == {"outcome_unknown": 3}
+    (error,) = world.client.unheard
+    assert isinstance(error, OutcomeUnknown)
+    assert str(error).startswith("3 messages without a callback to connection ('server'): its process has ended")
+
+
+def test_what_was_processed_of_a_batch_is_not_reported_as_unknown() -> None:
+    world = World()
+    world.connect()
+    for _ in range(3):
+        world.send()
+    world.client.exchange.flush(0.0)
+    ((_, (frame,)),) = world.connection_link.sent
+    world.connection_link.sent.clear()
+    messages, _, _ = decode_batch(frame, 0, decode_data(frame).msg_count, [])
+    # The receiver may have seen the batch in two parts.
+    server = world.server_session
+    assert server.receive(0, decode_data(frame)._replace(msg_count=2), 0.0) == 0
+    world.server.exchange.handle_batch(server, 1, (messages[:2], {}, []), 0)
+    world.server.run()
+    world.server.exchange.flush(0.0)
+    world.server.exchange.handle_deadline(0.02)
+    world.deliver()
+    assert world.session.unprocessed_count == 1
+    world.link_down()
+    world.start_server()
+    world.link_up()
+    world.run(5.0)
+    assert world.client.dropped() == {"outcome_unknown": 1}
+
+
+def test_a_restart_of_the_client_ends_what_the_listener_had_for_it() -> None:
+    world = World(server_limits=Limits(window_msgs=8))
+    world.connect()
+    ids = [world.server_ask(b"%d" % number) for number in range(10)]
+    old = world.server_session
+    world.server.exchange.flush(0.0)
+    world.link_down()
+    world.start_client()
+    world.link_up()
+    world.deliver()
+    assert outcomes(world.server.take()) == dict.fromkeys(ids[:8], OutcomeUnknown) | dict.fromkeys(
+        ids[8:], NotDelivered
+    )
+    assert old.state is State.CLOSED
+    assert world.server_session is not old
+    assert world.server.exchange.outstanding_count == 0
+
+
+def test_an_echo_to_a_process_that_ended_is_nobodys_message() -> None:
+    world = World()
+    world.connect()
+    world.send(dest=ECHO)
+    world.client.exchange.flush(0.0)
+    ((_, (frame,)),) = world.connection_link.sent
+    world.server.exchange.handshake.receive(world.listener_link, world.routing_id, frame, [], 0.0)
+    world.server.exchange.flush(0.0)
+    assert world.server_session.unprocessed_count == 1
+    world.link_down()
+    world.start_client()
+    world.link_up()
+    world.deliver()
+    assert world.server.unheard == []
+    assert world.server.dropped() == {}
+
+
+def test_redelivery_is_for_connections_since_a_peer_of_a_listener_comes_back_as_another_session() -> None:
+    world = World()
+    world.connect()
+    node = world.server
+    node.exchange.send(world.server_session, b"", b"x", node.tell, node.tell, NOOP, 1_000.0, redeliver=True)
+    node.exchange.flush(0.0)
+    world.link_down()
+    world.start_client()
+    world.link_up()
+    world.deliver()
+    assert [type(error) for error in node.take()] == [OutcomeUnknown]
+
+
+def test_an_answer_to_a_peer_whose_session_has_ended_is_certainly_not_delivered() -> None:
+    world = World()
+    world.connect()
+    world.ask(b"question")
+    world.deliver()
+    (message,) = world.server.take()
+    world.client.exchange.close_link(world.connection_link, "it was closed")
+    world.deliver()
+    assert not world.server.exchange.handshake.sessions
+    message_id = world.server.reply(message, b"answer", on_error=world.server.tell)
+    world.server.reply(message, b"nobody waits for what becomes of it")
+    world.run(2_000.0)
+    assert outcomes(world.server.take()) == {message_id: NotDelivered}
+    assert world.server.dropped().get("not_delivered", 0) + world.server.dropped().get("peer_gone", 0) >= 1
+
+
+def test_an_answer_never_reaches_another_process_than_the_one_that_asked() -> None:
+    """The ids of both start at 1024, so it would be taken for the answer to something else."""
+    world = World()
+    world.connection_link.callback = world.session.callback = world.client.tell
+    world.connect()
+    world.server_ask(b"from the old one")
+    world.deliver()
+    (message,) = world.client.take()
+    world.link_down()
+    # One answer is queued when the old process goes, another one is given after that.
+    world.client.reply(message, b"early answer")
+    world.start_server()
+    world.link_up()
+    world.deliver()
+    answers: list[Message] = []
+    node = world.server
+    node.exchange.send(world.server_session, b"", b"from the new one", answers.append, None, NOOP, 1_000.0)
+    world.client.reply(message, b"late answer")
+    world.run(5.0)
+    assert [answer.contents for answer in answers] == []
+    (question,) = world.client.take()
+    world.client.reply(question, b"true answer")
+    world.run(10.0)
+    assert [answer.contents for answer in answers] == [b"true answer"]
+
+
+def test_callbacks_of_an_incarnation_that_is_gone_acknowledge_nothing_to_the_next() -> None:
+    world = World()
+    world.connection_link.callback = world.session.callback = world.client.tell
+    world.connect()
+    for _ in range(5):
+        world.server_ask()
+    world.deliver(runs=False)
+    assert len(world.client.exchange.calls) == 6
+    world.link_down()
+    world.start_server()
+    world.link_up()
+    world.deliver(runs=False)
+    world.client.run()
+    assert world.session.processed_through == 0
+    world.server_ask(b"new")
+    world.run(5.0)
+    assert world.client.contents()[-1] == b"new"
+    assert world.server_session.unprocessed_count == 0
+
+
+# Refused, closed.
+
+
+def start_second(world: World) -> tuple[Node, WireLink]:
+    """Start a second living process with the client's identity; return the first."""
+    first = world.client, world.connection_link
+    world.start_client()
+    return first
+
+
+def test_a_second_living_process_learns_that_its_identity_is_in_use() -> None:
+    world = World()
+    world.connect()
+    first_routing_id = world.routing_id
+    start_second(world)
+    waiter = Waiter()
+    message_id = world.ask(b"not run")
+    world.send(b"not run", waiter)
+    world.send(b"not run")
+    world.link_up()
+    world.run(1.0)
+    assert outcomes(world.client.take()) == {message_id: IdentityInUse}
+    assert isinstance(waiter.error, IdentityInUse)
+    assert "another living process is 'client' here" in str(waiter.error)
+    assert [type(error) for error in world.client.unheard] == [NotDelivered]
+    assert world.client.dropped()["refused"] >= 1
+    assert world.server.dropped()["identity_in_use"] >= 1
+    assert world.session.state is State.CONNECTING
+    # So does what it sends later,
+    message_id = world.ask(b"not run either")
+    world.run(10.0)
+    assert outcomes(world.client.take()) == {message_id: IdentityInUse}
+    # and none of it runs when the first has gone.
+    world.listener_link.gone.add(first_routing_id)
+    world.run(20.0)
+    world.ask(b"at last")
+    world.run(30.0)
+    assert world.server.contents() == [b"at last"]
+
+
+def test_a_refusal_that_was_long_under_way_harms_nothing() -> None:
+    world = World()
+    world.connect()
+    first_routing_id = world.routing_id
+    start_second(world)
+    world.link_up()
+    world.client.exchange.flush(0.0)
+    refusals: list[bytes] = []
+    while not refusals:
+        for _, (frame, *extra) in world.connection_link.sent[:]:
+            world.server.exchange.handshake.receive(world.listener_link, world.routing_id, frame, extra, 0.0)
+        world.connection_link.sent.clear()
+        world.server.exchange.flush(0.0)
+        for routing_id, (frame, *extra) in world.listener_link.sent[:]:
+            if decode_header(frame).kind == Kind.REFUSED:
+                refusals.append(frame)
+            elif routing_id == world.routing_id:
+                world.client.exchange.handshake.receive(world.connection_link, b"", frame, extra, 0.0)
+        world.listener_link.sent.clear()
+        world.client.exchange.flush(0.0)
+    world.link_down()
+    world.listener_link.gone.add(first_routing_id)
+    world.now = 60.0
+    world.link_up()
+    world.run(70.0)
+    world.ask(b"a")
+    world.deliver()
+    (message,) = world.server.take()
+    world.client.exchange.handshake.receive(world.connection_link, b"", refusals[0], [], 70.0)
+    world.server.reply(message, b"answer")
+    world.run(71.0)
+    (response,) = world.client.take()
+    assert isinstance(response, Message)
+
+
+@pytest.mark.parametrize("reason", [Reason.VERSION, Reason.LIMIT])
+def test_what_waits_for_a_peer_that_refuses_is_not_delivered(reason: Reason) -> None:
+    world = World()
+    message_id = world.ask()
+    world.link_up()
+    world.client.exchange.flush(0.0)
+    frame = encode_refusal(world.session.incarnation, reason, "session version 1 is not understood here, version 2 is")
+    world.client.exchange.handshake.receive(world.connection_link, b"", frame, [], 0.0)
+    (error,) = world.client.take()
+    assert (type(error), error.message_id) == (NotDelivered, message_id)
+    assert "refused: session version 1 is not understood here, version 2 is" in str(error)
+    assert world.client.dropped() == {"refused": 1}
+    world.client.exchange.handle_deadline(0.25)
+    assert world.client.exchange.next_deadline_at == HELLO_S_MAX
+
+
+def test_after_a_refusal_the_next_hello_is_not_forgotten() -> None:
+    world = World()
+    world.connect()
+    world.client.exchange.handle_deadline(0.25)
+    assert world.client.exchange.next_deadline_at > HELLO_S_MAX + 1.0
+    frame = encode_header(Kind.REFUSED, world.session.peer_incarnation, world.session.incarnation, Reason.LIMIT)
+    world.client.exchange.handshake.receive(world.connection_link, b"", frame, [], 1.0)
+    world.client.exchange.flush(1.0)
+    assert world.client.exchange.next_deadline_at == HELLO_S_MAX + 1.0
+
+
+def test_closing_a_connection_says_goodbye_and_ends_its_messages() -> None:
+    world = World()
+    world.connect()
+    sent = world.ask(b"sent")
+    world.deliver()
+    world.link_down()
+    world.link_up()
+    world.deliver()
+    queued = world.ask(b"queued")
+    world.client.exchange.close_link(world.connection_link, "it was closed")
+    assert outcomes(world.client.take()) == {sent: OutcomeUnknown, queued: NotDelivered}
+    assert world.session.state is State.CLOSED
+    assert not world.client.exchange.links
+    assert not world.client.exchange.handshake.sessions
+    world.server.take()
+    world.deliver()
+    assert not world.server.exchange.handshake.sessions
+    assert world.server.take() == []
+
+
+def test_closing_a_listener_says_goodbye_to_all_of_its_peers_and_to_no_others() -> None:
+    world = World()
+    world.connect()
+    sent = world.server_ask(b"sent")
+    world.server.exchange.flush(0.0)
+    other = world.server.exchange.handshake.open(WireLink("another connection"))
+    world.server.exchange.close_link(world.listener_link, "it was closed")
+    assert outcomes(world.server.take()) == {sent: OutcomeUnknown}
+    assert world.server.exchange.handshake.sessions == {other}
+    unknown = world.ask(b"too late")
+    world.client.exchange.flush(0.0)
+    world.deliver()
+    assert outcomes(world.client.take()) == {unknown: OutcomeUnknown}
+
+
+# Deadlines of sessions.
+
+
+def test_the_deadlines_of_sessions_are_those_of_the_exchange() -> None:
+    world = World()
+    assert world.client.exchange.next_deadline_at == FOREVER
+    world.link_up()
+    world.client.exchange.flush(0.0)
+    assert world.client.exchange.next_deadline_at == 0.25
+    world.connection_link.sent.clear()
+    world.client.exchange.handle_deadline(0.25)
+    assert world.client.exchange.next_deadline_at == 0.75
+    ((_, (frame,)),) = world.connection_link.sent
+    assert decode_header(frame).kind == Kind.HELLO
+    world.deliver()
+    world.ask()
+    world.client.exchange.flush(1.0)
+    assert world.client.exchange.next_deadline_at <= 1.5
+
+
+def test_nothing_is_swept_while_nothing_is_due() -> None:
+    world = World()
+    world.connect()
+    world.ask(deadline_at=500.0)
+    world.deliver()
+    world.client.exchange.handle_deadline(0.0)
+    assert world.client.take() == []
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["ask", "answer", "cancel", "down", "up", "server", "client", "run", "tick"]),
+            st.integers(0, 7),
+        ),
+        max_size=40,
+    )
+)
+def test_whatever_happens_each_message_has_one_outcome_and_a_true_one(steps: list[tuple[str, int]]) -> None:
+    world = World()
+    told: dict[bytes, list[Any]] = {}
+    ran: list[bytes] = []
+    waiting: list[tuple[Node, Message]] = []
+    sent: dict[bytes, int] = {}
+
+    def note(contents: bytes) -> Any:
+        told[contents] = []
+        return told[contents].append
+
+    for step, number in [*steps, ("up", 0), ("run", 0)]:
+        if step == "ask":
+            contents = b"%d" % len(told)
+            callback = note(contents)
+            sent[contents] = world.send(contents, callback, callback, deadline_at=world.now + 10.0 * (number + 1))
+        elif step == "answer" and waiting:
+            node, message = waiting.pop(number % len(waiting))
+            if node is world.server:
+                node.reply(message, message.contents)
+        elif step == "cancel" and sent:
+            world.client.exchange.cancel(list(sent.values())[number % len(sent)])
+        elif step == "down":
+            world.link_down()
+        elif step == "up":
+            world.link_down()
+            world.link_up()
+        elif step == "server":
+            world.link_down()
+            world.start_server()
+        elif step == "client":
+            world.client.exchange.flush(world.now)
+        elif step in ("run", "tick"):
+            world.run(world.now + (5.0 if step == "run" else 0.01))
+        for message in world.server.take():
+            assert message.contents not in ran
+            ran.append(message.contents)
+            waiting.append((world.server, message))
+    world.run(world.now + 1_000.0)
+    world.client.run()
+    for contents, outcome in told.items():
+        assert len(outcome) == 1
+        if isinstance(outcome[0], NotDelivered):
+            assert contents not in ran
+        if isinstance(outcome[0], Message):
+            assert outcome[0].contents == contents
+            assert contents in ran
+    assert not world.client.unheard

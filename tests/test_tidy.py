@@ -20,15 +20,15 @@ SOURCE = ROOT / "src"
 
 # A module imports only from those to its left. A new module takes its place here.
 ORDER = (
-    *("errors", "limits", "destination", "wire", "session", "exchange", "transports", "endpoint"),
-    *("loop", "messenger", "aio"),
+    *("errors", "limits", "destination", "wire", "link", "session", "handshake", "message", "exchange"),
+    *("transports", "endpoint", "loop", "messenger", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
-CORE = {"wire", "session", "exchange", "transports", "endpoint", "loop"}
+CORE = {"wire", "link", "session", "handshake", "message", "exchange", "transports", "endpoint", "loop"}
 COMPONENTS = {"replication", "models"}
 SURFACES = {"cli", "dashboard"}
 
-PURE = {"errors", "limits", "wire", "session", "exchange"}
+PURE = {"errors", "limits", "wire", "link", "session", "handshake", "message", "exchange"}
 IMPURE_IMPORTS = {
     *("asyncio", "concurrent", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "queue", "random"),
     *("secrets", "select", "selectors", "signal", "socket", "subprocess", "threading", "time", "uuid", "zmq"),
@@ -191,7 +191,7 @@ def report(findings: Iterable[tuple[str, Finding]]) -> str:
 
 def test_source_was_seen() -> None:
     """The rules below pass over nothing, so this one makes sure that there was something."""
-    assert {"wire", "exchange"} <= {module.layer for module in source_modules()}
+    assert {module.layer for module in source_modules()} >= PURE
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -230,6 +230,9 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (layers, "wire.py", "from . import session #!"),
     (layers, "wire.py", "from .session import Session #!"),
     (layers, "wire.py", "def f():\n    from .session import Session #!"),
+    (layers, "link.py", "from .session import Session #!"),
+    (layers, "session.py", "from .handshake import Handshake #!"),
+    (layers, "handshake.py", "from .exchange import Exchange #!"),
     (layers, "transports/tcp.py", "from .. import aio #!"),
     (layers, "transports/tcp.py", "from ..messenger import Messenger #!"),
     (layers, "transports/__init__.py", "from ..messenger import Messenger #!"),
@@ -239,11 +242,15 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (layers, "replication/primary.py", "from messenger import wire #!"),
     (layers, "models/manager.py", "from messenger.replication import Primary #!"),
     (layers, "cli.py", "from messenger.exchange import Exchange #!"),
+    (layers, "cli.py", "from messenger.message import Statistics #!"),
     (layers, "cli.py", "from messenger.dashboard import show #!"),
     (purity, "wire.py", "import time #!"),
     (purity, "wire.py", "import os.path #!"),
     (purity, "session.py", "from random import Random #!"),
     (purity, "exchange.py", "def f():\n    import threading #!"),
+    (purity, "link.py", "import queue #!"),
+    (purity, "handshake.py", "from secrets import randbits #!"),
+    (purity, "message.py", "import time #!"),
     (purity, "errors.py", "import zmq #!"),
     (purity, "limits.py", "import logging #!"),
     (sizes, "wire.py", function_of(FUNCTION_LINES_MAX + 1).replace(":", ": #!", 1)),

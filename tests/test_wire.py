@@ -1,5 +1,7 @@
 """`wire`: the format to the letter, and nothing but `MalformedMessage` on any other bytes."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,12 +10,36 @@ from messenger.errors import MalformedMessage
 from messenger.wire import (
     ECHO,
     ID_MAX,
+    MAGIC,
     NOOP,
+    VERSION,
     BuiltinCallback,
+    Challenge,
+    Data,
+    Flag,
+    Header,
+    Hello,
+    Kind,
+    Option,
+    OptionKind,
+    Reason,
+    decode_batch,
+    decode_challenge,
+    decode_data,
+    decode_header,
+    decode_hello,
     decode_identity,
     decode_message,
+    decode_refusal,
+    decode_response,
+    encode_challenge,
+    encode_data,
+    encode_header,
+    encode_hello,
     encode_identity,
     encode_message,
+    encode_refusal,
+    encode_response,
 )
 
 IDS = st.integers(0, ID_MAX)
@@ -93,3 +119,232 @@ def test_identities(routing_id: bytes, identity: str) -> None:
 def test_the_built_ins() -> None:
     assert (int(NOOP), int(ECHO)) == (0, 1)
     assert list(BuiltinCallback) == [NOOP, ECHO]
+
+
+# Session frames.
+
+NUMBERS = st.integers(0, 2**64 - 1)
+SMALL_NUMBERS = st.integers(0, 2**32 - 1)
+OPTIONS = st.builds(Option, NUMBERS, NUMBERS, st.text(max_size=5), st.text(max_size=5))
+# Of each message its bytes, and the contents behind it if it is large.
+BATCHES = st.lists(st.tuples(st.binary(max_size=9), st.none() | st.binary(max_size=9)), max_size=256)
+
+
+def decode_frame(frame: bytes, extra: Sequence[bytes] = ()) -> tuple[object, ...]:
+    """Decode a whole frame, whatever its kind, as a messenger does."""
+    header = decode_header(frame)
+    if header.kind == Kind.HELLO:
+        return header, decode_hello(frame)
+    if header.kind == Kind.CHALLENGE:
+        return header, decode_challenge(frame)
+    if header.kind == Kind.RESPONSE:
+        return header, decode_response(frame)
+    if header.kind == Kind.REFUSED:
+        return header, decode_refusal(frame)
+    if header.kind == Kind.DATA:
+        data = decode_data(frame)
+        return header, data, decode_batch(frame, header.flags, data.msg_count, extra)
+    return (header,)
+
+
+@given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, SMALL_NUMBERS, NUMBERS, st.binary())
+def test_hello_and_challenge_come_back(
+    source: int, dest: int, first: int, second: int, window_msgs: int, window_bytes: int, identity: bytes
+) -> None:
+    hello = Hello(first, second, window_msgs, window_bytes, identity)
+    assert decode_frame(encode_hello(source, dest, hello)) == (Header(VERSION, Kind.HELLO, 0, source, dest), hello)
+    challenge = Challenge(first, second, window_msgs, window_bytes, identity)
+    header = Header(VERSION, Kind.CHALLENGE, 0, source, dest)
+    assert decode_frame(encode_challenge(source, dest, challenge)) == (header, challenge)
+
+
+@given(NUMBERS, NUMBERS, NUMBERS)
+def test_response_unknown_and_goodbye_come_back(source: int, dest: int, echo: int) -> None:
+    header = Header(VERSION, Kind.RESPONSE, 0, source, dest)
+    assert decode_frame(encode_response(source, dest, echo)) == (header, echo)
+    for kind in (Kind.UNKNOWN, Kind.GOODBYE):
+        assert decode_frame(encode_header(kind, source, dest)) == (Header(VERSION, kind, 0, source, dest),)
+
+
+@given(NUMBERS, st.sampled_from(Reason), st.text())
+def test_a_refusal_comes_back(dest: int, reason: Reason, text: str) -> None:
+    header, decoded = decode_frame(encode_refusal(dest, reason, text))
+    assert header == Header(VERSION, Kind.REFUSED, reason, 0, dest)
+    assert isinstance(decoded, str)
+    assert text.startswith(decoded)  # It may be cut.
+    assert len(decoded) >= min(len(text), 200)
+
+
+def test_a_refusal_of_any_bytes_is_a_text_and_a_short_one() -> None:
+    """It goes into the error text of every message that waits."""
+    assert decode_refusal(encode_refusal(1, Reason.LIMIT, "") + b"\xff!") == "\ufffd!"
+    assert len(decode_refusal(encode_refusal(1, Reason.LIMIT, "x" * 1_000_000))) <= 10_000
+
+
+@given(
+    st.tuples(NUMBERS, NUMBERS, NUMBERS),
+    BATCHES,
+    st.lists(OPTIONS, max_size=4),
+    st.sampled_from([0, Flag.ASK, Flag.RESEND, Flag.ASK | Flag.RESEND]),
+)
+def test_a_batch_comes_back(
+    numbers: tuple[int, int, int], batch: list[tuple[bytes, bytes | None]], options: list[Option], flags: int
+) -> None:
+    messages = [message for message, _ in batch]
+    is_large = [contents is not None for _, contents in batch]
+    extra = [contents for _, contents in batch if contents is not None]
+    data = Data(*numbers, len(batch))
+    frame = encode_data(1, 2, flags, data, messages, is_large if extra else (), options)
+    header, decoded, parts = decode_frame(frame, extra)
+    assert header == Header(VERSION, Kind.DATA, flags | (Flag.OPTIONS if options else 0), 1, 2)
+    assert decoded == data
+    large = {index: contents for index, (_, contents) in enumerate(batch) if contents is not None}
+    assert parts == (messages, large, options)
+
+
+# Byte for byte. Who has to change one of these has changed the format, and must raise VERSION.
+GOLDEN: list[tuple[bytes, str]] = [
+    (
+        encode_hello(0x0102030405060708, 9, Hello(0xA, 0xB, 0xC, 0xD, b"me")),
+        "4d010100 0807060504030201 0900000000000000 0a00000000000000 0b00000000000000 0c000000 0d00000000000000 6d65",
+    ),
+    (
+        encode_challenge(1, 2, Challenge(0xA, 0xB, 0xC, 0xD, b"you")),
+        "4d010200 0100000000000000 0200000000000000 0a00000000000000 0b00000000000000 0c000000 0d00000000000000 796f75",
+    ),
+    (encode_response(1, 2, 3), "4d010300 0100000000000000 0200000000000000 0300000000000000"),
+    (
+        encode_data(1, 2, Flag.ASK | Flag.RESEND, Data(3, 4, 5, 0), ()),
+        "4d010403 0100000000000000 0200000000000000 0300000000000000 0400000000000000 0500000000000000 00000000",
+    ),
+    (
+        encode_data(1, 2, 0, Data(3, 4, 5, 2), (b"0-0-", b"1-2-x"), (True, False)),
+        "4d010400 0100000000000000 0200000000000000 0300000000000000 0400000000000000 0500000000000000 02000000"
+        "04000080 05000000 302d302d 312d322d78",
+    ),
+    (
+        encode_data(
+            1, 2, 0, Data(3, 4, 5, 1), (b"0-7-",), (), (Option(0, OptionKind.HANDLER_ERROR, "E", "t"),)
+        ),
+        "4d010404 0100000000000000 0200000000000000 0300000000000000 0400000000000000 0500000000000000 01000000"
+        "04000000 08000000 91 94 00 01 a145 a174 302d372d",
+    ),
+    (encode_header(Kind.UNKNOWN, 0, 2), "4d010500 0000000000000000 0200000000000000"),
+    (encode_refusal(2, Reason.IDENTITY_IN_USE, "no"), "4d010602 0000000000000000 0200000000000000 6e6f"),
+    (encode_header(Kind.GOODBYE, 1, 2), "4d010700 0100000000000000 0200000000000000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("frame", "golden"), GOLDEN, ids=[Kind(frame[2]).name for frame, _ in GOLDEN])
+def test_each_frame_to_the_byte(frame: bytes, golden: str) -> None:
+    assert frame.hex() == golden.replace(" ", "")
+
+
+def test_the_numbers_that_stand_on_the_wire() -> None:
+    assert {kind.name: int(kind) for kind in Kind} == {
+        "HELLO": 1, "CHALLENGE": 2, "RESPONSE": 3, "DATA": 4, "UNKNOWN": 5, "REFUSED": 6, "GOODBYE": 7
+    }  # fmt: skip
+    assert {flag.name: int(flag) for flag in Flag} == {"ASK": 1, "RESEND": 2, "OPTIONS": 4}
+    assert {reason.name: int(reason) for reason in Reason} == {"VERSION": 1, "IDENTITY_IN_USE": 2, "LIMIT": 3}
+    assert {kind.name: int(kind) for kind in OptionKind} == {"HANDLER_ERROR": 1, "NO_HANDLER": 2, "REDELIVERED": 3}
+    assert (MAGIC, VERSION) == (0x4D, 1)
+
+
+# What may be cut off at the end of a frame without anybody being able to tell: an identity or a text, which end it.
+OPEN_ENDED_BYTES = {Kind.HELLO: 2, Kind.CHALLENGE: 3, Kind.REFUSED: 2}
+
+
+@pytest.mark.parametrize("frame", [frame for frame, _ in GOLDEN], ids=[Kind(frame[2]).name for frame, _ in GOLDEN])
+def test_every_truncation_of_every_kind_is_malformed(frame: bytes) -> None:
+    extra = [b"contents"] if b"\x04\0\0\x80" in frame else []
+    assert decode_frame(frame, extra)
+    for length in range(len(frame) - OPEN_ENDED_BYTES.get(Kind(frame[2]), 0)):
+        with pytest.raises(MalformedMessage):
+            decode_frame(frame[:length], extra)
+
+
+def test_a_batch_longer_than_its_sizes_is_malformed() -> None:
+    for frame, _ in GOLDEN:
+        if frame[2] == Kind.DATA:
+            with pytest.raises(MalformedMessage):
+                decode_frame(frame + b"\0", [b"contents"] if b"\x04\0\0\x80" in frame else [])
+
+
+@pytest.mark.parametrize("extra", [[], [b"one", b"too many"]])
+def test_large_messages_and_the_frames_behind_must_be_as_many(extra: list[bytes]) -> None:
+    frame = encode_data(1, 2, 0, Data(1, 0, 0, 1), (b"0-0-",), (True,))
+    with pytest.raises(MalformedMessage):
+        decode_frame(frame, extra)
+
+
+@pytest.mark.parametrize("count", [257, 2**31, 2**32 - 1])
+def test_a_batch_of_absurdly_many_messages_is_malformed(count: int) -> None:
+    frame = encode_data(1, 2, 0, Data(1, 0, 0, count), ())
+    with pytest.raises(MalformedMessage):
+        decode_frame(frame + b"\0" * 5_000)
+
+
+def with_options(block: bytes) -> bytes:
+    """Return a DATA frame of one message, with these bytes as its options."""
+    head = encode_data(1, 2, Flag.OPTIONS, Data(1, 0, 0, 1), (b"0-0-",))
+    return head[:-4] + len(block).to_bytes(4, "little") + block + b"0-0-"
+
+
+def test_options_of_a_newer_sender_are_taken_as_far_as_they_are_understood() -> None:
+    *_, parts = decode_frame(with_options(b"\x91\x95\0\x03\xa0\xa0\x07"))
+    assert parts == ([b"0-0-"], {}, [Option(0, OptionKind.REDELIVERED)])
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\xc1", id="no msgpack"),
+        pytest.param(b"\x91\xa1x", id="no option"),
+        pytest.param(b"\x91\x91\0", id="a field is missing"),
+        pytest.param(b"\x91\x93\0\x01\xa1\xff", id="text that is not UTF-8"),
+        pytest.param(b"\x91\x92\0\xcb" + b"\0" * 8, id="a float"),
+        pytest.param(b"\xdd\xff\xff\xff\xff\x92\0\0", id="a list that ends early"),
+        pytest.param(b"\x91\x95\0\x01\xa0\xa0" + b"\x91" * 100_000 + b"\xc0", id="lists in lists"),
+        pytest.param(b"\x91\x95\0\x01\xa0\xa0" + b"\x81\xc0" * 100_000 + b"\xc0", id="maps in maps"),
+        pytest.param(b"\xdd\0\x01\0\0" + b"\x92\0\x01" * 2**16, id="more options than a batch has messages"),
+    ],
+)
+def test_options_that_are_none_are_malformed(block: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        decode_frame(with_options(block))
+
+
+def is_decoded(frame: bytes, extra: Sequence[bytes] = ()) -> bool:
+    try:
+        decode_frame(frame, extra)
+    except MalformedMessage:
+        return False
+    return True
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_a_frame_or_malformed(data: bytes) -> None:
+    is_decoded(data)
+    for kind in Kind:
+        assert is_decoded(encode_header(kind, 1, 2) + data) or len(data) < 28 or kind == Kind.DATA
+
+
+@given(st.binary(max_size=60), st.integers(0, 40), st.integers(0, 255), st.lists(st.binary(max_size=3), max_size=3))
+def test_any_bytes_behind_the_numbers_of_a_batch_are_a_batch_or_malformed(
+    body: bytes, count: int, flags: int, extra: list[bytes]
+) -> None:
+    is_decoded(encode_data(1, 2, flags, Data(1, 0, 0, count), ()) + body, extra)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_as_options_are_options_or_malformed(block: bytes) -> None:
+    is_decoded(with_options(block))
+
+
+@given(st.sampled_from([frame for frame, _ in GOLDEN]), st.integers(0, 200), st.integers(0, 255))
+def test_any_changed_byte_gives_a_frame_or_malformed(frame: bytes, position: int, value: int) -> None:
+    position %= len(frame)
+    changed = frame[:position] + bytes((value,)) + frame[position + 1 :]
+    is_decoded(changed)
+    is_decoded(changed, [b"contents"])

@@ -1,0 +1,234 @@
+"""What the tests against real sockets and processes share.
+
+No test sleeps a fixed time: callbacks go into an `Inbox`, which is waited on, and what has no event is asked for with
+`wait_until`.
+Plain peers are nothing but pyzmq sockets, so that no mistake of the library hides itself.
+"""
+
+import os
+import random
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pytest
+import zmq
+
+from messenger import Destination, Limits, Message, Messenger, Security
+
+# Long enough for a machine under load; a test that passes never waits for it.
+TIMEOUT_S = 10.0
+# Below the range from which the kernel takes the local ports of connections, so that those do not get in the way.
+PORTS = range(10_000, 32_000)
+
+T = TypeVar("T")
+
+
+def wait_until(predicate: Callable[[], object], timeout: float = TIMEOUT_S) -> None:
+    """Returns as soon as the predicate holds; for what no callback tells, as counts and files."""
+    deadline_at = time.monotonic() + timeout
+    while not predicate():
+        assert time.monotonic() < deadline_at, f"the condition did not hold within {timeout} s"
+        time.sleep(0.001)
+
+
+def dropped(messenger: Messenger, kind: str) -> int:
+    return messenger.statistics().dropped.get(kind, 0)
+
+
+def wait_dropped(messenger: Messenger, kind: str, count: int = 1) -> None:
+    """Waits for a count and says what was counted instead if it does not come."""
+    try:
+        wait_until(lambda: dropped(messenger, kind) >= count)
+    except AssertionError:
+        pytest.fail(f"{kind} should be {count}: {dict(messenger.statistics().dropped)}")
+    assert dropped(messenger, kind) == count
+
+
+class Inbox(Generic[T]):
+    """A callback that keeps what it is called with, and can be waited on."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._items: list[T] = []
+
+    def __call__(self, item: T) -> None:
+        with self._condition:
+            self._items.append(item)
+            self._condition.notify_all()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def wait(self, count: int = 1, timeout: float = TIMEOUT_S) -> list[T]:
+        """Returns what came, as soon as it is at least `count` items."""
+        with self._condition:
+            came = self._condition.wait_for(lambda: len(self._items) >= count, timeout)
+            assert came, f"{len(self._items)} of {count} came within {timeout} s: {self._items[-5:]}"
+            return list(self._items)
+
+
+@pytest.fixture
+def never() -> Iterator[Inbox[object]]:
+    """A callback that must not run. What fails inside a callback is caught by the messenger."""
+    inbox: Inbox[object] = Inbox()
+    yield inbox
+    assert inbox.wait(0) == []
+
+
+def contents_of(messages: list[Message]) -> list[bytes]:
+    return [message.contents for message in messages]
+
+
+def wait_event(event: threading.Event) -> None:
+    assert event.wait(TIMEOUT_S), f"the event did not come within {TIMEOUT_S} s"
+
+
+def is_port_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """Returns a port that nobody has now; drawn at random, because other test runs draw too."""
+    rng = random.SystemRandom()
+    while not is_port_free(port := rng.choice(PORTS)):
+        continue
+    return port
+
+
+@pytest.fixture(autouse=True)
+def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runtime folder for each test; the path of a Unix socket has at most 107 bytes, so `tmp_path` is too long."""
+    folder = Path(tempfile.mkdtemp(prefix="m-", dir="/tmp"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+NewDestination = Callable[[str], str | int]
+
+
+@pytest.fixture
+def new_destination(runtime_folder: Path) -> NewDestination:
+    """Names a destination that nobody has: of `"tcp"`, `"ipc"`, `"inproc"`, or a bare `"port"`."""
+
+    def name_one(transport: str) -> str | int:
+        if transport == "ipc":
+            return f"ipc://{runtime_folder}/{os.urandom(4).hex()}"
+        if transport == "inproc":
+            return f"inproc://{os.urandom(8).hex()}"
+        port = free_port()
+        return port if transport == "port" else f"tcp://127.0.0.1:{port}"
+
+    return name_one
+
+
+@pytest.fixture(params=["tcp", "ipc", "inproc", "port"])
+def transport(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def destination(transport: str, new_destination: NewDestination) -> str | int:
+    """Where the one body of tests listens and sends, on each transport in turn."""
+    return new_destination(transport)
+
+
+class MessengerFactory:
+    """Makes messengers and closes them all."""
+
+    def __init__(self) -> None:
+        self.made: list[Messenger] = []
+
+    def __call__(
+        self, identity: str | None = None, *, limits: Limits | None = None, security: Security | None = None
+    ) -> Messenger:
+        made = Messenger(identity, limits=limits, security=security)
+        self.made.append(made)
+        return made
+
+    def close(self) -> None:
+        for made in reversed(self.made):
+            made.close(timeout=0)
+
+
+@pytest.fixture
+def messenger() -> Iterator[MessengerFactory]:
+    factory = MessengerFactory()
+    yield factory
+    factory.close()
+
+
+@pytest.fixture
+def plain_context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
+    """A ZeroMQ context that the library knows nothing of."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+class PlainPeer:
+    """A bare pyzmq socket; what it sends and receives are frames, exactly as they are given."""
+
+    def __init__(self, plain: "zmq.Socket[bytes]") -> None:
+        self.socket = plain
+        plain.setsockopt(zmq.LINGER, 0)
+
+    def send(self, *frames: bytes) -> None:
+        self.socket.send_multipart(frames)
+
+    def receive(self, timeout: float = TIMEOUT_S) -> list[bytes]:
+        assert self.socket.poll(int(timeout * 1000)), f"nothing came within {timeout} s"
+        return self.socket.recv_multipart()
+
+    def is_silent(self) -> bool:
+        return not self.socket.poll(0)
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+
+class PlainPeers:
+    """Makes plain DEALERs and ROUTERs."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+        self._context = context
+
+    def dealer(self, destination: object, routing_id: bytes | None = None, **options: int) -> PlainPeer:
+        """Connects a DEALER to a tcp or ipc endpoint, or to the tcp endpoint of a bare port."""
+        dealer = self._context.socket(zmq.DEALER)
+        if routing_id is not None:
+            dealer.setsockopt(zmq.ROUTING_ID, routing_id)
+        for name, value in options.items():
+            dealer.setsockopt(getattr(zmq, name), value)
+        dealer.connect(plain_endpoint(destination))
+        return PlainPeer(dealer)
+
+    def router(self, destination: object, **options: int) -> PlainPeer:
+        """Binds a ROUTER."""
+        router = self._context.socket(zmq.ROUTER)
+        for name, value in options.items():
+            router.setsockopt(getattr(zmq, name), value)
+        router.bind(plain_endpoint(destination))
+        return PlainPeer(router)
+
+
+def plain_endpoint(destination: Any) -> str:
+    return Destination.parse(destination).endpoints()[-1]
+
+
+@pytest.fixture
+def plain(plain_context: "zmq.Context[zmq.Socket[bytes]]") -> PlainPeers:
+    return PlainPeers(plain_context)

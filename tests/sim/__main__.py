@@ -1,0 +1,64 @@
+"""`make sim SEEDS=n SEED=s`: run n seeds from s on, on all cores; end with 1 if a rule was broken."""
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+from .simulator import Result, simulate
+
+REPORTS_MAX = 3
+CHUNK = 50
+
+
+def _run_chunk(seeds: range) -> tuple[int, Counter[str], list[Result]]:
+    """Return how many seeds were run, what became of their messages, and the first that broke a rule."""
+    counts: Counter[str] = Counter()
+    failing = []
+    for seed in seeds:
+        result = simulate(seed)
+        counts.update(result.counts)
+        if result.violations:
+            failing.append(result)
+    return len(seeds), counts, failing[:REPORTS_MAX]
+
+
+def _run(chunks: Iterable[range], total_count: int) -> tuple[Counter[str], list[Result]]:
+    counts: Counter[str] = Counter()
+    failing: list[Result] = []
+    done_count = 0
+    began_at = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        for count, some_counts, some_failing in pool.imap(_run_chunk, chunks):
+            done_count += count
+            counts.update(some_counts)
+            failing += some_failing
+            spent_s = time.monotonic() - began_at
+            line = f"{done_count} of {total_count} seeds, {len(failing)} violations, {done_count / spent_s:.0f} seeds/s"
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            if len(failing) >= REPORTS_MAX:
+                break
+    print(file=sys.stderr)
+    return counts, failing
+
+
+def main() -> int:
+    """Run the seeds that the command line names."""
+    parser = argparse.ArgumentParser(prog="make sim", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=10_000, help="how many seeds to run")
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    options = parser.parse_args()
+    first, end = options.seed, options.seed + options.seeds
+    chunks = [range(start, min(start + CHUNK, end)) for start in range(first, end, CHUNK)]
+    counts, failing = _run(chunks, options.seeds)
+    for result in failing[:REPORTS_MAX]:
+        print(result.report())
+    outcomes = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    print(f"seeds {first} to {end - 1}: {'VIOLATIONS' if failing else 'no violation'}; outcomes: {outcomes}")
+    return 1 if failing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

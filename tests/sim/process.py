@@ -1,0 +1,309 @@
+"""One life of a messenger, driven as the real server loop drives it, on a virtual clock.
+
+A turn takes what has arrived and what is due, runs callbacks, then flushes and looks at its links, as
+`messenger.loop.Loop` does. A callback may take time; meanwhile the process takes no input, unless another thread
+**leads**, as one that waits in `request` does.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from messenger.errors import DeliveryError, LimitReached, QueueFull
+from messenger.exchange import BATCH_PROCESSED, Exchange
+from messenger.limits import Limits
+from messenger.message import Message
+from messenger.session import FOREVER, Session
+from messenger.wire import ECHO, NOOP
+
+from messenger.link import GoneOutlet
+
+from .network import ConnectionLink, ListenerLink, SimLink
+from .oracles import Sent, token_of
+
+if TYPE_CHECKING:
+    from .simulator import Simulator, Site
+
+REGISTERED_ID = 64
+UNKNOWN_ID = 999
+
+
+class Planned(Exception):
+    """What callbacks raise on purpose."""
+
+
+class WatchedExchange(Exchange):
+    """The real core; it only also tells the oracles when it is told that a peer is gone."""
+
+    process: "Process"
+
+    def handle_ended(self, session: Session, why: str) -> None:
+        """Note it, and go on."""
+        self.process.simulator.oracles.note_end(self.process, session, why)
+        super().handle_ended(session, why)
+
+    def handle_refused(self, session: Session, *details: Any) -> None:
+        """Note it, and go on."""
+        self.process.simulator.oracles.note_refused(self.process, session, str(details[-1]))
+        super().handle_refused(session, *details)
+
+
+class Process:
+    """A messenger of a site, from its start to its end.
+
+    Attributes:
+        is_busy: Whether a callback runs now.
+    """
+
+    def __init__(self, simulator: "Simulator", site: "Site", life: int) -> None:
+        self.simulator = simulator
+        self.site = site
+        self.life = life
+        self.is_client = site.is_client
+        self.limits: Limits = simulator.plan.limits
+        self.is_alive = True
+        self.is_closing = False
+        self.has_closed = False
+        self.is_busy = False
+        self.is_led = site.is_led
+        self.links: list[Any] = []
+        self._open: dict[int, Sent] = {}
+        self._inbox: deque[tuple[SimLink, bytes, tuple[bytes, ...]]] = deque()
+        self._running: Message | None = None
+        self._wake_at = FOREVER
+        rng = Random(simulator.rng.getrandbits(64))
+        self.exchange = WatchedExchange(self, self.limits, self._on_unheard, site.identity, rng)
+        self.exchange.process = self
+        self.exchange.register_callback(REGISTERED_ID, self._on_message)
+        callback = self._on_message if site.has_callback else None
+        if site.is_client:
+            for number in range(site.connection_count):
+                link = ConnectionLink(simulator.network, self, f"{self} connection {number}", callback)
+                self.exchange.handshake.open(link)
+                self._adopt(link)
+                simulator.network.connect(link)
+        else:
+            self._adopt(ListenerLink(simulator.network, self, f"{self} listener", callback))
+
+    def _adopt(self, link: SimLink) -> None:
+        self.links.append(link)
+        self.exchange.links.add(link)
+
+    def __str__(self) -> str:
+        return f"{self.site.name}.{self.life}"
+
+    # What the network does.
+
+    def take_packet(self, link: SimLink, routing_id: bytes, packet: tuple[bytes, ...]) -> None:
+        """A packet has arrived; the loop is woken."""
+        self._inbox.append((link, routing_id, packet))
+        self.wake(self.simulator.now)
+
+    def wake_soon(self) -> None:
+        """A descriptor has news; a loop needs a moment to notice, and a link may go down and up meanwhile."""
+        self.wake(self.simulator.now + self.simulator.rng.choice((0.0, 0.001, 0.1)))
+
+    def wake(self, at: float) -> None:
+        """Have a turn at an instant, if none comes before."""
+        if at < self._wake_at:
+            self._wake_at = at
+            self.simulator.schedule(at, self._turn, at)
+
+    # The loop.
+
+    def _guard(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call into the core, out of which nothing may come."""
+        try:
+            return function(*arguments, **options)
+        except (QueueFull, LimitReached):
+            raise
+        except Exception as error:
+            self.simulator.oracles.fail("exception", f"{self}: {error!r}")
+            self.simulator.keep_traceback(error)
+            return None
+
+    def _turn(self, at: float) -> None:
+        if not self.is_alive or at != self._wake_at:
+            return
+        self._wake_at = FOREVER
+        if not self.is_busy or self.is_led:
+            self._take_input()
+        if not self.is_busy:
+            self._run_calls()
+        if not self.is_busy or self.is_led:
+            self._read_events()
+            deadline_at = self.exchange.next_deadline_at
+            if deadline_at < FOREVER:
+                self.wake(max(deadline_at, self.simulator.now + 1e-6))
+
+    def _take_input(self) -> None:
+        now = self.simulator.now
+        while self._inbox:
+            link, routing_id, packet = self._inbox.popleft()
+            self.simulator.oracles.watch_packet(self, packet, False)
+            self._guard(self.exchange.handshake.receive, link, routing_id, packet[0], list(packet[1:]), now)
+        if self.exchange.next_deadline_at <= now:
+            self._guard(self.exchange.handle_deadline, now)
+            self.simulator.oracles.check_deadline(self)
+
+    def _read_events(self) -> None:
+        now = self.simulator.now
+        self._guard(self.exchange.flush, now)
+        for link in self.links:
+            if isinstance(link, ConnectionLink) and link.told_up != (link.wire is not None):
+                link.told_up = link.wire is not None
+                if link.told_up:
+                    self._guard(self.exchange.handshake.handle_link_up, link, now)
+                else:
+                    self._guard(self.exchange.handshake.handle_link_down, link)
+        self._guard(self.exchange.flush, now)
+
+    def _run_calls(self) -> None:
+        calls = self.exchange.calls
+        while calls and not self.is_busy and self.is_alive:
+            callback, argument = calls.popleft()
+            if callback is BATCH_PROCESSED:
+                self._guard(self.exchange.note_processed, *argument)
+                continue
+            try:
+                pause = callback(argument)
+            except Planned as error:
+                self._guard(self.exchange.report_raised, argument, error)
+                continue
+            if pause is not None:
+                duration_s, rest = pause
+                self.is_busy = True
+                self._running = argument
+                self.simulator.schedule(self.simulator.now + duration_s, self._end_callback, rest, argument)
+
+    def _end_callback(self, rest: Callable[[], None], argument: Message) -> None:
+        if not self.is_alive:
+            return
+        try:
+            rest()
+        except Planned as error:
+            self._guard(self.exchange.report_raised, argument, error)
+        self.is_busy = False
+        self._running = None
+        self.wake(self.simulator.now)
+
+    def waiting_messages(self) -> Iterator[Message]:
+        """Yield the messages whose callbacks have not returned."""
+        if self._running is not None:
+            yield self._running
+        for callback, argument in self.exchange.calls:
+            if callback is not BATCH_PROCESSED and isinstance(argument, Message):
+                yield argument
+
+    def open_messages(self) -> list[Sent]:
+        """Return the messages that wait for their outcome, as the simulator knows."""
+        self._open = {token: sent for token, sent in self._open.items() if not sent.outcomes}
+        return list(self._open.values())
+
+    # What users do.
+
+    def send(
+        self, outlet: Any, dest_callback_id: int = NOOP, parent: Sent | None = None, **options: Any
+    ) -> Sent | None:
+        """Send one message as a user would; None if there is no room."""
+        simulator = self.simulator
+        if self.is_closing:
+            return None
+        sent = simulator.draw_message(self, outlet, dest_callback_id, parent, **options)
+        contents = b"%d %b" % (sent.token, bytes(simulator.draw_size()))
+        callback, on_error = (
+            (partial(self._on_response, sent), partial(self._on_error, sent)) if sent.waits else (None,) * 2
+        )
+        try:
+            self._guard(
+                self.exchange.send,
+                *(outlet, b"", contents, callback, on_error),
+                *(dest_callback_id, sent.deadline_at, False, sent.redeliver),
+            )
+        except (QueueFull, LimitReached):
+            return None
+        sent.index = simulator.oracles.next_index(outlet)
+        simulator.oracles.note_sent(sent)
+        if sent.waits:
+            self._open[sent.token] = sent
+        if not self._running:
+            # Another thread sends by itself; what a callback sends waits for the end of the turn.
+            self._guard(self.exchange.flush, simulator.now)
+            self.wake(max(self.exchange.next_deadline_at, simulator.now))
+        simulator.note("send", sent, outlet, dest_callback_id, sent.action)
+        return sent
+
+    def _on_message(self, message: Message) -> Any:
+        """The SLC, the connection's callback, and the registered one."""
+        sent = self.simulator.oracles.sent[token_of(message)]
+        if sent.sender is self:
+            return None  # Our own message comes back as an echo.
+        self.simulator.oracles.note_run(self, message, sent)
+        self.simulator.note("run", self, sent)
+        if sent.duration_s:
+            return sent.duration_s, partial(self._act, message, sent)
+        self._act(message, sent)
+        return None
+
+    def _act(self, message: Message, sent: Sent) -> None:
+        if sent.action.startswith("reply") and message.source_callback_id:
+            waits = sent.action == "reply and wait"
+            sent.replied = True
+            # As `Endpoints.route` does: an answer is only for the incarnation that asked.
+            is_gone = message.incarnation != message.link.peer_incarnation
+            outlet = GoneOutlet(message.link.handle, None) if is_gone else message.link
+            self.send(outlet, message.source_callback_id, sent, waits=waits)
+        if sent.action.endswith("raise"):
+            sent.raised = True
+            raise Planned(f"on {sent}")
+
+    def _on_response(self, sent: Sent, message: Message) -> Any:
+        reply = self.simulator.oracles.sent.get(token_of(message))
+        self.simulator.oracles.note_response(sent, reply, message)
+        if reply is not None and reply is not sent and not self.site.has_callback and reply.waits:
+            self._act(message, reply)
+
+    def _on_error(self, sent: Sent, error: DeliveryError) -> None:
+        self.simulator.oracles.note_error(sent, error)
+
+    def _on_unheard(self, error: DeliveryError) -> None:
+        self.simulator.note("unheard", self, error)
+
+    # Its end.
+
+    def crash(self) -> None:
+        """End without a word."""
+        self.simulator.note("crash", self)
+        self.is_alive = False
+        self.simulator.network.end_process(self, drains=self.simulator.rng.random() < 0.7)
+
+    def close(self) -> None:
+        """Say goodbye and end, as a closed messenger does: every message gets its outcome first."""
+        self.simulator.note("close", self)
+        self.is_closing = True
+        for link in self.links:
+            self._guard(self.exchange.close_link, link, "the messenger was closed", self.simulator.now)
+        self._running = None
+        calls = self.exchange.calls
+        while calls:
+            callback, argument = calls.popleft()
+            if callback is BATCH_PROCESSED:
+                continue
+            try:
+                callback(argument)
+            except Planned as error:
+                self._guard(self.exchange.report_raised, argument, error)
+        self.has_closed = True
+        self.is_alive = False
+        self.simulator.network.end_process(self, drains=True)
+
+
+def draw_dest(rng: Random, has_callback: bool) -> int:
+    """Return what a message is to run at an endpoint with or without a callback of its own."""
+    if rng.random() < 0.1:
+        return int(ECHO)
+    if not has_callback:
+        return REGISTERED_ID if rng.random() < 0.7 else int(NOOP)
+    return UNKNOWN_ID if rng.random() < 0.05 else int(NOOP)

@@ -1,0 +1,263 @@
+"""Breaks of the protocol, made on purpose: the simulator must catch each, by a rule that it breaks."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from messenger import handshake
+from messenger.errors import NotDelivered, OutcomeUnknown
+from messenger.exchange import Exchange
+from messenger.handshake import Handshake
+from messenger.session import FOREVER, Session, State
+from messenger.wire import Kind
+from tests.sim.simulator import simulate
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def wrap(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, fault: Callable[..., Any]) -> None:
+    """Replace a method by `fault`, which gets the real one first."""
+    real = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda *arguments, **options: fault(real, *arguments, **options))
+
+
+def no_dedup(monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive(real: Any, session: Session, flags: int, data: Any, *rest: Any) -> int | None:
+        is_old = data.msg_count and data.first + data.msg_count <= session.received_through + 1
+        skipped: int | None = real(session, flags, data, *rest)
+        return 0 if is_old else skipped
+
+    wrap(monkeypatch, Session, "receive", receive)
+
+
+def ack_before_processing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle_batch(real: Any, exchange: Exchange, session: Session, *rest: Any) -> None:
+        real(exchange, session, *rest)
+        session.note_processed(session.received_through)
+
+    wrap(monkeypatch, Exchange, "handle_batch", handle_batch)
+
+
+def no_resend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(real: Any, session: Session, *arguments: Any) -> None:
+        real(session, *arguments)
+        session._resending = deque()
+
+    wrap(monkeypatch, Session, "attach", forget)
+    wrap(monkeypatch, Session, "_resend", forget)
+
+
+def resend_of_the_wrong_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def skip_first(real: Any, session: Session, *arguments: Any) -> None:
+        real(session, *arguments)
+        session._resending = deque(list(session._resending)[1:])
+
+    wrap(monkeypatch, Session, "attach", skip_first)
+    wrap(monkeypatch, Session, "_resend", skip_first)
+
+
+def incarnation_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever arrives on the link is taken for the present session's."""
+
+    def at_connection(real: Any, shake: Handshake, link: Any, header: Any, *rest: Any) -> None:
+        if link.session.state is State.ESTABLISHED and header.kind == Kind.DATA:
+            header = header._replace(
+                source_incarnation=link.session.peer_incarnation, dest_incarnation=link.session.incarnation
+            )
+        real(shake, link, header, *rest)
+
+    def at_listener(real: Any, shake: Handshake, link: Any, routing_id: bytes, header: Any, *rest: Any) -> None:
+        session = shake._by_incarnation.get(header.source_incarnation)
+        if session is not None and header.kind == Kind.DATA:
+            header = header._replace(dest_incarnation=session.incarnation)
+        real(shake, link, routing_id, header, *rest)
+
+    wrap(monkeypatch, Handshake, "_receive_at_connection", at_connection)
+    wrap(monkeypatch, Handshake, "_receive_at_listener", at_listener)
+
+
+def nonce_unchecked_at_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle_challenge(
+        real: Any, shake: Handshake, session: Session, link: Any, header: Any, challenge: Any, *rest: Any
+    ) -> None:
+        session.nonce = session.nonce or 1
+        real(shake, session, link, header, challenge._replace(echo=session.nonce), *rest)
+
+    wrap(monkeypatch, Handshake, "_handle_challenge", handle_challenge)
+
+
+def nonce_changes_with_every_hello(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The round trip of some runs is longer than the time between two HELLOs, if that does not grow."""
+
+    def say_hello(real: Any, shake: Handshake, session: Session, *rest: Any) -> None:
+        session.nonce = shake._draw()
+        real(shake, session, *rest)
+
+    monkeypatch.setattr(handshake, "HELLO_S_MAX", handshake.HELLO_S_MIN)
+    wrap(monkeypatch, Handshake, "_say_hello", say_hello)
+
+
+def gap_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive(real: Any, session: Session, flags: int, data: Any, *rest: Any) -> int | None:
+        session.received_through = max(session.received_through, data.first - 1)
+        skipped: int | None = real(session, flags, data, *rest)
+        return skipped
+
+    wrap(monkeypatch, Session, "receive", receive)
+
+
+def window_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reset(real: Any, session: Session, *arguments: Any) -> None:
+        real(session, *arguments)
+        session._window_msgs = 1_000_000
+
+    wrap(monkeypatch, Session, "_reset", reset)
+
+
+def outcome_told_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(real: Any, exchange: Exchange, message_id: int, *rest: Any) -> None:
+        is_open = message_id in exchange._outstanding
+        real(exchange, message_id, *rest)
+        if is_open:
+            exchange.calls.append(exchange.calls[-1])
+
+    wrap(monkeypatch, Exchange, "_fail", fail)
+
+
+def sent_given_to_the_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(real: Any, session: Session) -> list[Any]:
+        lost = real(session)
+        if session.connection_link is not None:
+            session.queue.extendleft(reversed(lost))
+            session.queue_bytes += sum(outgoing.size_bytes for outgoing in lost)
+        return []
+
+    wrap(monkeypatch, Session, "end", end)
+
+
+def not_delivered_told_for_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(real: Any, exchange: Exchange, message_id: int, kind: Any, *rest: Any) -> None:
+        real(exchange, message_id, NotDelivered if kind is OutcomeUnknown else kind, *rest)
+
+    wrap(monkeypatch, Exchange, "_fail", fail)
+
+
+def deadline_not_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sweep(real: Any, exchange: Exchange, now: float) -> None:
+        exchange._sweep_at = FOREVER
+
+    wrap(monkeypatch, Exchange, "_sweep", sweep)
+
+
+def deadline_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle_deadline(real: Any, exchange: Exchange, now: float) -> None:
+        real(exchange, now)
+        exchange._sessions_at = now
+
+    wrap(monkeypatch, Exchange, "handle_deadline", handle_deadline)
+
+
+def probe_never_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle_deadline(real: Any, session: Session, now: float) -> None:
+        session.probe_at = FOREVER
+        real(session, now)
+
+    wrap(monkeypatch, Session, "handle_deadline", handle_deadline)
+
+
+def redelivered_unmarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle_ended(real: Any, exchange: Exchange, session: Session, why: str) -> None:
+        real(exchange, session, why)
+        for outgoing in session.queue:
+            outgoing.option = None
+
+    wrap(monkeypatch, Exchange, "handle_ended", handle_ended)
+
+
+def redelivered_said_undelivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def discard(real: Any, exchange: Exchange, outlet: Any, queue: Any, why: str) -> set[int]:
+        queue = list(queue)
+        return real(exchange, outlet, queue, why) | {outgoing.message_id for outgoing in queue}
+
+    wrap(monkeypatch, Exchange, "_discard", discard)
+
+
+def never_redelivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(real: Any, session: Session) -> list[Any]:
+        return [outgoing for outgoing in real(session) if not outgoing.redeliver]
+
+    wrap(monkeypatch, Session, "end", end)
+
+
+def answers_given_to_the_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Exchange, "_discard_answers", lambda *arguments: None)
+
+
+def processed_of_another_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of the old incarnation returns when the new one is there."""
+
+    def note_processed(real: Any, exchange: Exchange, session: Session, peer_incarnation: int, number: int) -> None:
+        real(exchange, session, session.peer_incarnation, number)
+
+    wrap(monkeypatch, Exchange, "note_processed", note_processed)
+
+
+def identity_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "is_reachable", lambda session: False)
+
+
+def lost_link_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection whose link went down and came up before anybody looked says no HELLO."""
+    monkeypatch.setattr(Session, "_lose_link", lambda session: session.attach(None))
+
+
+def acks_never_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "_owes_much", lambda session: True)
+
+
+# Each with the rules of which one must be broken, and the seeds within which that must happen.
+FAULTS: list[tuple[Plant, set[str], int]] = [
+    (no_dedup, {"processed twice"}, 50),
+    (ack_before_processing, {"acknowledged too early"}, 50),
+    (no_resend, {"no progress", "message vanished"}, 50),
+    (resend_of_the_wrong_batch, {"no progress", "message vanished"}, 50),
+    (incarnation_unchecked, {"window exceeded"}, 500),
+    (nonce_unchecked_at_connection, {"no progress"}, 500),
+    (nonce_changes_with_every_hello, {"no progress"}, 50),
+    (gap_accepted, {"message vanished", "no outcome"}, 50),
+    (window_ignored, {"window exceeded"}, 50),
+    (outcome_told_twice, {"outcome told twice"}, 20),
+    (sent_given_to_the_successor, {"given to a successor"}, 200),
+    (not_delivered_told_for_sent, {"false outcome"}, 20),
+    (deadline_not_swept, {"deadline not swept"}, 20),
+    (deadline_stays, {"deadline not later"}, 20),
+    (probe_never_sent, {"no progress", "message vanished"}, 100),
+    (redelivered_unmarked, {"redelivered is wrong"}, 300),
+    (redelivered_said_undelivered, {"false outcome"}, 1500),
+    (never_redelivered, {"not redelivered"}, 300),
+    (answers_given_to_the_successor, {"false response", "given to a successor", "out of order"}, 500),
+    (processed_of_another_incarnation, {"acknowledged too early", "no progress"}, 3000),
+    (identity_given_away, {"identity taken from the living"}, 200),
+    (lost_link_forgotten, {"no progress"}, 200),
+    (acks_never_stop, {"storm"}, 20),
+]
+
+
+@pytest.mark.parametrize(("plant", "rules", "seeds_max"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
+def test_fault_is_caught(
+    plant: Plant, rules: set[str], seeds_max: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(monkeypatch)
+    seen: set[str] = set()
+    for seed in range(seeds_max):
+        result = simulate(seed)
+        seen |= result.rules
+        if rules & seen:
+            with capsys.disabled():
+                print(f"\n{plant.__name__}: caught by {sorted(seen)} at seed {seed}", end="")
+            return
+    pytest.fail(
+        f"{seeds_max} seeds with {plant.__name__} broke {sorted(seen) or 'nothing'}, not one of {sorted(rules)}"
+    )

@@ -1,0 +1,278 @@
+"""How connections, listeners and messengers end: one body, run over tcp, ipc, inproc and a bare port."""
+
+import sys
+import threading
+import time
+
+import pytest
+
+from messenger import (
+    DeliveryError,
+    Limits,
+    Message,
+    MessengerClosed,
+    MessengerError,
+    NotDelivered,
+    OutcomeUnknown,
+)
+from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, contents_of, wait_event, wait_until
+
+To = str | int
+
+
+def answer(message: Message) -> None:
+    message.reply(b"answer to " + message.contents)
+
+
+def is_waiting(thread: threading.Thread) -> bool:
+    """Returns whether a thread stands in a condition's `wait`."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and frame.f_code.co_name == "wait"
+
+
+def test_close_twice(messenger: MessengerFactory, destination: To) -> None:
+    one = messenger()
+    one.listen_for_connection(destination, answer)
+    assert one.request(destination, b"").contents == b"answer to "
+    one.close()
+    one.close()
+    for call in (
+        lambda: one.send_message(destination, b""),
+        lambda: one.request(destination, b""),
+        lambda: one.make_connection(destination),
+        lambda: one.listen_for_connection(destination, None),
+        one.__enter__,
+    ):
+        with pytest.raises(MessengerClosed):
+            call()
+    assert (one.statistics().connection_count, one.statistics().listener_count) == (0, 0)
+
+
+def test_close_before_start(messenger: MessengerFactory, destination: To) -> None:
+    one = messenger()
+    one.close()
+    with pytest.raises(MessengerClosed):
+        one.listen_for_connection(destination, None)
+
+
+def test_close_by_many_threads(messenger: MessengerFactory, destination: To) -> None:
+    one = messenger()
+    one.listen_for_connection(destination, answer)
+    closed: Inbox[str] = Inbox()
+
+    def close() -> None:
+        one.close()
+        closed(repr(one))
+
+    for _ in range(8):
+        threading.Thread(target=close).start()
+    assert all("closed" in text for text in closed.wait(8))
+
+
+def test_idle_messengers_close_fast(messenger: MessengerFactory, destination: To) -> None:
+    server = messenger()
+    server.listen_for_connection(destination, answer)
+    clients = [messenger() for _ in range(10)]
+    for client in clients:
+        client.request(destination, b"")
+    started_at = time.monotonic()
+    for client in clients:
+        client.close()
+    server.close()
+    assert time.monotonic() - started_at < 1
+
+
+def test_what_was_sent_before_close_arrives(messenger: MessengerFactory, destination: To) -> None:
+    server = messenger()
+    received: Inbox[Message] = Inbox()
+    server.listen_for_connection(destination, received)
+    client = messenger()
+    for number in range(100):
+        client.send_message(destination, b"%d" % number)
+    client.close()
+    assert contents_of(received.wait(100)) == [b"%d" % number for number in range(100)]
+
+
+def test_large_message_sent_before_close_arrives(messenger: MessengerFactory, destination: To) -> None:
+    server = messenger()
+    received: Inbox[Message] = Inbox()
+    server.listen_for_connection(destination, received)
+    client = messenger()
+    client.send_message(destination, bytes(16 * 1024 * 1024))
+    client.close(timeout=TIMEOUT_S)
+    assert received.wait()[0].contents == bytes(16 * 1024 * 1024)
+
+
+def test_close_waits_for_responses(messenger: MessengerFactory, destination: To, never: Inbox[object]) -> None:
+    server, client = messenger(), messenger()
+    server.listen_for_connection(destination, answer)
+    responses: Inbox[Message] = Inbox()
+    for _ in range(50):
+        client.send_message(destination, b"", responses, on_error=never)
+    client.close(timeout=TIMEOUT_S)
+    assert len(responses) == 50
+
+
+def test_close_tells_everybody_once(messenger: MessengerFactory, destination: To, never: Inbox[object]) -> None:
+    """Those whose message left hear `OutcomeUnknown`, the others `NotDelivered`; threads in `request` too."""
+    server, client = messenger(), messenger()
+    received: Inbox[Message] = Inbox()
+    server.listen_for_connection(destination, received)
+    told: Inbox[tuple[str, type[MessengerError]]] = Inbox()
+
+    def ask(name: str, to: To) -> None:
+        try:
+            client.request(to, b"")
+        except MessengerError as error:
+            told((name, type(error)))
+
+    threads = [threading.Thread(target=ask, args=(f"request {number}", destination)) for number in range(3)]
+    threads.append(threading.Thread(target=ask, args=("request to nobody", "inproc://nobody")))
+    for thread in threads:
+        thread.start()
+    for name, to in (("sent", destination), ("to nobody", "inproc://nobody")):
+
+        def on_error(error: DeliveryError, name: str = name) -> None:
+            told((name, type(error)))
+
+        client.send_message(to, b"", never, on_error=on_error)
+    received.wait(4)
+    wait_until(lambda: client.statistics().queued_msgs == 2)
+    started_at = time.monotonic()
+    client.close(timeout=0.1)
+    assert time.monotonic() - started_at < 1.5
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
+    expected = {
+        ("sent", OutcomeUnknown),
+        ("to nobody", NotDelivered),
+        ("request to nobody", NotDelivered),
+        *((f"request {number}", OutcomeUnknown) for number in range(3)),
+    }
+    assert set(told.wait(6)) == expected
+    assert len(told) == 6
+    assert client.statistics().outstanding_msgs == 0
+    # The answers that come now find nobody.
+    for message in received.wait(4):
+        message.reply(b"late")
+
+
+def test_closed_connection_tells_its_senders(
+    messenger: MessengerFactory, destination: To, never: Inbox[object]
+) -> None:
+    server, client = messenger(), messenger()
+    received: Inbox[Message] = Inbox()
+    server.listen_for_connection(destination, received)
+    connection = client.make_connection(destination)
+    errors: Inbox[DeliveryError] = Inbox()
+    client.send_message(connection, b"", never, on_error=errors)
+    received.wait()
+    connection.close()
+    assert isinstance(errors.wait()[0], OutcomeUnknown)
+    with pytest.raises(MessengerClosed):
+        client.send_message(connection, b"")
+    # The destination is connected anew.
+    client.send_message(destination, b"again")
+    assert contents_of(received.wait(2)) == [b"", b"again"]
+
+
+def test_closed_kept_connection_is_made_anew(messenger: MessengerFactory, destination: To) -> None:
+    server, client = messenger(), messenger()
+    server.listen_for_connection(destination, answer)
+    for _ in range(3):
+        response = client.request(destination, b"")
+        assert response.contents == b"answer to "
+        connection = response.link.handle
+        connection.close()  # type: ignore[attr-defined]
+        with pytest.raises(MessengerClosed):
+            response.reply(b"")
+    assert client.statistics().connection_count == 0
+
+
+def test_closed_listener_tells_its_senders(messenger: MessengerFactory, destination: To, never: Inbox[object]) -> None:
+    server, client = messenger(), messenger("client")
+    hellos: Inbox[Message] = Inbox()
+    listener = server.listen_for_connection(destination, hellos)
+    client.send_message(destination, b"hello")
+    [hello] = hellos.wait()
+    errors: Inbox[DeliveryError] = Inbox()
+    hello.reply(b"", never, on_error=errors)
+    listener.close()
+    assert isinstance(errors.wait()[0], OutcomeUnknown)
+    for to in (hello, (listener, "client")):
+        with pytest.raises(MessengerClosed):
+            server.send_message(to, b"")
+
+
+def test_connection_closes_while_a_sender_waits_for_room(messenger: MessengerFactory, destination: To) -> None:
+    client = messenger(limits=Limits(queue_msgs_max=1))
+    connection = client.make_connection(destination)
+    client.send_message(connection, b"")
+    raised: Inbox[BaseException] = Inbox()
+    errors: Inbox[DeliveryError] = Inbox()
+
+    def send() -> None:
+        try:
+            client.send_message(connection, b"", on_error=errors, timeout=TIMEOUT_S)
+        except BaseException as error:
+            raised(error)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    wait_until(lambda: is_waiting(sender))
+    connection.close()
+    assert isinstance(raised.wait(timeout=3)[0], MessengerClosed)
+    sender.join(TIMEOUT_S)
+    assert len(errors) == 0
+    assert client.statistics().outstanding_msgs == 0
+
+
+def test_messenger_closes_while_a_sender_waits_for_room(messenger: MessengerFactory, destination: To) -> None:
+    client = messenger(limits=Limits(queue_msgs_max=1))
+    client.send_message(destination, b"")
+    raised: Inbox[BaseException] = Inbox()
+
+    def send() -> None:
+        try:
+            client.send_message(destination, b"", timeout=TIMEOUT_S)
+        except BaseException as error:
+            raised(error)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    wait_until(lambda: is_waiting(sender))
+    client.close(timeout=0.05)
+    assert isinstance(raised.wait(timeout=3)[0], MessengerClosed)
+    sender.join(TIMEOUT_S)
+
+
+def test_close_does_not_wait_for_a_stuck_callback(messenger: MessengerFactory, destination: To) -> None:
+    """`close` promises to wait no longer than its timeout."""
+    one = messenger()
+    stuck, release = threading.Event(), threading.Event()
+
+    def block(_: Message) -> None:
+        stuck.set()
+        release.wait(TIMEOUT_S)
+
+    one.listen_for_connection(destination, block)
+    one.send_message(destination, b"")
+    wait_event(stuck)
+    started_at = time.monotonic()
+    try:
+        one.close(timeout=0.1)
+        assert time.monotonic() - started_at < 3
+    finally:
+        release.set()
+
+
+def test_messenger_objects_of_another_messenger_are_refused(messenger: MessengerFactory, destination: To) -> None:
+    server, client = messenger(), messenger()
+    listener = server.listen_for_connection(destination, answer)
+    connection = client.make_connection(destination)
+    for to in (connection, (listener, "client")):
+        other = server if to is connection else client
+        with pytest.raises(ValueError, match="belongs to"):
+            other.send_message(to, b"")
+    assert client.request(connection, b"").contents == b"answer to "
