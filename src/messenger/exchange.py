@@ -1,44 +1,24 @@
-"""The core: which callback a message runs, and what became of each message that was sent.
+"""The core: which callback a message runs, and what goes back.
 
 No sockets, no threads, no clock, no random numbers: a driver holds a lock, calls in, moves bytes between the links
 and the network, and then runs what is in `calls` with no lock held. The same class runs under a simulated network.
+A **message-specific callback (MSC)** is an entry in one table, from message id to whom to tell (`outcomes.py`).
 
-What must never happen here: a callback that runs inside the core; an outcome that is told twice, or not at all; bytes
-of a peer that raise out of `receive`; work that grows with what a peer claims instead of with what it sent.
-
-How it works. A **message-specific callback (MSC)** is an entry in one table, from message id to whom to tell.
-Whatever settles a message (its response, an error, its deadline) takes the entry out first, so the second to come
-finds nothing and is counted. There is no deadline queue: the table is swept when the earliest deadline is reached,
-because nearly every message is answered long before its own, and a sweep of a thousand entries each 30 s costs less
-than a queue operation a message. Sweeps of a large table are spaced so that they take a small part of the time.
+What must never happen here: a callback that runs inside the core; bytes of a peer that raise out of `receive`; work
+that grows with what a peer claims instead of with what it sent.
 
 Source: docs/protocol.md, "Order of processing".
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any
 
-import msgspec
-
-from .errors import (
-    Cancelled,
-    DeliveryError,
-    HandlerError,
-    IdentityInUse,
-    LimitReached,
-    MalformedMessage,
-    MessageTooLarge,
-    NoHandler,
-    NotDelivered,
-    OutcomeUnknown,
-    QueueFull,
-)
+from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, NoHandler, QueueFull
 from .handshake import Decoded, Handshake
 from .limits import LARGE_BYTES_MIN, Limits
 from .link import Link, Outgoing, Outlet
 from .message import Callback, ErrorCallback, Message, Statistics, Waiter
+from .outcomes import Outcomes, Outstanding
 from .session import FOREVER, Random, Session
 from .wire import (
     ECHO,
@@ -50,42 +30,28 @@ from .wire import (
     Buffer,
     Option,
     OptionKind,
-    Reason,
-    decode_identity,
     decode_message,
     encode_message,
 )
 
-# A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.
-SWEEP_SPACING_S_PER_ENTRY = 1e-6
-SWEEP_SPACING_S = 0.001
 # In `calls` this is no callback: the driver answers it with `note_processed(*argument)`, under its lock.
 BATCH_PROCESSED = None
 # Of an exception's text in an error response.
 ERROR_TEXT_MAX = 2_000
 
 
-class _Outstanding(msgspec.Struct, eq=False):
-    """Whom to tell what became of a message."""
+class Exchange(Outcomes):
+    """The core of one messenger.
 
-    callback: Callback | Waiter | None
-    on_error: ErrorCallback | None
-    deadline_at: float
-    owner: object
-    peer: bytes
-    redeliver: Outgoing | None = None
-
-
-class Exchange:
-    """The callback table and the deadlines of one messenger.
+    A driver calls `send`, `receive` and `handle_…` under its lock, then takes (function, argument) pairs off `calls`,
+    oldest first, and runs them with the lock released.
 
     Args:
         messenger: Who is named as the receiver in messages.
         on_unheard: Called, by way of `calls`, with an error that no `on_error` was given for.
+        identity: Of the messenger, as bytes.
+        rng: Draws incarnations and nonces; must not be predictable.
         next_id: Where message ids start.
-
-    A driver calls `send`, `receive` and `handle_…` under its lock, then takes (function, argument) pairs off `calls`,
-    oldest first, and runs them with the lock released.
     """
 
     def __init__(
@@ -98,9 +64,7 @@ class Exchange:
         *,
         next_id: int = MSC_ID_MIN,
     ) -> None:
-        self.calls: deque[tuple[Callable[[Any], object] | None, Any]] = deque()
-        self.links: set[Link] = set()
-        self.dropped: Counter[str] = Counter()
+        super().__init__(on_unheard)
         self.handshake = Handshake(self, identity, limits, rng)
         self._messenger = messenger
         # Read for each message, so not through the structure.
@@ -108,19 +72,12 @@ class Exchange:
         self._queue_msgs_max = limits.queue_msgs_max
         self._queue_bytes_max = limits.queue_bytes_max
         self._outstanding_max = limits.outstanding_max
-        self._on_unheard = on_unheard
         self._next_id = next_id
         self._wrapped = False
-        self._outstanding: dict[int, _Outstanding] = {}
         self._registered: dict[int, Callback] = {}
-        self._dirty: list[Outlet] = []
-        self._sweep_at = FOREVER
-        self._sessions_at = FOREVER
         self._sent_msgs = 0
         self._received_msgs = 0
         self._response_msgs = 0
-        self._not_delivered_msgs = 0
-        self._outcome_unknown_msgs = 0
         self._callback_error_count = 0
 
     # Sending.
@@ -167,7 +124,7 @@ class Exchange:
         size_bytes = len(data) if large is None else len(data) + size_bytes
         outgoing = Outgoing(message_id, data, size_bytes, deadline_at, large, peer, roams, redeliver)
         if waits:
-            self._outstanding[message_id] = _Outstanding(
+            self._outstanding[message_id] = Outstanding(
                 callback, on_error, deadline_at, outlet.owner, peer, outgoing if redeliver else None
             )
         if deadline_at < self._sweep_at:
@@ -179,36 +136,6 @@ class Exchange:
             self._dirty.append(outlet)
         self._sent_msgs += 1
         return message_id
-
-    def _enqueue(self, outlet: Outlet, outgoing: Outgoing) -> None:
-        outlet.queue.append(outgoing)
-        outlet.queue_bytes += outgoing.size_bytes
-        self.mark_dirty(outlet)
-
-    def mark_dirty(self, outlet: Outlet) -> None:
-        """Have an outlet flushed at the end of the turn."""
-        if not outlet.is_dirty:
-            outlet.is_dirty = True
-            self._dirty.append(outlet)
-
-    def flush(self, now: float) -> None:
-        """Send what outlets have to send."""
-        while self._dirty:
-            dirty, self._dirty = self._dirty, []
-            for outlet in dirty:
-                outlet.is_dirty = False
-                outlet.flush(now)
-                if outlet.is_closed and outlet.queue:
-                    self.dropped["peer_gone"] += len(outlet.queue)
-                    self.abandon(outlet, "the peer is gone")
-                self._sessions_at = min(self._sessions_at, outlet.next_deadline_at)
-
-    def cancel(self, message_id: int) -> bool:
-        """Give a message up: its outcome is `Cancelled`, unless it has one. Return whether it had none."""
-        if message_id not in self._outstanding:
-            return False
-        self._fail(message_id, Cancelled, "it was cancelled")
-        return True
 
     def is_full(self, outlet: Outlet) -> bool:
         """Return whether an outlet's queue takes no further message."""
@@ -355,7 +282,7 @@ class Exchange:
         if isinstance(message.link, Session):
             self._answer(message, b"", Option(0, kind, name, text))
 
-    def _find_asked(self, message: Message) -> _Outstanding | None:
+    def _find_asked(self, message: Message) -> Outstanding | None:
         """Return the entry of the MSC that a message names, if the message may end it."""
         message_id = message.dest_callback_id
         entry = self._outstanding.get(message_id)
@@ -382,203 +309,6 @@ class Exchange:
         data = encode_message(NOOP, message.source_callback_id, contents)
         size_bytes = len(data) + (len(large) if large is not None else 0)
         self._enqueue(message.link, Outgoing(NOOP, data, size_bytes, FOREVER, large, message.peer, option=option))
-
-    def drop(self, kind: str) -> None:
-        """Count something that a peer sent, or that was for a peer, and that goes no further."""
-        self.dropped[kind] += 1
-
-    # Outcomes other than a response.
-
-    def handle_unsendable(self, link: Link, outgoing: Outgoing, kind: str) -> None:
-        """Take back what the network refuses: the peer is gone (`peer_gone`) or does not read (`peer_full`)."""
-        if outgoing.roams:
-            siblings = list(link.siblings())
-            position = siblings.index(link) + 1
-            if position < len(siblings):
-                self._enqueue(siblings[position], outgoing)
-                return
-        self.drop(kind)
-        why = "is not connected" if kind == "peer_gone" else "does not read what it is sent"
-        self._fail(outgoing.message_id, NotDelivered, f"the peer {decode_identity(outgoing.peer)!r} {why}")
-
-    def handle_deadline(self, now: float) -> None:
-        """Do what is due; afterwards `next_deadline_at` is later than `now`."""
-        if self._sweep_at <= now:
-            self._sweep(now)
-        if self._sessions_at <= now:
-            self.handshake.handle_deadline(now)
-            self.flush(now)
-            self._sessions_at = max(self.handshake.next_deadline_at(), now + SWEEP_SPACING_S)
-
-    def _sweep(self, now: float) -> None:
-        """End every message whose deadline has passed."""
-        held = self._take_expired(now)
-        expired = [message_id for message_id, entry in self._outstanding.items() if entry.deadline_at <= now]
-        for message_id in expired:
-            if message_id in held:
-                self._fail(message_id, NotDelivered, "nobody was there to take the message before its deadline")
-            else:
-                self._fail(message_id, OutcomeUnknown, "no response came before the deadline")
-        earliest = min((entry.deadline_at for entry in self._outstanding.values()), default=FOREVER)
-        for outlet in self._outlets():
-            earliest = min(earliest, min((outgoing.deadline_at for outgoing in outlet.queue), default=FOREVER))
-        spacing_s = SWEEP_SPACING_S + len(self._outstanding) * SWEEP_SPACING_S_PER_ENTRY
-        self._sweep_at = FOREVER if earliest == FOREVER else max(earliest, now + spacing_s)
-
-    def _outlets(self) -> Iterable[Outlet]:
-        yield from self.links
-        yield from self.handshake.sessions
-
-    def _take_expired(self, now: float) -> set[int]:
-        """Remove what expired from the queues and return its ids."""
-        held: set[int] = set()
-        for outlet in self._outlets():
-            if not outlet.queue or min(outgoing.deadline_at for outgoing in outlet.queue) > now:
-                continue
-            kept: deque[Outgoing] = deque()
-            expired: list[Outgoing] = []
-            for outgoing in outlet.queue:
-                (kept if outgoing.deadline_at > now else expired).append(outgoing)
-            held |= self._discard(outlet, expired, "nobody was there to take them")
-            outlet.queue = kept
-        return held
-
-    def _discard(self, outlet: Outlet, queue: Iterable[Outgoing], why: str) -> set[int]:
-        """Count what leaves a queue unsent; return its ids, and report those that nobody waits for together."""
-        held: set[int] = set()
-        silent_count = 0
-        for outgoing in queue:
-            outlet.queue_bytes -= outgoing.size_bytes
-            held.add(outgoing.message_id)
-            silent_count += outgoing.is_silent
-        if silent_count:
-            self.dropped["not_delivered"] += silent_count
-            text = f"{silent_count} messages without a callback to {outlet}: {why}"
-            self.calls.append((self._on_unheard, NotDelivered(text, max(held))))
-        return held
-
-    def abandon(self, outlet: Outlet, why: str, kind: type[DeliveryError] = NotDelivered) -> None:
-        """End every message of an outlet, because it is closed for good; what was queued ends as `kind`."""
-        held = self._discard(outlet, outlet.queue, why)
-        outlet.queue.clear()
-        for message_id in [key for key, entry in self._outstanding.items() if entry.owner is outlet.owner]:
-            self._fail(message_id, kind if message_id in held else OutcomeUnknown, why)
-
-    def close_link(self, link: Link, why: str, now: float) -> None:
-        """Send what a link and its sessions have, say goodbye to their peers, and end every message."""
-        self.links.discard(link)
-        link.flush(now)
-        for session in [s for s in self.handshake.sessions if s.handle is link.handle]:
-            session.flush(now)
-            session.say_goodbye()
-            self.abandon(session, why)
-            self.handshake.discard(session)
-        self.abandon(link, why)
-
-    # What the handshake tells.
-
-    def handle_ended(self, session: Session, why: str) -> None:
-        """The other end's incarnation is gone: what was sent to it and not answered has an unknown outcome."""
-        self._discard_answers(session, why)
-        queued = {outgoing.message_id for outgoing in session.queue}
-        again: list[Outgoing] = []
-        silent_count = 0
-        for outgoing in session.end():
-            if outgoing.is_silent:
-                if outgoing.redeliver:
-                    again.append(outgoing)
-                elif outgoing.message_id:
-                    silent_count += 1
-        for message_id in [key for key, entry in self._outstanding.items() if entry.owner is session]:
-            redeliver = self._outstanding[message_id].redeliver
-            if message_id in queued:
-                continue
-            if redeliver is not None and session.connection_link is not None:
-                again.append(redeliver)
-            else:
-                self._fail(message_id, OutcomeUnknown, why)
-        for outgoing in sorted(again, key=lambda outgoing: outgoing.message_id, reverse=True):
-            outgoing.option = Option(0, OptionKind.REDELIVERED)
-            session.queue.appendleft(outgoing)
-            session.queue_bytes += outgoing.size_bytes
-        if session.connection_link is None:
-            # A peer of a listener; if it comes back, it has another session.
-            self.abandon(session, why)
-        if silent_count:
-            self.dropped["outcome_unknown"] += silent_count
-            text = f"{silent_count} messages without a callback to {session}: {why}"
-            self.calls.append((self._on_unheard, OutcomeUnknown(text, 0)))
-
-    def _discard_answers(self, session: Session, why: str) -> None:
-        """End queued answers: to another incarnation they would be answers to other questions."""
-        kept: deque[Outgoing] = deque()
-        answers: list[Outgoing] = []
-        for outgoing in session.queue:
-            _, dest_callback_id, _ = decode_message(outgoing.data)
-            (answers if dest_callback_id >= MSC_ID_MIN else kept).append(outgoing)
-        self._discard(session, answers, why)
-        session.queue = kept
-        for outgoing in answers:
-            self._fail(outgoing.message_id, NotDelivered, why)
-
-    def handle_refused(self, session: Session, reason: Reason, text: str, did_not_run: bool) -> None:
-        """The other end does not want this connection.
-
-        What is queued certainly does not run, and what was sent neither if `did_not_run`.
-        """
-        self.drop("refused")
-        sent = session.end()
-        if did_not_run:
-            session.queue.extendleft(reversed(sent))
-            session.queue_bytes += sum(outgoing.size_bytes for outgoing in sent)
-        self.abandon(session, f"refused: {text}", IdentityInUse if reason == Reason.IDENTITY_IN_USE else NotDelivered)
-
-    def forget(self, waiter: Waiter) -> None:
-        """Drop the entry of a waiter that nobody waits on any more (an interrupted `request`)."""
-        for message_id in [key for key, entry in self._outstanding.items() if entry.callback is waiter]:
-            del self._outstanding[message_id]
-
-    def _fail(self, message_id: int, kind: type[DeliveryError], why: str, *details: str) -> None:
-        entry = self._outstanding.pop(message_id, None)
-        if entry is None:
-            return
-        if issubclass(kind, NotDelivered):
-            self._not_delivered_msgs += 1
-        elif kind is OutcomeUnknown:
-            self._outcome_unknown_msgs += 1
-        error = kind(f"message {message_id} to {entry.owner}: {why}", message_id, *details)
-        if isinstance(entry.callback, Waiter):
-            entry.callback.settle(None, error)
-        else:
-            self.calls.append((self._on_unheard if entry.on_error is None else entry.on_error, error))
-
-    # What a driver asks.
-
-    @property
-    def is_dirty(self) -> bool:
-        """Whether `flush` has something to do."""
-        return bool(self._dirty)
-
-    @property
-    def next_deadline_at(self) -> float:
-        """When `handle_deadline` has something to do."""
-        return min(self._sweep_at, self._sessions_at)
-
-    @property
-    def outstanding_count(self) -> int:
-        """Messages that wait for their outcome."""
-        return len(self._outstanding)
-
-    @property
-    def queued_count(self) -> int:
-        """Messages that wait to be sent."""
-        return sum(len(outlet.queue) for outlet in self._outlets())
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether nothing is queued, outstanding, or sent and not known to be processed."""
-        is_under_way = any(session.unprocessed_count for session in self.handshake.sessions)
-        return not (is_under_way or self._outstanding or self.queued_count or self.calls)
 
     def statistics(self, identity: str, connection_count: int, listener_count: int) -> Statistics:
         """Return the counts as they stand."""
