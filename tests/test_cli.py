@@ -504,7 +504,7 @@ def test_listen_ends_when_nobody_reads_its_output(listen: Listen, run: Run) -> N
 def test_full_disk_is_told(listen: Listen, run: Run) -> None:
     with open("/dev/full", "wb") as full:
         server = listen(stdout=full.fileno())
-    run("send", server.port, "x", "--no-wait")
+    run("send", server.port, "x", "--no-wait", "--timeout", "1")
     status, _, err = server.wait()
     assert (status, err) == (4, "messenger: cannot write to stdout: No space left on device\n")
 

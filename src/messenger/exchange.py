@@ -187,6 +187,9 @@ class Exchange(Outcomes):
             message = Message(
                 messenger, contents, source_callback_id, dest_callback_id, session, peer, number, incarnation
             )
+            if source_callback_id == NOOP and dest_callback_id < MSC_ID_MIN:
+                # No answer will carry the acknowledgement, and the callback may take long.
+                session.must_answer = True
             if is_plain:
                 self._process(message)
                 continue

@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 from .destination import Destination
 from .endpoint import Connection, Endpoints, Listener, Security, To
-from .errors import CalledFromCallback, DeliveryError, ForkedError, MessengerClosed, QueueFull
+from .errors import CalledFromCallback, DeliveryError, ForkedError, MessengerClosed
 from .exchange import Exchange
 from .limits import BATCH_MSGS_MAX, CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, Limits
 from .loop import Loop, State, ThreadWaiter
@@ -137,22 +137,19 @@ class Messenger:
     ) -> int:
         """Queue one message and return at once.
 
-        Exactly one of `callback` and `on_error` is called, once, on the messenger's thread. In the basic dialect a
-        message may be lost with its link, as ZeroMQ loses it; its deadline then ends it with `OutcomeUnknown`.
+        It is processed exactly once, in order, while both processes live. Exactly one of `callback` and `on_error` is
+        called, once, on the messenger's thread. To a plain peer it is fire and forget, and its deadline tells.
 
         Args:
-            to: A connection, a message to answer, a (listener, identity) pair, or a destination (connected on first
-                use and kept).
+            to: A connection, a message to answer, a (listener, identity) pair, or a destination (connected once).
             contents: Bytes, or text that is sent as UTF-8; at most `limits.message_bytes_max` bytes.
             callback: The message-specific callback (MSC), run on the response.
             on_error: Told what became of the message if no response came; without it, that is logged.
-            remote_callback: The callback that the receiver is to run, 0 to 2**64 - 1. Answering a message names the
-                callback that the message asked for.
-            timeout: Seconds, > 0, until the message ends as `NotDelivered` (nobody was there to take it) or
-                `OutcomeUnknown`.
+            remote_callback: The callback that the receiver is to run; in an answer, by default the one asked for.
+            timeout: Seconds, > 0, until the message ends as `NotDelivered` (nobody took it) or `OutcomeUnknown`.
+            redeliver: Give it to the receiver's next process too, if the first ends without an answer.
 
-        Returns:
-            The message's id, unique in this process's life.
+        Returns: The message's id, unique in this process's life.
 
         Raises:
             QueueFull: The queue stayed full for `timeout` seconds; in a callback: is full. Nothing was sent.
@@ -161,15 +158,13 @@ class Messenger:
         Thread: any. Source: docs/protocol.md, "Messages".
         """
         if callback is not None and not callable(callback):
-            raise TypeError(f"callback is {callback!r}, it must be callable")
+            _check_callable("callback", callback)
         if on_error is not None and not callable(on_error):
-            raise TypeError(f"on_error is {on_error!r}, it must be callable")
+            _check_callable("on_error", on_error)
         if type(contents) is not bytes:
             contents = _as_bytes(contents)
-        if not 0 < timeout < FOREVER:
-            raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
-        if not 0 <= remote_callback <= ID_MAX:
-            raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
+        if not (0 < timeout < FOREVER and 0 <= remote_callback <= ID_MAX):
+            _refuse_numbers(timeout, remote_callback)
         deadline_at = monotonic() + timeout
         loop, exchange = self._loop, self._exchange
         with loop.lock:
@@ -178,14 +173,13 @@ class Messenger:
             outlet, peer, roams = self._endpoints.route(to, loop)
             if not remote_callback and type(to) is Message:
                 remote_callback = to.source_callback_id
-            arguments = (outlet, peer, contents, callback, on_error, remote_callback, deadline_at, roams, redeliver)
-            try:
-                message_id = exchange.send(*arguments)
-            except QueueFull:
+            if outlet.queue and exchange.is_full(outlet):
                 loop.wait_room(outlet, deadline_at)
                 self._require_open(type(to) is Message)
                 self._endpoints.route(to, loop)  # It may have been closed meanwhile.
-                message_id = exchange.send(*arguments)
+            message_id = exchange.send(
+                outlet, peer, contents, callback, on_error, remote_callback, deadline_at, roams, redeliver
+            )
             # In a callback messages wait for the end of the turn, or for a full batch.
             if loop.thread_id != get_ident() or len(outlet.queue) >= BATCH_MSGS_MAX:
                 loop.flush()
@@ -307,6 +301,12 @@ def _as_bytes(contents: Contents) -> Buffer:
     if isinstance(contents, str):
         return contents.encode()
     return contents if isinstance(contents, (bytes, bytearray)) else memoryview(contents).cast("B")
+
+
+def _refuse_numbers(timeout: float, remote_callback: int) -> None:
+    if not 0 < timeout < FOREVER:
+        raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
+    raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
 
 
 def _log_unheard(error: DeliveryError) -> None:

@@ -288,6 +288,6 @@ class Outcomes:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is queued, outstanding, or sent and not known to be processed."""
-        is_under_way = any(session.unprocessed_count for session in self.handshake.sessions)
+        """Whether nothing is queued, outstanding, or sent and not known to have arrived."""
+        is_under_way = any(session.unreceived_count for session in self.handshake.sessions)
         return not (is_under_way or self._outstanding or self.queued_count or self.calls)

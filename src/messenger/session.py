@@ -102,6 +102,7 @@ class Session(Outlet):
         link: The link that leads to the other end now, None if there is none.
         routing_id: The other end's label at that link.
         connection_link: Of a connection, the link that it was made with, up or not.
+        must_answer: Whether the other end is to get acknowledgements at the next flush.
         nonce: Of the HELLO that waits for its echo, 0 if none does.
     """
 
@@ -154,7 +155,7 @@ class Session(Outlet):
         self._held_bytes = 0
         self._resent_after = -1
         self._resent_at = -FOREVER
-        self._must_answer = False
+        self.must_answer = False
         self._must_ask_resend = False
         # Time.
         self.heard_at = now
@@ -186,7 +187,7 @@ class Session(Outlet):
         self.routing_id = routing_id
         self._resending = deque(self._unreceived)
         if link is not None and self.received_through:
-            self._must_answer = True  # What was told last may have been lost with the old link.
+            self.must_answer = True  # What was told last may have been lost with the old link.
 
     def end(self) -> list[Outgoing]:
         """Forget the other end's incarnation; return what was sent to it and is not known to be processed."""
@@ -222,7 +223,7 @@ class Session(Outlet):
             has_sent = True
         if has_sent:
             return
-        if self._must_answer or self._must_ask_resend or self._owes_much():
+        if self.must_answer or self._must_ask_resend or self._owes_much():
             self._send_empty(0)
         elif self.ack_at == FOREVER and self._owes_any():
             self.ack_at = now + ACK_DELAY_S
@@ -307,7 +308,7 @@ class Session(Outlet):
     def _note_told(self) -> None:
         self._told_received_through = self.received_through
         self._told_processed_through = self.processed_through
-        self._must_answer = self._must_ask_resend = False
+        self.must_answer = self._must_ask_resend = False
         self.ack_at = FOREVER
 
     def _owes_any(self) -> bool:
@@ -363,7 +364,7 @@ class Session(Outlet):
         if flags & Flag.RESEND and data.received_through == self.peer_received_through:
             self._resend(now)
         if flags & Flag.ASK:
-            self._must_answer = True
+            self.must_answer = True
         expected = self.received_through + 1
         if data.first > expected:
             # Once for each number, and again when the answer seems lost.
@@ -374,7 +375,7 @@ class Session(Outlet):
         if not data.msg_count:
             return None
         if last < expected:
-            self._must_answer = True
+            self.must_answer = True
             return None
         skipped = expected - data.first
         self.received_through = last
