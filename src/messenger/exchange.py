@@ -203,9 +203,13 @@ class Exchange(Outcomes):
             else:
                 self._process(message)
         self._received_msgs += len(messages) - skipped
-        if not session.has_workers:
+        if session.has_workers:
+            return
+        if self.calls:
             # Its turn comes when the callbacks of the whole batch have returned.
             self.calls.append((BATCH_PROCESSED, (session, session.peer_incarnation, number)))
+        else:
+            session.note_processed(number)
 
     def note_processed(self, session: Session, peer_incarnation: int, number: int) -> None:
         """The callbacks of all messages of a session up to a number have returned."""

@@ -68,6 +68,8 @@ Decoded = tuple[list[bytes], dict[int, bytes], list[Option]]
 class Owner(Protocol):
     """What the handshake tells the exchange."""
 
+    is_urgent: bool
+
     def drop(self, kind: str) -> None:
         """Count something that goes no further."""
 
@@ -325,6 +327,8 @@ class Handshake:
         if skipped is not None:
             self._owner.handle_batch(session, data.first, batch, skipped)
         self._owner.mark_dirty(session)
+        if session.is_urgent:
+            self._owner.is_urgent = True
 
     # Ends and time.
 

@@ -237,8 +237,9 @@ class Loop:
             now = time.monotonic()
             if self._exchange.next_deadline_at <= now:
                 self._exchange.handle_deadline(now)
-        # Acknowledgements that are asked for do not wait for callbacks.
-        self._exchange.flush(time.monotonic())
+        if self._exchange.is_urgent:
+            # Acknowledgements that the other end waits for do not wait for callbacks.
+            self._exchange.flush(time.monotonic())
         if self._room_wanted_count:
             self._changed.notify_all()
 

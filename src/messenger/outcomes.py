@@ -57,6 +57,8 @@ class Outcomes:
         self.dropped: Counter[str] = Counter()
         self._on_unheard = on_unheard
         self._outstanding: dict[int, Outstanding] = {}
+        # Whether a flush should not wait for the end of the turn.
+        self.is_urgent = False
         self._dirty: list[Outlet] = []
         self._sweep_at = FOREVER
         self._sessions_at = FOREVER
@@ -78,6 +80,7 @@ class Outcomes:
 
     def flush(self, now: float) -> None:
         """Send what outlets have to send."""
+        self.is_urgent = False
         while self._dirty:
             dirty, self._dirty = self._dirty, []
             for outlet in dirty:

@@ -337,6 +337,11 @@ class Session(Outlet):
             )
         self.state = State.CLOSED
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether the other end waits for what the next flush sends."""
+        return self.must_answer or self._must_ask_resend or bool(self._resending)
+
     # Receiving.
 
     def receive(self, flags: int, data: Data, size_bytes: int, now: float) -> int | None:
