@@ -13,7 +13,7 @@ Source: docs/protocol.md, "Order of processing".
 from types import MappingProxyType
 from typing import Any
 
-from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, NoHandler, QueueFull
+from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, NoHandler, OutcomeUnknown, QueueFull
 from .handshake import Decoded, Handshake
 from .limits import LARGE_BYTES_MIN, Limits
 from .link import Link, Outgoing, Outlet
@@ -235,7 +235,9 @@ class Exchange(Outcomes):
         entry = self._find_asked(message)
         if entry is None:
             return
-        if option.kind == OptionKind.NO_HANDLER:
+        if option.kind == OptionKind.NO_HANDLER and entry.redeliver is not None and entry.redeliver.option is not None:
+            self._fail(message_id, OutcomeUnknown, "an earlier process may have run it; now there is nothing to run")
+        elif option.kind == OptionKind.NO_HANDLER:
             self._fail(
                 message_id, NoHandler, "there is nothing to run at the receiver: no callback, no such callback id"
             )

@@ -110,7 +110,8 @@ class Handshake:
     """
 
     def __init__(self, owner: Owner, identity: bytes, limits: Limits, rng: Random) -> None:
-        self.sessions: set[Session] = set()
+        # Dictionaries instead of sets, for their order: what a seed of the simulator does must not hang on addresses.
+        self.sessions: dict[Session, None] = {}
         self._owner = owner
         self._identity = identity
         self._limits = limits
@@ -118,7 +119,7 @@ class Handshake:
         self._process = self._draw()
         # At listeners, by the connection's incarnation.
         self._by_incarnation: dict[int, Session] = {}
-        self._by_identity: dict[bytes, set[Session]] = {}
+        self._by_identity: dict[bytes, dict[Session, None]] = {}
         self._challenged: dict[int, _Challenged] = {}
 
     def _draw(self) -> int:
@@ -131,7 +132,7 @@ class Handshake:
         session = Session(self._draw(), link.handle, link.callback, self._limits, self._rng)
         session.connection_link = link
         link.session = session
-        self.sessions.add(session)
+        self.sessions[session] = None
         return session
 
     def handle_link_up(self, link: Link, now: float) -> None:
@@ -194,7 +195,7 @@ class Handshake:
             self._handle_challenge(session, link, header, decode_challenge(frame), is_known, now)
         elif header.kind == Kind.UNKNOWN:
             self._start_hello(session, link, now)
-        elif header.kind == Kind.REFUSED and (session.nonce or header.source_incarnation == session.peer_incarnation):
+        elif header.kind == Kind.REFUSED and (is_known or (session.nonce and session.state is State.CONNECTING)):
             session.nonce = 0
             session.hello_at = now + HELLO_S_MAX
             reason = Reason(header.flags) if header.flags in set(Reason) else Reason.LIMIT
@@ -313,9 +314,9 @@ class Handshake:
         session.has_workers = link.has_workers
         session.establish(peer_incarnation, hello.window_msgs, hello.window_bytes, now)
         session.attach(link, routing_id)
-        self.sessions.add(session)
+        self.sessions[session] = None
         self._by_incarnation[peer_incarnation] = session
-        self._by_identity.setdefault(hello.identity, set()).add(session)
+        self._by_identity.setdefault(hello.identity, {})[session] = None
         self._owner.mark_dirty(session)
 
     def _receive_data(self, session: Session, flags: int, frame: bytes, extra: list[bytes], now: float) -> None:
@@ -345,12 +346,12 @@ class Handshake:
     def discard(self, session: Session) -> None:
         """Forget a session, after its outcomes were settled."""
         session.state = State.CLOSED
-        self.sessions.discard(session)
+        self.sessions.pop(session, None)
         if self._by_incarnation.get(session.peer_incarnation) is session:
             del self._by_incarnation[session.peer_incarnation]
         same = self._by_identity.get(session.peer)
         if same is not None:
-            same.discard(session)
+            same.pop(session, None)
             if not same:
                 del self._by_identity[session.peer]
 

@@ -164,12 +164,13 @@ class Outcomes:
         silent_count = 0
         for outgoing in queue:
             outlet.queue_bytes -= outgoing.size_bytes
-            held.add(outgoing.message_id)
+            if outgoing.option is None:
+                held.add(outgoing.message_id)  # One that is redelivered may have run.
             silent_count += outgoing.is_silent
         if silent_count:
             self.dropped["not_delivered"] += silent_count
             text = f"{silent_count} messages without a callback to {outlet}: {why}"
-            self.calls.append((self._on_unheard, NotDelivered(text, max(held))))
+            self.calls.append((self._on_unheard, NotDelivered(text, max(held, default=0))))
         return held
 
     def abandon(self, outlet: Outlet, why: str, kind: type[DeliveryError] = NotDelivered) -> None:
@@ -230,7 +231,8 @@ class Outcomes:
         answers: list[Outgoing] = []
         for outgoing in session.queue:
             _, dest_callback_id, _ = decode_message(outgoing.data)
-            (answers if dest_callback_id >= MSC_ID_MIN else kept).append(outgoing)
+            is_answer = dest_callback_id >= MSC_ID_MIN or not outgoing.message_id
+            (answers if is_answer else kept).append(outgoing)
         self._discard(session, answers, why)
         session.queue = kept
         for outgoing in answers:

@@ -189,12 +189,20 @@ class Session(Outlet):
         if link is not None and self.received_through:
             self.must_answer = True  # What was told last may have been lost with the old link.
 
+    def _lose_link(self) -> None:
+        """The link took nothing: it is down. It may be up again before anybody looks, so a connection says HELLO."""
+        self.attach(None)
+        if self.connection_link is not None:
+            self.hello_at = 0.0
+
     def end(self) -> list[Outgoing]:
         """Forget the other end's incarnation; return what was sent to it and is not known to be processed."""
         lost = [outgoing for batch in self._unprocessed for outgoing in batch.messages]
         if lost:
             lost = lost[self.peer_processed_through + 1 - self._unprocessed[0].first :]
         self.state = State.CONNECTING
+        if self.connection_link is not None:
+            self.peer_incarnation = 0  # Answers to it must find that it is gone.
         self._reset(self._limits.window_msgs, self._limits.window_bytes, self.heard_at)
         return lost
 
@@ -218,7 +226,7 @@ class Session(Outlet):
         has_sent = False
         for frames in self._batches(now):
             if not link.send_frames(self.routing_id, frames):
-                self.attach(None)
+                self._lose_link()
                 return
             has_sent = True
         if has_sent:
@@ -303,7 +311,7 @@ class Session(Outlet):
         self._note_told()
         frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, ())
         if not self.link.send_frames(self.routing_id, [frame]):
-            self.attach(None)
+            self._lose_link()
 
     def _note_told(self) -> None:
         self._told_received_through = self.received_through

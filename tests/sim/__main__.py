@@ -7,22 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from .simulator import Result, simulate
+from .chunk import REPORTS_MAX, run_chunk
+from .simulator import Result
 
-REPORTS_MAX = 3
 CHUNK = 50
-
-
-def _run_chunk(seeds: range) -> tuple[int, Counter[str], list[Result]]:
-    """Return how many seeds were run, what became of their messages, and the first that broke a rule."""
-    counts: Counter[str] = Counter()
-    failing = []
-    for seed in seeds:
-        result = simulate(seed)
-        counts.update(result.counts)
-        if result.violations:
-            failing.append(result)
-    return len(seeds), counts, failing[:REPORTS_MAX]
 
 
 def _run(chunks: Iterable[range], total_count: int) -> tuple[Counter[str], list[Result]]:
@@ -31,7 +19,7 @@ def _run(chunks: Iterable[range], total_count: int) -> tuple[Counter[str], list[
     done_count = 0
     began_at = time.monotonic()
     with multiprocessing.get_context("spawn").Pool() as pool:
-        for count, some_counts, some_failing in pool.imap(_run_chunk, chunks):
+        for count, some_counts, some_failing in pool.imap(run_chunk, chunks):
             done_count += count
             counts.update(some_counts)
             failing += some_failing

@@ -83,13 +83,13 @@ class Oracles:
 
     Attributes:
         may_end: Whether the faults of this run may end a session at all.
+        counts: Of outcomes, by name.
     """
 
     def __init__(self, clock: Callable[[], float], note: Callable[..., None], window_msgs: int) -> None:
         self.violations: list[Violation] = []
         self.sent: dict[int, Sent] = {}
         self.may_end = False
-        self.may_expire = False
         self.counts: Counter[str] = Counter()
         self._clock = clock
         self._note = note

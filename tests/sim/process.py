@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 from messenger.errors import DeliveryError, LimitReached, QueueFull
 from messenger.exchange import BATCH_PROCESSED, Exchange
 from messenger.limits import Limits
+from messenger.link import GoneOutlet
 from messenger.message import Message
 from messenger.session import FOREVER, Session
 from messenger.wire import ECHO, NOOP
-
-from messenger.link import GoneOutlet
 
 from .network import ConnectionLink, ListenerLink, SimLink
 from .oracles import Sent, token_of
@@ -168,7 +167,7 @@ class Process:
                 self._guard(self.exchange.note_processed, *argument)
                 continue
             try:
-                pause = callback(argument)
+                pause: Any = callback(argument)
             except Planned as error:
                 self._guard(self.exchange.report_raised, argument, error)
                 continue
