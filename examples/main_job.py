@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -148,7 +147,7 @@ def main() -> int:
     path = options.file or largest_document()
     lines = read_lines(path)
     console = Console()
-    console.print(f"{path}: {len(lines):,} lines, each a message with its own callback", highlight=False)
+    console.print(f"{path}: {len(lines):,} lines, each a message with its own callback", highlight=False, soft_wrap=True)
     _, ipc, tcp = Destination.parse(PORT).endpoints()
     runs = {f"inproc://{PORT}": Run("inproc", lines), ipc: Run("ipc", lines), tcp: Run("tcp", lines)}
     columns = (TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -161,7 +160,7 @@ def main() -> int:
         here.listen_for_connection(f"inproc://{PORT}", server_loop)
         for endpoint, run in runs.items():
             run.send_all(sender, endpoint, progress)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
     for title in ("transport", "lines", "responses", "mismatches", "lost", "round trips/s", "p50", "p99"):
         table.add_column(title, justify="left" if title == "transport" else "right", no_wrap=True)
     for run in runs.values():
