@@ -147,7 +147,8 @@ def main() -> int:
     path = options.file or largest_document()
     lines = read_lines(path)
     console = Console()
-    console.print(f"{path}: {len(lines):,} lines, each a message with its own callback", highlight=False, soft_wrap=True)
+    title = f"{path}: {len(lines):,} lines, each a message with its own callback"
+    console.print(title, highlight=False, soft_wrap=True)
     _, ipc, tcp = Destination.parse(PORT).endpoints()
     runs = {f"inproc://{PORT}": Run("inproc", lines), ipc: Run("ipc", lines), tcp: Run("tcp", lines)}
     columns = (TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -1,0 +1,71 @@
+"""The examples, run as a user runs them. They use port 15445, so one worker runs them all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from messenger import Messenger
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PORT = 15445
+
+pytestmark = pytest.mark.xdist_group("fixed_ports")
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": "80"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False, env=environment)
+
+
+def test_the_main_job_checks_every_line_on_every_transport(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(b"a line of five words\n\n1-0-x\n\xff\0\n" * 500)
+    finished = run(EXAMPLES / "main_job.py", text)
+    assert finished.returncode == 0, finished.stderr
+    rows = [line.split() for line in finished.stdout.splitlines()[-3:]]
+    assert [row[:5] for row in rows] == [[name, "2,000", "2,000", "0", "0"] for name in ("inproc", "ipc", "tcp")]
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "cannot read the text"), (b"", "has no lines")])
+def test_the_main_job_without_a_text_says_so(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    finished = run(EXAMPLES / "main_job.py", tmp_path / "text")
+    assert finished.returncode == 1
+    assert reason in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_the_main_job_on_a_taken_port_says_so(tmp_path: Path) -> None:
+    with Messenger() as messenger:
+        messenger.listen_for_connection(PORT, None)
+        finished = run(EXAMPLES / "main_job.py", EXAMPLES / "main_job.py")
+    assert finished.returncode == 1
+    assert f"is port {PORT} in use?" in finished.stderr
+
+
+def test_two_processes_talk() -> None:
+    with subprocess.Popen(
+        [sys.executable, EXAMPLES / "two_processes.py", "serve"], stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            assert "serving" in server.stdout.readline()
+            finished = run(EXAMPLES / "two_processes.py", "ask")
+        finally:
+            server.terminate()
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(finished.stdout.splitlines()) == ["b'applied record 1'", "b'applied record 2'", "b'potato'"]
+
+
+def test_a_plain_dealer_is_answered() -> None:
+    with Messenger("server") as messenger:
+        listener = messenger.listen_for_connection(
+            "tcp://127.0.0.1:0", lambda message: message.reply(f"{message.sender} said ".encode() + message.contents)
+        )
+        finished = run(EXAMPLES / "plain_dealer.py", str(listener.port), "hello")
+    assert finished.stdout == "[b'server', b'', b'0-1024-plain-dealer said hello']\n"
