@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test check test-all pytest bench lock clean
+.PHONY: help run test check test-all pytest sim bench lock clean
 
 VENV ?= .venv
 VERSIONS := 3.11 3.12 3.13
@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F '|' '{ printf "%-16s %s\n", $$1, $$2 }'
-	@echo "Variables: PYTHON (the interpreter for $(VENV)), FILE (for run), ARGS (for test, test-all, bench and lock)"
+	@echo "Variables: PYTHON (the interpreter for $(VENV)), FILE (for run), ARGS (for test, test-all, bench and lock), SEEDS, SEED (for sim)"
 
 run: $(VENV)/.installed ## Run the main job; FILE=path chooses the text.
 	$(VENV)/bin/python examples/main_job.py $(if $(FILE),"$(FILE)")
@@ -48,13 +48,21 @@ test-all: ## Run the tests on each Python that this machine has, of 3.11, 3.12 a
 	test -n "$$found" || { echo "error: none of Python $(VERSIONS) was found" >&2; exit 1; }; \
 	exit $$status
 
-bench: $(VENV)/.installed ## Measure against plain pyzmq.
-	$(VENV)/bin/python benchmarks/echo.py $(ARGS)
+SEEDS ?= 10000
+SEED ?= 0
+sim: $(VENV)/.installed ## Run SEEDS simulated networks, the first of them SEED.
+	$(VENV)/bin/python -m tests.sim --seeds $(SEEDS) --seed $(SEED)
 
-lock: .venv-lock/.installed ## Write requirements.lock anew; ARGS=--upgrade takes newer releases.
-	.venv-lock/bin/uv pip compile pyproject.toml --extra cli --group dev --python .venv-lock/bin/python --universal \
-		--generate-hashes --no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock $(ARGS)
-	@! grep -n '://' requirements.lock || { echo "error: requirements.lock names a host" >&2; exit 1; }
+bench: $(VENV)/.bench-installed ## Measure beside pyzmq and other libraries; ARGS="--rounds N --only TEXT".
+	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+COMPILE = .venv-lock/bin/uv pip compile pyproject.toml --python .venv-lock/bin/python --universal --generate-hashes \
+	--no-emit-index-url --no-annotate --no-header --quiet
+
+lock: .venv-lock/.installed ## Write both lock files anew; ARGS=--upgrade takes newer releases.
+	$(COMPILE) --extra cli --group dev --output-file requirements.lock $(ARGS)
+	$(COMPILE) --extra bench --constraint requirements.lock --output-file requirements-bench.lock $(ARGS)
+	@! grep -n '://' requirements.lock requirements-bench.lock || { echo "error: a lock names a host" >&2; exit 1; }
 
 clean: ## Remove the virtual environments and all caches.
 	rm -rf .venv .venv-* build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -71,6 +79,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(make_venv)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Without the peers the benchmarks run as well, so a machine that has no wheel for one of them is told and goes on.
+$(VENV)/.bench-installed: requirements-bench.lock $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		--requirement requirements-bench.lock || echo "note: not all peers could be installed; they are left out" >&2
 	@touch $@
 
 .venv-lock/.installed:

@@ -209,10 +209,11 @@ def lock_findings(text: str) -> Iterator[Finding]:
             yield Finding(line, f"is not pinned: {content}")
 
 
-def test_lock_names_no_host() -> None:
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-bench.lock"])
+def test_lock_names_no_host(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
     assert "--hash=sha256:" in text
-    findings = [("requirements.lock", finding) for finding in lock_findings(text)]
+    findings = [(name, finding) for finding in lock_findings(text)]
     assert not findings, report(findings)
 
 

@@ -57,6 +57,7 @@ class Outlet:
         callback: Run on every message that arrives here: a listener's SLC, or a connection's callback.
         queue: What has not been given to the network yet.
         is_dirty: Whether it is to be flushed at the end of the turn.
+        is_quiet: Whether nothing that was sent here is still on its way, as far as is known.
         has_workers: Whether `callback` only hands messages to threads, so that its return does not mean that they ran.
         is_closed: Whether nothing will ever leave here again.
         peer_incarnation: Of the other end of a session, 0 in the basic dialect.
@@ -64,6 +65,7 @@ class Outlet:
         next_deadline_at: When it wants to be looked at again.
     """
 
+    is_quiet = True
     has_workers = False
     is_shared = False
     is_closed = False

@@ -199,6 +199,17 @@ class Loop:
         if self._room_wanted_count:
             self._changed.notify_all()
 
+    def announce_flush(self) -> None:
+        """Have the loop's thread flush when it can; it is woken if it sleeps.
+
+        In a callback messages wait for the end of the turn, so that one frame holds what it sends; in other threads
+        they wait behind messages that are on their way, so that a thread which sends in a tight loop fills frames as
+        well.
+        """
+        if self._thread_sleeps:
+            self._thread_sleeps = False
+            self._wakeup.announce_calls()
+
     def announce_calls(self) -> None:
         """Wake the loop's thread if it sleeps and there are callbacks to run."""
         if self._thread_sleeps and self._exchange.calls:

@@ -135,7 +135,7 @@ class Messenger:
         timeout: float = 30.0,
         redeliver: bool = False,
     ) -> int:
-        """Queue one message and return at once.
+        """Queue one message and return its id, unique in this process's life, at once.
 
         It is processed exactly once, in order, while both processes live. Exactly one of `callback` and `on_error` is
         called, once, on the messenger's thread. To a plain peer it is fire and forget, and its deadline tells.
@@ -148,8 +148,6 @@ class Messenger:
             remote_callback: The callback that the receiver is to run; in an answer, by default the one asked for.
             timeout: Seconds, > 0, until the message ends as `NotDelivered` (nobody took it) or `OutcomeUnknown`.
             redeliver: Give it to the receiver's next process too, if the first ends without an answer.
-
-        Returns: The message's id, unique in this process's life.
 
         Raises:
             QueueFull: The queue stayed full for `timeout` seconds; in a callback: is full. Nothing was sent.
@@ -180,9 +178,11 @@ class Messenger:
             message_id = exchange.send(
                 outlet, peer, contents, callback, on_error, remote_callback, deadline_at, roams, redeliver
             )
-            # In a callback messages wait for the end of the turn, or for a full batch.
-            if loop.thread_id != get_ident() or len(outlet.queue) >= BATCH_MSGS_MAX:
+            is_urgent = outlet.is_quiet or type(callback) is ThreadWaiter
+            if len(outlet.queue) >= BATCH_MSGS_MAX or (loop.thread_id != get_ident() and is_urgent):
                 loop.flush()
+            else:
+                loop.announce_flush()
         return message_id
 
     def request(self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = 30.0) -> Message:

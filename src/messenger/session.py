@@ -214,6 +214,11 @@ class Session(Outlet):
         return self.next_number - 1 - self.peer_received_through
 
     @property
+    def is_quiet(self) -> bool:  # type: ignore[override]
+        """Whether nothing that was sent is still on its way."""
+        return self.peer_received_through == self.next_number - 1
+
+    @property
     def unprocessed_count(self) -> int:
         """Messages that were sent and of which it is not known that their callbacks have returned."""
         return self.next_number - 1 - self.peer_processed_through

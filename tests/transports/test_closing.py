@@ -184,7 +184,7 @@ def test_closed_kept_connection_is_made_anew(messenger: MessengerFactory, destin
         response = client.request(destination, b"")
         assert response.contents == b"answer to "
         connection = response.link.handle
-        connection.close()  # type: ignore[attr-defined]
+        connection.close()
         with pytest.raises(MessengerClosed):
             response.reply(b"")
     assert client.statistics().connection_count == 0

@@ -1,0 +1,139 @@
+"""What is measured, who takes part, and what is asked of Messenger (the least, and what it aims at)."""
+
+from typing import NamedTuple
+
+from . import ours, peers, plain
+from .contender import Contender
+
+CONTENDERS: dict[str, Contender] = {**ours.CONTENDERS, **plain.CONTENDERS, **peers.CONTENDERS}
+
+
+class Target(NamedTuple):
+    """A ratio that is asked for.
+
+    Attributes:
+        contender: Who is held to it.
+        against: Whom its figure is divided by, the best of them, round by round; with none, the figure itself counts.
+        limit: At least, where more is better; at most, where less is better.
+        aim: What would be good.
+    """
+
+    contender: str
+    against: tuple[str, ...]
+    limit: float
+    aim: float
+
+
+class Work(NamedTuple):
+    """One thing to measure.
+
+    Attributes:
+        unit: `round trips/s`, `messages/s`, `GB/s`, `µs` (the median of each round trip) or `bytes` (each message).
+        window: Messages in flight, of all sessions together.
+        message_count: Of a fast contender; slow ones make fewer.
+        baseline: The contender that the table shows ratios to.
+        pinned: Whether all processes run on one CPU.
+    """
+
+    title: str
+    unit: str
+    size_bytes: int
+    window: int
+    message_count: int
+    contenders: tuple[str, ...]
+    baseline: str
+    targets: tuple[Target, ...]
+    pinned: bool = False
+
+    @property
+    def less_is_better(self) -> bool:
+        """Whether the figure is a cost."""
+        return self.unit in ("µs", "bytes")
+
+
+PEERS = ("asyncio streams, uvloop", "zmq.asyncio", "nats-py", "RPyC", "grpc.aio")
+OURS = ("messenger", "messenger basic")
+OURS_ONE = ("messenger, request", "messenger", "messenger basic, request", "messenger basic")
+PYZMQ = ("pyzmq idiomatic", "pyzmq best")
+ONE_IN_FLIGHT = (
+    Target("messenger, request", ("pyzmq best",), 1.8, 1.1),
+    Target("messenger", ("pyzmq best",), 1.4, 1.0),
+    Target("messenger, request", ("messenger basic, request",), 1.15, 1.0),
+    Target("messenger", ("messenger basic",), 1.15, 1.0),
+)
+
+WORKS = (
+    Work(
+        *("64 bytes, 1,000 in flight", "round trips/s", 64, 1_000, 200_000),
+        contenders=(*OURS, *PYZMQ, *PEERS),
+        baseline="pyzmq best",
+        targets=(
+            Target("messenger", ("pyzmq idiomatic",), 3.5, 6.0),
+            Target("messenger", ("pyzmq best",), 1.2, 2.0),
+            Target("messenger", PEERS, 1.0, 1.0),
+            Target("messenger", (), 0, 600_000),
+        ),
+    ),
+    Work(
+        *("1 KiB, 1,000 in flight", "round trips/s", 1_024, 1_000, 100_000),
+        contenders=(*OURS, *PYZMQ),
+        baseline="pyzmq best",
+        targets=(Target("messenger", ("pyzmq idiomatic",), 2.0, 3.0),),
+    ),
+    Work(
+        *("64 bytes, one in flight", "µs", 64, 1, 3_000),
+        contenders=(*OURS_ONE, *PYZMQ, *PEERS),
+        baseline="pyzmq best",
+        targets=ONE_IN_FLIGHT,
+    ),
+    Work(
+        *("64 bytes, one in flight, all on one CPU", "µs", 64, 1, 3_000),
+        contenders=(*OURS_ONE, *PYZMQ),
+        baseline="pyzmq best",
+        targets=ONE_IN_FLIGHT,
+        pinned=True,
+    ),
+    Work(
+        *("64 bytes, one way", "messages/s", 64, 0, 300_000),
+        contenders=(
+            *("messenger, one way", "messenger basic, one way"),
+            *("pyzmq PUSH/PULL", "pyzmq DEALER/ROUTER", "nats-py publish"),
+        ),
+        baseline="pyzmq PUSH/PULL",
+        targets=(
+            Target("messenger, one way", ("pyzmq DEALER/ROUTER",), 1.0, 1.5),
+            Target("messenger, one way", ("pyzmq PUSH/PULL",), 1.0, 1.5),
+        ),
+    ),
+    Work(
+        *("1 MiB echo, 4 in flight", "GB/s", 2**20, 4, 1_000),
+        contenders=("messenger", *PYZMQ, "pyzmq zero-copy"),
+        baseline="pyzmq best",
+        targets=(Target("messenger", PYZMQ, 1.0, 2.0),),
+    ),
+    Work(
+        *("64 bytes, 1,000 in flight, inproc", "round trips/s", 64, 1_000, 100_000),
+        contenders=("messenger, inproc", "messenger", "pyzmq idiomatic, inproc", "pyzmq best, inproc"),
+        baseline="pyzmq best, inproc",
+        targets=(
+            Target("messenger, inproc", ("pyzmq best, inproc",), 2.0, 6.0),
+            Target("messenger, inproc", ("pyzmq idiomatic, inproc",), 2.0, 6.0),
+            Target("messenger, inproc", ("messenger",), 1.0, 1.0),
+        ),
+    ),
+    Work(
+        *("64 bytes, 1,000 in flight, many sessions on one listener", "round trips/s", 64, 1_000, 50_000),
+        contenders=(
+            *("messenger, 1,000 sessions × 1", "messenger, 10 sessions × 100"),
+            *("pyzmq best, 1,000 × 1", "pyzmq best, 10 × 100"),
+        ),
+        baseline="messenger, 10 sessions × 100",
+        targets=(Target("messenger, 1,000 sessions × 1", ("messenger, 10 sessions × 100",), 0.7, 1.0),),
+    ),
+    Work(
+        *("memory of a message that waits for its response", "bytes", 64, 0, 1_000_000),
+        contenders=("messenger, outstanding MSC", "asyncio.Future in a dict"),
+        baseline="asyncio.Future in a dict",
+        targets=(Target("messenger, outstanding MSC", (), 500, 300),),
+    ),
+)
