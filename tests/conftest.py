@@ -205,6 +205,12 @@ class PlainPeers:
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
         self._context = context
+        # An unclosed socket that is forgotten warns, and then hangs the end of its context.
+        self._kept: list[PlainPeer] = []
+
+    def _keep(self, peer: PlainPeer) -> PlainPeer:
+        self._kept.append(peer)
+        return peer
 
     def dealer(self, destination: object, routing_id: bytes | None = None, **options: int) -> PlainPeer:
         """Connects a DEALER to a tcp or ipc endpoint, or to the tcp endpoint of a bare port."""
@@ -214,7 +220,7 @@ class PlainPeers:
         for name, value in options.items():
             dealer.setsockopt(getattr(zmq, name), value)
         dealer.connect(plain_endpoint(destination))
-        return PlainPeer(dealer)
+        return self._keep(PlainPeer(dealer))
 
     def router(self, destination: object, **options: int) -> PlainPeer:
         """Binds a ROUTER."""
@@ -222,7 +228,7 @@ class PlainPeers:
         for name, value in options.items():
             router.setsockopt(getattr(zmq, name), value)
         router.bind(plain_endpoint(destination))
-        return PlainPeer(router)
+        return self._keep(PlainPeer(router))
 
 
 def plain_endpoint(destination: Any) -> str:

@@ -65,6 +65,8 @@ IPC_PATH_BYTES_MAX = 107
 CLOSE_TIMEOUT_S = 1.0
 # Descriptors and sockets of all messengers of a process; ZeroMQ's own default of 1,023 is too small for 1,000 peers.
 SOCKETS_MAX = 65_535
+# So many must be free before anything is opened: a ZeroMQ socket with its monitor takes 3, a context 7, and links more.
+DESCRIPTORS_RESERVED = 32
 
 # Sessions.
 

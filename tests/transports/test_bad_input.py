@@ -8,7 +8,7 @@ import itertools
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import zmq
@@ -180,11 +180,11 @@ def test_frames_that_are_no_message(server: Server, bad: PlainPeer, frames: list
     assert len(server.received) == before_count + 1
 
 
-@pytest.mark.parametrize("dest_id", [2, 63, 64, 1023, 1024, 999_999, MAX_64])
+@pytest.mark.parametrize("dest_id", [2, 63, 64, 1023, 999_999, MAX_64])
 def test_destination_id_that_names_nothing(server: Server, bad: PlainPeer, dest_id: int) -> None:
     """The SLC still runs."""
     bad.send(b"", b"77-%d-x" % dest_id)
-    assert bad.receive() == [b"server", b"", b"%d-77-answer to x" % 0]
+    assert bad.receive() == [b"server", b"", b"0-77-answer to x"]
     wait_dropped(server.messenger, "unknown_callback")
 
 
@@ -208,20 +208,20 @@ def test_unusual_contents(server: Server, bad: PlainPeer, contents: bytes) -> No
 
 
 def test_answers_to_guessed_ids(
-    server: Server, bad: PlainPeer, messenger: MessengerFactory, destination: To, never: Inbox[object]
+    server: Server, bad: PlainPeer, messenger: MessengerFactory, plain: PlainPeers, destination: To
 ) -> None:
     """A peer answers a message that was sent to another one: it is counted, and the real answer still runs the MSC."""
     bad.send(b"", b"0-0-hello")
     asked: Inbox[Message] = Inbox()
     victim = messenger("victim")
-    victim.send_message(victim.make_connection(destination, callback=asked), b"hello", never)
-    server.received.wait(4)
+    victim.send_message(victim.make_connection(destination, callback=asked), b"hello")
+    asked.wait(1)
     responses: Inbox[Message] = Inbox()
     message_id = server.messenger.send_message((server.listener, "victim"), b"?", responses)
     [_, question] = asked.wait(2)
     bad.send(b"", b"0-%d-forged" % message_id)
     wait_dropped(server.messenger, "foreign_response")
-    raw = RawSession(bad)
+    raw = RawSession(plain.dealer(destination))
     raw.join()
     raw.send_data([b"0-%d-forged" % message_id])
     raw.send_data([b"0-%d-" % message_id], options=pack_options((0, HANDLER_ERROR, "ForgedError", "forged")))
@@ -281,7 +281,7 @@ def test_twenty_sessions_that_vanish_in_the_middle(server: Server, plain: PlainP
 
 def test_two_plain_peers_with_one_identity(server: Server, plain: PlainPeers, destination: To) -> None:
     """The newer one has it; nobody else notices."""
-    old, new = plain.dealer(destination, b"twin"), None
+    old = plain.dealer(destination, b"twin")
     exchange_one(old)
     new = plain.dealer(destination, b"twin")
     exchange_one(new)
@@ -391,6 +391,7 @@ def test_message_far_above_the_size_limit(messenger: MessengerFactory, plain: Pl
     offender.send(b"", b"1-0-" + bytes(MIB))
     assert monitor.poll(int(TIMEOUT_S * 1000)), "the offender is still connected"
     offender.socket.disable_monitor()
+    monitor.close()
     offender.close()
     exchange_one(good)
     assert client.request(destination, b"x").contents == b"answer to x"
@@ -454,7 +455,7 @@ class RawSession:
         self.hear_challenge()
         self.dealer.send(self.pack(RESPONSE, struct.pack("<Q", self.peer_nonce)))
 
-    def send_data(self, messages: list[bytes], *, large: list[bytes | None] | list[bytes] = [], options: bytes = b""):  # type: ignore[no-untyped-def]  # noqa: B006
+    def send_data(self, messages: list[bytes], *, large: Sequence[bytes | None] = (), options: bytes = b"") -> None:
         """Sends a batch; `large` are the contents of its messages that stand in frames of their own."""
         sizes = [len(message) for message in messages]
         extra = []
@@ -788,7 +789,6 @@ def test_random_frames(server: Server, bad: PlainPeer) -> None:
     for _ in range(2_000):
         kind, flags = secrets.choice([0, HELLO, CHALLENGE, RESPONSE, DATA, UNKNOWN, REFUSED, 9]), secrets.randbits(8)
         bad.send(raw.pack(kind, secrets.token_bytes(secrets.randbelow(100)), flags))
-    raw.receive_until_answered = True  # type: ignore[attr-defined]
     source = 1024 + next(_numbers)
     bad.send(b"", b"%d-0-after" % source)
     while bad.receive()[-1] != b"0-%d-answer to after" % source:

@@ -15,14 +15,35 @@ import os
 import select
 from collections.abc import Callable
 
+from ..errors import LimitReached
+from ..limits import DESCRIPTORS_RESERVED
+
 # epoll takes whole milliseconds, in 31 bits; a longer sleep just wakes up once more.
 SLEEP_S_MAX = 86_400.0
+
+
+def check_descriptors() -> None:
+    """Refuse to open anything when descriptors run out: libzmq aborts the process if it gets none in the middle.
+
+    Raises:
+        LimitReached: Fewer than `DESCRIPTORS_RESERVED` are left.
+    """
+    taken: list[int] = []
+    try:
+        taken.extend(os.eventfd(0, os.EFD_CLOEXEC) for _ in range(DESCRIPTORS_RESERVED))
+    except OSError as error:
+        text = f"fewer than {DESCRIPTORS_RESERVED} file descriptors are left; raise the limit (ulimit -n): {error}"
+        raise LimitReached(text) from error
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 class Wakeup:
     """Two nested epolls and two event descriptors. Methods that sleep are called without the messenger's lock."""
 
     def __init__(self) -> None:
+        check_descriptors()
         self._inner = select.epoll()
         self._outer = select.epoll()
         self._attention = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

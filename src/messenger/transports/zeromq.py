@@ -30,12 +30,13 @@ from pathlib import Path
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ..errors import DestinationInUse, DestinationInvalid
+from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
 from ..limits import BATCH_MSGS_MAX, HEADER_BYTES_MAX, LARGE_BYTES_MIN, SOCKETS_MAX, TURN_MSGS_MAX, Limits
 from ..link import Link, Outgoing
 from ..message import Callback
 from .local import IpcLock, inproc_names
+from .wakeup import check_descriptors
 
 # libzmq takes milliseconds in 31 bits.
 LINGER_S_MAX = 1_000_000.0
@@ -98,6 +99,7 @@ class SocketLink(Link):
         # Set by the loop: has the events read before anybody sleeps.
         self.touch: Function[[SocketLink], None] = _touch_nothing
         self._frame_bytes_max = limits.message_bytes_max + HEADER_BYTES_MAX
+        check_descriptors()
         self.socket = context().socket(kind)
         options = {
             zmq.LINGER: 0,
@@ -113,7 +115,7 @@ class SocketLink(Link):
             zmq.BACKLOG: 1_024,
             # A cut link is noticed within two heartbeats and a bit. libzmq answers them while a callback runs.
             zmq.HEARTBEAT_IVL: 1_000,
-            zmq.HEARTBEAT_TIMEOUT: 3_000,
+            zmq.HEARTBEAT_TIMEOUT: 2_300,
         }
         for option, value in options.items():
             self.socket.setsockopt(option, value)
@@ -331,9 +333,11 @@ class ListenerLink(SocketLink):
         Raises:
             DestinationInUse, DestinationInvalid: Nothing is left open.
         """
-        self._ipc_lock = IpcLock(Path(endpoint.removeprefix("ipc://"))) if endpoint.startswith("ipc:") else None
+        super().__init__(zmq.ROUTER, 0, handle, callback, exchange, limits)
+        self._ipc_lock: IpcLock | None = None
         try:
-            super().__init__(zmq.ROUTER, 0, handle, callback, exchange, limits)
+            if endpoint.startswith("ipc:"):
+                self._ipc_lock = IpcLock(Path(endpoint.removeprefix("ipc://")))
             self.is_up = True
             self.identity = identity
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -342,9 +346,11 @@ class ListenerLink(SocketLink):
             # With it, libzmq shows IPv4 addresses in the form of IPv6.
             self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
             self._bind(endpoint)
+        except MessengerError:
+            super().close(0)
+            raise
         except (zmq.ZMQError, OSError) as error:
-            if hasattr(self, "socket"):
-                super().close(0)
+            super().close(0)
             if self._ipc_lock is not None:
                 self._ipc_lock.release()
             if error.errno == errno.EADDRINUSE:
