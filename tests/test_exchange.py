@@ -1,6 +1,7 @@
-"""`exchange`: the core without a network; first the basic dialect, by hand, then two cores joined by a session.
+"""`exchange` and `outcomes`: the core without a network.
 
-A fake link keeps what would be sent; `run` does what a driver does.
+First the basic dialect, by hand, then two cores joined by a session. A fake link keeps what would be sent; `run` does
+what a driver does.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,7 @@ from messenger import (
 from messenger.errors import Cancelled, HandlerError, IdentityInUse, NoHandler
 from messenger.exchange import BATCH_PROCESSED, ERROR_TEXT_MAX, Exchange
 from messenger.limits import HELLO_S_MAX, LARGE_BYTES_MIN
-from messenger.link import Link
+from messenger.link import GoneOutlet, Link, Outlet
 from messenger.message import Waiter
 from messenger.session import FOREVER, Session, State
 from messenger.wire import (
@@ -107,8 +108,8 @@ class Core:
         return dict(self.statistics.dropped)
 
 
-def sent(link: Link) -> list[bytes]:
-    return [outgoing.data for outgoing in link.queue]
+def sent(outlet: Outlet) -> list[bytes]:
+    return [outgoing.data for outgoing in outlet.queue]
 
 
 # Sending and ids.
@@ -405,7 +406,8 @@ def test_closing_a_link_ends_all_of_its_owners_messages() -> None:
     queued = core.send(on_error=core.tell)
     core.send()
     other = core.send(on_error=core.tell, link=FakeLink("other"))
-    core.exchange.close_link(core.link, "it was closed")
+    core.exchange.close_link(core.link, "it was closed", 7.0)
+    assert core.link.flushed_at == [7.0]  # What can still leave does, before the rest ends.
     assert {error.message_id: type(error) for error in core.run()} == {left: OutcomeUnknown, queued: NotDelivered}
     assert core.exchange.outstanding_count == 1
     assert core.dropped() == {"not_delivered": 1}
@@ -555,8 +557,13 @@ class Node:
 
     def reply(self, message: Message, contents: bytes, **options: Any) -> int:
         on_error = options.pop("on_error", None)
+        callback = options.pop("callback", None)
         dest, deadline_at = message.source_callback_id, 1_000.0
-        return self.exchange.send(message.link, b"", contents, None, on_error, dest, deadline_at, **options)
+        outlet = message.link
+        # As `Endpoints.route` does: an answer is only for the incarnation that asked.
+        if message.incarnation != outlet.peer_incarnation:
+            outlet = GoneOutlet(outlet.handle, None)
+        return self.exchange.send(outlet, b"", contents, callback, on_error, dest, deadline_at, **options)
 
     def dropped(self) -> dict[str, int]:
         return dict(self.exchange.dropped)
@@ -677,10 +684,12 @@ def test_a_message_and_its_response_travel_in_a_session() -> None:
     (message,) = world.server.take()
     assert (message.contents, message.sender, message.messenger) == (b"question", "client", "server")
     assert (message.source_callback_id, message.number, message.redelivered) == (message_id, 1, False)
+    assert message.incarnation == world.session.incarnation
     world.server.reply(message, b"answer")
     world.run(1.0)
     (response,) = world.client.take()
     assert (response.contents, response.sender) == (b"answer", "server")
+    assert response.incarnation == world.server_session.incarnation
     assert response.dest_callback_id == message_id
     for node in (world.client, world.server):
         assert node.exchange.is_settled
@@ -736,10 +745,88 @@ def test_a_batch_is_processed_when_the_callbacks_of_all_of_it_have_returned() ->
         assert world.server_session.processed_through == 0
         callback, argument = calls.popleft()
         callback(argument)  # type: ignore[misc]
-    assert not world.client.exchange.is_settled
+    assert world.session.unprocessed_count == 3
     world.run(1.0)
     assert world.server_session.processed_through == 3
-    assert world.client.exchange.is_settled
+    assert world.session.unprocessed_count == 0
+
+
+def test_a_batch_that_runs_nothing_is_processed_at_once() -> None:
+    world = World(has_slc=False)
+    world.connect()
+    world.send(dest=ECHO)
+    world.deliver(runs=False)
+    assert not world.server.exchange.calls
+    assert world.server_session.processed_through == 1
+    # But not before what came earlier.
+    world.server.exchange.register_callback(64, world.server.tell)
+    world.send(dest=64)
+    world.deliver(runs=False)
+    world.send(dest=ECHO)
+    world.deliver(runs=False)
+    assert world.server_session.processed_through == 1
+    world.server.run()
+    assert world.server_session.processed_through == 3
+
+
+def test_all_is_settled_when_what_was_sent_has_arrived() -> None:
+    world = World()
+    world.connect()
+    exchange = world.client.exchange
+    assert exchange.is_settled
+    world.send()
+    assert not exchange.is_settled  # It is queued,
+    exchange.flush(0.0)
+    assert not exchange.is_settled  # under way,
+    world.deliver(runs=False)
+    assert exchange.is_settled  # there: the other process has it, whether this one goes or not.
+    assert world.session.unprocessed_count == 1
+    exchange.calls.append((world.client.tell, None))
+    assert not exchange.is_settled
+    exchange.calls.clear()
+    world.ask()
+    world.deliver(runs=False)
+    assert not exchange.is_settled  # Somebody waits.
+
+
+def test_a_message_that_nobody_will_answer_is_acknowledged_before_its_callback_runs() -> None:
+    world = World()
+    world.connect()
+    world.ask()
+    world.deliver(runs=False)
+    # The answer will carry it.
+    assert world.session.unreceived_count == 1
+    world.send()
+    world.deliver(runs=False)
+    assert world.session.unreceived_count == 0
+    assert world.session.unprocessed_count == 2
+
+
+def test_the_acknowledgement_of_an_answer_may_wait_for_the_next_question() -> None:
+    """A frame for each answer would make a conversation dearer by half."""
+    world = World()
+    world.connect()
+    world.ask(dest=ECHO)
+    world.deliver(runs=False)
+    assert world.session.received_through == 1
+    assert world.server_session.unreceived_count == 1
+    world.run(1.0)
+    assert world.server_session.unreceived_count == 0
+
+
+def test_what_is_urgent_is_flushed_before_the_end_of_the_turn() -> None:
+    world = World()
+    world.connect()
+    exchange = world.server.exchange
+    assert not exchange.is_urgent
+    world.send()
+    world.client.exchange.flush(0.0)
+    ((_, (frame,)),) = world.connection_link.sent
+    for _ in range(2):
+        exchange.handshake.receive(world.listener_link, world.routing_id, frame, [], 0.0)
+    assert exchange.is_urgent
+    exchange.flush(0.0)
+    assert not exchange.is_urgent
 
 
 def test_messages_at_workers_are_processed_when_those_say_so() -> None:
@@ -1052,6 +1139,52 @@ def test_a_message_that_was_processed_but_not_answered_is_redelivered() -> None:
     assert (message.source_callback_id, message.redelivered) == (message_id, True)
 
 
+def restart_with_redelivery(world: World) -> int:
+    """Let a message run, and its process end without an answer; what is redelivered is then still queued."""
+    world.connect()
+    message_id = world.ask(b"a", redeliver=True, deadline_at=50.0)
+    world.run(0.1)
+    assert world.server.contents() == [b"a"]
+    world.link_down()
+    world.client.exchange.handle_ended(world.session, "its process has ended")
+    return message_id
+
+
+@pytest.mark.parametrize("ended_by", ["deadline", "close", "refusal"])
+def test_what_was_to_be_redelivered_may_have_run(ended_by: str) -> None:
+    world = World()
+    message_id = restart_with_redelivery(world)
+    exchange = world.client.exchange
+    assert sent(world.session) == [b"%d-0-a" % message_id]
+    queued_id = world.ask(b"b", deadline_at=50.0)
+    if ended_by == "deadline":
+        exchange.handle_deadline(50.0)
+        exchange.handle_deadline(51.0)
+    elif ended_by == "close":
+        exchange.close_link(world.connection_link, "it was closed", world.now)
+    else:
+        exchange.handle_refused(world.session, Reason.IDENTITY_IN_USE, "taken", True)
+    certain = IdentityInUse if ended_by == "refusal" else NotDelivered
+    assert outcomes(world.client.take()) == {message_id: OutcomeUnknown, queued_id: certain}
+
+
+def test_what_finds_nothing_to_run_when_it_is_redelivered_may_have_run_before() -> None:
+    world = World()
+    world.connect()
+    message_id = world.ask(b"a", redeliver=True)
+    world.run(0.1)
+    assert world.server.contents() == [b"a"]
+    world.link_down()
+    world.has_slc = False
+    world.start_server()
+    world.link_up()
+    first_id = world.ask(b"b", redeliver=True)
+    world.run(1.0)
+    told = world.client.take()
+    assert outcomes(told) == {message_id: OutcomeUnknown, first_id: NoHandler}
+    assert "an earlier process may have run it" in str(told[0])
+
+
 @pytest.mark.parametrize("ended_by", ["answer", "cancel", "deadline"])
 def test_what_has_its_outcome_is_neither_redelivered_nor_reported(ended_by: str) -> None:
     world = World()
@@ -1109,7 +1242,7 @@ def test_what_was_processed_of_a_batch_is_not_reported_as_unknown() -> None:
     messages, _, _ = decode_batch(frame, 0, decode_data(frame).msg_count, [])
     # The receiver may have seen the batch in two parts.
     server = world.server_session
-    assert server.receive(0, decode_data(frame)._replace(msg_count=2), 0.0) == 0
+    assert server.receive(0, decode_data(frame)._replace(msg_count=2), sum(map(len, messages[:2])), 0.0) == 0
     world.server.exchange.handle_batch(server, 1, (messages[:2], {}, []), 0)
     world.server.run()
     world.server.exchange.flush(0.0)
@@ -1177,14 +1310,101 @@ def test_an_answer_to_a_peer_whose_session_has_ended_is_certainly_not_delivered(
     world.ask(b"question")
     world.deliver()
     (message,) = world.server.take()
-    world.client.exchange.close_link(world.connection_link, "it was closed")
+    world.client.exchange.close_link(world.connection_link, "it was closed", world.now)
     world.deliver()
     assert not world.server.exchange.handshake.sessions
     message_id = world.server.reply(message, b"answer", on_error=world.server.tell)
     world.server.reply(message, b"nobody waits for what becomes of it")
     world.run(2_000.0)
     assert outcomes(world.server.take()) == {message_id: NotDelivered}
-    assert world.server.dropped().get("not_delivered", 0) + world.server.dropped().get("peer_gone", 0) >= 1
+    assert world.server.dropped() == {"peer_gone": 2, "not_delivered": 1}
+    (error,) = world.server.unheard
+    assert str(error) == "1 messages without a callback to listener ('client'): the peer is gone"
+
+
+def test_what_is_sent_to_a_session_that_has_ended_is_certainly_not_delivered() -> None:
+    world = World()
+    world.connect()
+    session = world.server_session
+    world.client.exchange.close_link(world.connection_link, "it was closed", world.now)
+    world.deliver()
+    assert session.is_closed
+    node = world.server
+    message_id = node.exchange.send(session, b"", b"x", node.tell, node.tell, NOOP, 1_000.0)
+    world.deliver()
+    assert outcomes(node.take()) == {message_id: NotDelivered}
+    assert node.dropped() == {"peer_gone": 1}
+    assert (len(session.queue), session.queue_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("dest", [ECHO, 7])
+def test_the_core_answers_no_other_incarnation_than_the_one_that_asked(dest: int) -> None:
+    """An ECHO, or an error, that is due when the process that asked is gone."""
+    world = World()
+    world.connection_link.callback = world.session.callback = world.client.tell
+    world.connect()
+    world.server_ask(b"question")
+    world.deliver()
+    (message,) = world.client.take()
+    world.link_down()
+    world.start_server()
+    world.link_up()
+    world.deliver()
+    assert message.incarnation != world.session.peer_incarnation
+    message.dest_callback_id = dest
+    if dest == ECHO:
+        assert world.client.exchange.process_message(message)
+    else:
+        world.client.exchange.report_raised(message, ValueError("text"))
+    assert world.client.dropped() == {"peer_gone": 1}
+    assert not world.session.queue
+
+
+def test_the_core_answers_nobody_between_two_incarnations() -> None:
+    world = World()
+    world.connection_link.callback = world.session.callback = world.client.tell
+    world.connect()
+    world.server_ask(b"question")
+    world.deliver()
+    (message,) = world.client.take()
+    world.server.exchange.close_link(world.listener_link, "it was closed", world.now)
+    world.connection_link.is_up = False
+    world.deliver()
+    assert world.session.state is State.CONNECTING
+    world.client.exchange.report_raised(message, ValueError("text"))
+    message_id = world.client.reply(message, b"answer", on_error=world.client.tell)
+    world.deliver()
+    assert outcomes(world.client.take()) == {message_id: NotDelivered}
+    assert world.client.dropped() == {"peer_gone": 2}
+    assert not world.session.queue
+
+
+def test_queued_answers_end_with_the_incarnation_that_asked_and_questions_wait_for_the_next() -> None:
+    world = World()
+    world.connection_link.callback = world.session.callback = world.client.tell
+    world.connect()
+    world.server_ask(b"question")
+    world.deliver()
+    (message,) = world.client.take()
+    world.link_down()
+    answer = world.client.reply(message, b"answer", on_error=world.client.tell)
+    world.client.reply(message, b"nobody waits for what becomes of it")
+    world.client.exchange.report_raised(message, ValueError("text"))
+    # An ECHO that nobody waits for is an answer too, though it names no callback.
+    message.source_callback_id, message.dest_callback_id = NOOP, ECHO
+    assert world.client.exchange.process_message(message)
+    assert len(world.session.queue) == 4
+    question = world.ask(b"a question of ours")
+    world.send(b"a message of ours")
+    world.start_server()
+    world.link_up()
+    world.run(1.0)
+    assert outcomes(world.client.take()) == {answer: NotDelivered}
+    assert [type(error) for error in world.client.unheard] == [NotDelivered]
+    assert [each.contents for each in world.server.take()] == [b"a question of ours", b"a message of ours"]
+    assert world.client.exchange.outstanding_count == 1
+    assert world.client.exchange.cancel(question)
+    assert (len(world.session.queue), world.session.queue_bytes) == (0, 0)
 
 
 def test_an_answer_never_reaches_another_process_than_the_one_that_asked() -> None:
@@ -1308,6 +1528,24 @@ def test_a_refusal_that_was_long_under_way_harms_nothing() -> None:
     assert isinstance(response, Message)
 
 
+@pytest.mark.parametrize("did_not_run", [True, False])
+def test_what_was_sent_to_an_incarnation_that_refuses_itself_did_not_run(did_not_run: bool) -> None:
+    """A CHALLENGE was answered and messages went with the RESPONSE; then no session came of it."""
+    world = World()
+    world.connect()
+    first, second = world.ask(b"1"), world.ask(b"2")
+    world.client.exchange.flush(0.0)
+    world.connection_link.sent.clear()
+    queued = world.ask(b"3")
+    world.client.exchange.handle_refused(world.session, Reason.LIMIT, "no room", did_not_run)
+    sent_outcome = NotDelivered if did_not_run else OutcomeUnknown
+    told = world.client.take()
+    assert outcomes(told) == {first: sent_outcome, second: sent_outcome, queued: NotDelivered}
+    assert [error.message_id for error in told] == [first, second, queued]
+    assert (len(world.session.queue), world.session.queue_bytes) == (0, 0)
+    assert world.client.dropped() == {"refused": 1}
+
+
 @pytest.mark.parametrize("reason", [Reason.VERSION, Reason.LIMIT])
 def test_what_waits_for_a_peer_that_refuses_is_not_delivered(reason: Reason) -> None:
     world = World()
@@ -1335,24 +1573,37 @@ def test_after_a_refusal_the_next_hello_is_not_forgotten() -> None:
     assert world.client.exchange.next_deadline_at == HELLO_S_MAX + 1.0
 
 
-def test_closing_a_connection_says_goodbye_and_ends_its_messages() -> None:
+@pytest.mark.parametrize("is_up", [True, False])
+def test_closing_a_connection_says_goodbye_and_ends_its_messages(is_up: bool) -> None:
     world = World()
     world.connect()
     sent = world.ask(b"sent")
     world.deliver()
     world.link_down()
-    world.link_up()
-    world.deliver()
+    if is_up:
+        world.link_up()
+        world.deliver()
     queued = world.ask(b"queued")
-    world.client.exchange.close_link(world.connection_link, "it was closed")
-    assert outcomes(world.client.take()) == {sent: OutcomeUnknown, queued: NotDelivered}
+    world.server.take()
+    world.client.exchange.close_link(world.connection_link, "it was closed", world.now)
+    assert outcomes(world.client.take()) == {sent: OutcomeUnknown, queued: OutcomeUnknown if is_up else NotDelivered}
     assert world.session.state is State.CLOSED
     assert not world.client.exchange.links
     assert not world.client.exchange.handshake.sessions
-    world.server.take()
     world.deliver()
-    assert not world.server.exchange.handshake.sessions
-    assert world.server.take() == []
+    # What was queued went before the goodbye, if there was a way.
+    assert bool(world.server.exchange.handshake.sessions) is not is_up
+    assert world.server.contents() == [b"queued"] * is_up
+
+
+def test_of_what_is_queued_at_a_close_only_what_has_room_leaves() -> None:
+    world = World(client_limits=Limits(window_msgs=2))
+    world.connect()
+    ids = [world.ask(b"%d" % number) for number in range(3)]
+    world.client.exchange.close_link(world.connection_link, "it was closed", world.now)
+    assert outcomes(world.client.take()) == {ids[0]: OutcomeUnknown, ids[1]: OutcomeUnknown, ids[2]: NotDelivered}
+    world.deliver()
+    assert world.server.contents() == [b"0", b"1"]
 
 
 def test_closing_a_listener_says_goodbye_to_all_of_its_peers_and_to_no_others() -> None:
@@ -1361,9 +1612,9 @@ def test_closing_a_listener_says_goodbye_to_all_of_its_peers_and_to_no_others() 
     sent = world.server_ask(b"sent")
     world.server.exchange.flush(0.0)
     other = world.server.exchange.handshake.open(WireLink("another connection"))
-    world.server.exchange.close_link(world.listener_link, "it was closed")
+    world.server.exchange.close_link(world.listener_link, "it was closed", world.now)
     assert outcomes(world.server.take()) == {sent: OutcomeUnknown}
-    assert world.server.exchange.handshake.sessions == {other}
+    assert set(world.server.exchange.handshake.sessions) == {other}
     unknown = world.ask(b"too late")
     world.client.exchange.flush(0.0)
     world.deliver()

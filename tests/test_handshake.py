@@ -88,6 +88,11 @@ class Owner:
     """Does with sessions what the exchange does, and keeps what it was told."""
 
     def __init__(self) -> None:
+        self.is_urgent = False
+        # Whether the callbacks of a batch return at once.
+        self.processes = True
+        # Of the last refusal: whether what was sent is known not to have run.
+        self.did_not_run = False
         self.dropped: Counter[str] = Counter()
         self.told: list[tuple[object, ...]] = []
         self.received: list[bytes] = []
@@ -100,14 +105,16 @@ class Owner:
     def handle_batch(self, session: Session, first: int, batch: Decoded, skipped: int) -> None:
         messages, _, _ = batch
         self.received += [message[4:] for message in messages[skipped:]]
-        session.note_processed(first + len(messages) - 1)
+        if self.processes:
+            session.note_processed(first + len(messages) - 1)
 
     def handle_ended(self, session: Session, why: str) -> None:
         self.told.append(("ended", why))
         self.lost += [outgoing.data[4:] for outgoing in session.end()]
 
-    def handle_refused(self, session: Session, reason: Reason, text: str, *_: object) -> None:
+    def handle_refused(self, session: Session, reason: Reason, text: str, did_not_run: bool) -> None:
         self.told.append(("refused", reason, text))
+        self.did_not_run = did_not_run
         session.end()
 
     def mark_dirty(self, session: Session) -> None:
@@ -336,14 +343,70 @@ def test_row_any_a_refusal_is_told_and_tried_again_later(state: State) -> None:
         connecting.establish()
         connecting.side.handshake.handle_link_down(connecting.link)
     first = connecting.connect()
-    connecting.receive(encode_refusal(connecting.session.incarnation, Reason.LIMIT, "no room"))
+    source = LISTENER if state is State.ESTABLISHED else 0
+    connecting.receive(encode_refusal(connecting.session.incarnation, Reason.LIMIT, "no room", source))
     assert connecting.side.owner.take() == [("refused", Reason.LIMIT, "no room")]
+    # Who refuses the incarnation that was established never made it a session of its own.
+    assert connecting.side.owner.did_not_run is (state is State.ESTABLISHED)
     assert connecting.session.state is State.CONNECTING
+    assert connecting.session.peer_incarnation == 0
     assert connecting.session.nonce == 0
     assert connecting.session.next_deadline_at == HELLO_S_MAX
     assert connecting.side.handshake.next_deadline_at() == HELLO_S_MAX
     connecting.side.tick(HELLO_S_MAX)
     assert connecting.take_hello().nonce != first.nonce
+
+
+@pytest.mark.parametrize("source", [0, OTHER_LISTENER])
+@pytest.mark.parametrize("is_asking", [False, True])
+def test_a_refusal_by_another_incarnation_than_the_established_one_is_stale(source: int, is_asking: bool) -> None:
+    """What was sent in the session may have run, and may be answered yet."""
+    connecting = Connecting()
+    connecting.establish()
+    nonce = 0
+    if is_asking:
+        connecting.side.handshake.handle_link_down(connecting.link)
+        nonce = connecting.connect().nonce
+    connecting.receive(encode_refusal(connecting.session.incarnation, Reason.IDENTITY_IN_USE, "taken", source))
+    assert connecting.side.owner.take() == []
+    assert connecting.side.owner.dropped == {"stale_session": 1}
+    assert connecting.session.state is State.ESTABLISHED
+    if is_asking:
+        # Nor is the question taken back.
+        connecting.challenge(nonce, nonce=0)
+    connecting.side.send(connecting.session, b"a")
+    assert connecting.link.kinds() == [Kind.DATA]
+
+
+@pytest.mark.parametrize("source", [0, LISTENER])
+def test_a_refusal_of_what_was_not_asked_is_stale(source: int) -> None:
+    """A session that has not said HELLO, or was refused before, has nothing to be refused."""
+    connecting = Connecting()
+    refusal = encode_refusal(connecting.session.incarnation, Reason.LIMIT, "no room", source)
+    connecting.receive(refusal)
+    assert connecting.side.owner.dropped == {"stale_session": 1}
+    connecting.connect()
+    connecting.receive(refusal)
+    connecting.receive(refusal)
+    assert connecting.side.owner.dropped == {"stale_session": 2}
+    assert len(connecting.side.owner.take()) == 1
+
+
+def test_a_connection_whose_link_took_nothing_says_hello_and_resumes() -> None:
+    """The transport may have mended the link before it told that it was down."""
+    connecting = Connecting()
+    connecting.establish()
+    connecting.link.is_up = False
+    connecting.side.send(connecting.session, b"a")
+    assert connecting.link.take() == []
+    connecting.link.is_up = True
+    assert connecting.side.handshake.next_deadline_at() <= 5.0
+    connecting.side.tick(5.0)
+    hello = connecting.take_hello()
+    assert connecting.side.handshake.next_deadline_at() > 5.0
+    connecting.challenge(hello.nonce, nonce=0)
+    assert connecting.link.kinds() == [Kind.DATA]
+    assert connecting.session.next_number == 2
 
 
 def test_a_refusal_after_the_challenge_makes_the_session_connect_anew() -> None:
@@ -354,6 +417,7 @@ def test_a_refusal_after_the_challenge_makes_the_session_connect_anew() -> None:
         encode_header(Kind.REFUSED, LISTENER, connecting.session.incarnation, Reason.IDENTITY_IN_USE) + b"taken"
     )
     assert connecting.side.owner.take() == [("refused", Reason.IDENTITY_IN_USE, "taken")]
+    assert connecting.side.owner.did_not_run
     assert connecting.session.state is State.CONNECTING
     connecting.side.send(connecting.session, b"a")
     assert connecting.link.take() == []
@@ -561,13 +625,13 @@ class Listening:
         """Go through the whole handshake; return the session."""
         before = set(self.handshake.sessions)
         incarnation, challenge = self.hello(**who)  # type: ignore[arg-type]
-        assert self.handshake.sessions == before
+        assert set(self.handshake.sessions) == before
         source = who.get("source", CONNECTION)
         routing_id = who.get("routing_id", b"r1")
         assert isinstance(source, int)
         assert isinstance(routing_id, bytes)
         self.receive(encode_response(source, incarnation, challenge.nonce), routing_id=routing_id)
-        (session,) = self.handshake.sessions - before
+        (session,) = set(self.handshake.sessions) - before
         assert session.incarnation == incarnation
         return session
 
@@ -754,7 +818,7 @@ def test_row_established_a_new_process_takes_over_when_the_old_one_cannot_be_rea
     assert "a new one has its identity" in str(why)
     assert listening.owner.lost == [b"a"]
     assert old.state is State.CLOSED
-    assert listening.handshake.sessions == {new}
+    assert set(listening.handshake.sessions) == {new}
     assert listening.handshake.find("handle", b"client") is new
 
 
@@ -768,23 +832,24 @@ def test_a_second_living_process_is_refused_and_the_first_is_still_served() -> N
     ((asked, (question,)), (refused, _)) = listening.link.sent
     assert (asked, refused) == (b"r1", b"r2")
     assert decode_header(question)[1:3] == (Kind.DATA, Flag.ASK)
+    assert decode_header(listening.link.sent[-1][1][0]).source_incarnation == incarnation
     reason, text = listening.take_refusal()
     assert reason is Reason.IDENTITY_IN_USE
     assert text == "another living process is 'client' here; take another identity"
     assert listening.owner.dropped == {"identity_in_use": 1}
-    assert listening.handshake.sessions == {first}
+    assert set(listening.handshake.sessions) == {first}
     assert listening.owner.take() == []
     # Told so, it never becomes a session by the same challenge: what it sent ended as not delivered.
     listening.link.gone.add(b"r1")
     listening.receive(response, routing_id=b"r2")
-    assert listening.handshake.sessions == {first}
+    assert set(listening.handshake.sessions) == {first}
 
 
 def test_several_connections_of_one_process_have_a_session_each() -> None:
     listening = Listening()
     first = listening.establish()
     second = listening.establish(source=CONNECTION + 1, routing_id=b"r2")
-    assert listening.handshake.sessions == {first, second}
+    assert set(listening.handshake.sessions) == {first, second}
     listening.handshake.discard(first)
     assert listening.handshake.find("handle", b"client") is second
     # All of them end when the process is another one and none of them can be reached.
@@ -890,6 +955,7 @@ def test_more_sessions_than_the_limit_are_refused_with_it() -> None:
     listening.establish()
     incarnation, challenge = listening.hello(source=CONNECTION + 1, identity=b"another", routing_id=b"r2")
     listening.receive(encode_response(CONNECTION + 1, incarnation, challenge.nonce), routing_id=b"r2")
+    assert decode_header(listening.link.sent[-1][1][0]).source_incarnation == incarnation
     reason, text = listening.take_refusal()
     assert reason is Reason.LIMIT
     assert text == "1 sessions are open here, that is sessions_max"
@@ -913,7 +979,7 @@ def test_a_session_that_nothing_is_heard_of_is_forgotten() -> None:
     session.attach(None)
     assert listening.handshake.next_deadline_at() == 90.0
     listening.side.tick(89.9)
-    assert listening.handshake.sessions == {session}
+    assert set(listening.handshake.sessions) == {session}
     listening.side.tick(90.0)
     assert not listening.handshake.sessions
     assert listening.owner.take() == [("ended", "nothing was heard of it for 60 s")]
@@ -995,6 +1061,49 @@ def test_a_batch_that_does_not_decode_is_not_acknowledged() -> None:
     assert session.received_through == 0
     listening.receive(good)
     assert listening.owner.received == [b"a"]
+
+
+@pytest.mark.parametrize(
+    ("data", "messages", "extra"),
+    [
+        pytest.param(Data(1, 1, 0, 1), [b"0-0-a"], [], id="what was never sent was received"),
+        pytest.param(Data(1, 0, 1, 1), [b"0-0-a"], [], id="what was never received was processed"),
+        pytest.param(Data(1, 0, 0, 4), [b"0-0-a"] * 4, [], id="messages"),
+        pytest.param(Data(2, 0, 0, 1), [b"0-0-" + b"x" * 17], [], id="bytes"),
+        pytest.param(Data(2, 0, 0, 1), [b"0-0-"], [b"x" * 17], id="bytes of large contents"),
+    ],
+)
+def test_a_frame_that_claims_too_much_is_malformed_and_not_acknowledged(
+    data: Data, messages: list[bytes], extra: list[bytes]
+) -> None:
+    listening = Listening(Limits(window_msgs=3, window_bytes=30))
+    session = listening.establish()
+    listening.owner.processes = False
+    if data.first > 1:
+        listening.receive(data_frame(CONNECTION, session.incarnation, 1, [b"0-0-" + b"x" * 6]))
+        listening.owner.received.clear()
+    session.flush(0.0)
+    deadline_at = session.next_deadline_at
+    frame = encode_data(CONNECTION, session.incarnation, Flag.ASK, data, messages, [True] if extra else [])
+    listening.receive(frame, *extra)
+    assert listening.owner.dropped == {"malformed_frames": 1}
+    assert listening.owner.received == []
+    assert session.received_through == data.first - 1
+    assert session.next_deadline_at == deadline_at
+    assert listening.link.take() == []
+    # What fits is taken.
+    listening.receive(data_frame(CONNECTION, session.incarnation, data.first, [b"0-0-" + b"x" * 16]))
+    assert listening.owner.received == [b"x" * 16]
+
+
+@pytest.mark.parametrize("flags", [0, Flag.ASK])
+def test_the_owner_learns_when_the_other_end_waits_for_an_answer(flags: int) -> None:
+    listening = Listening()
+    session = listening.establish()
+    frame = data_frame(CONNECTION, session.incarnation, 1, [b"0-0-a"], flags)
+    # As a driver does it, which flushes at the end of the turn.
+    listening.handshake.receive(listening.link, b"r1", frame, [], 0.0)
+    assert listening.owner.is_urgent is bool(flags)
 
 
 @pytest.mark.parametrize("kind", [Kind.HELLO, Kind.DATA, 99])

@@ -1,13 +1,14 @@
 """`session`: one end, by hand and to the number; then two ends over a link that loses and repeats."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from messenger.errors import MalformedMessage
 from messenger.limits import (
     ACK_DELAY_S,
     BATCH_BYTES_MAX,
@@ -136,9 +137,12 @@ class End:
         received: int = 0,
         processed: int = 0,
         flags: int = 0,
+        size_bytes: int | None = None,
         now: float = 0.0,
     ) -> int | None:
-        return self.session.receive(flags, Data(first, received, processed, count), now)
+        """Receive a frame; of its messages each has 5 bytes unless told."""
+        size_bytes = 5 * count if size_bytes is None else size_bytes
+        return self.session.receive(flags, Data(first, received, processed, count), size_bytes, now)
 
     def flush(self, now: float = 0.0) -> list[Sent]:
         self.session.flush(now)
@@ -278,15 +282,91 @@ def test_the_smaller_window_of_both_ends_counts() -> None:
     assert len(end.session.queue) == 1
 
 
+def is_refused(end: End, *arguments: int, **options: int) -> bool:
+    """Receive; if that is refused, check that nothing of it was taken."""
+    before = snapshot(end.session)
+    try:
+        end.receive(*arguments, **options, now=5.0)
+    except MalformedMessage:
+        assert snapshot(end.session) == before
+        return True
+    return False
+
+
+def snapshot(session: Session) -> tuple[object, ...]:
+    numbers = session.received_through, session.unreceived_count, session.unprocessed_count
+    return *numbers, session.heard_at, session.next_deadline_at, session.is_urgent
+
+
 def test_a_peer_that_exceeds_the_window_is_not_listened_to() -> None:
     end = End(Limits(window_msgs=3))
-    assert end.receive(1, 4) is None
+    end.send(b"x")
+    # What comes with it is not taken either: not the acknowledgement, not the question.
+    assert is_refused(end, 1, 4, received=1, processed=1, flags=Flag.ASK | Flag.RESEND)
+    assert end.flush() == []
     assert end.receive(1, 3) == 0
-    assert end.receive(4, 1) is None
+    assert is_refused(end, 4, 1)
     end.session.note_processed(1)
-    assert end.receive(4, 2) is None
+    assert is_refused(end, 4, 2)
     assert end.receive(4, 1) == 0
     assert end.session.received_through == 4
+
+
+def test_a_peer_that_exceeds_the_window_in_bytes_is_not_listened_to() -> None:
+    end = End(Limits(window_bytes=20))
+    assert end.receive(1, 2, size_bytes=12) == 0
+    assert is_refused(end, 3, 1, size_bytes=9)
+    assert end.receive(3, 1, size_bytes=8) == 0
+    assert is_refused(end, 4, 1, size_bytes=1)
+    # A batch is freed as a whole, as the sender counts it.
+    end.session.note_processed(1)
+    assert is_refused(end, 4, 1, size_bytes=1)
+    end.session.note_processed(2)
+    assert is_refused(end, 4, 1, size_bytes=13)
+    assert end.receive(4, 1, size_bytes=12) == 0
+
+
+def test_bytes_are_freed_by_workers_too() -> None:
+    end = End(Limits(window_bytes=20))
+    end.session.has_workers = True
+    end.receive(1, 2, size_bytes=20)
+    end.session.note_one_processed(2)
+    assert is_refused(end, 3, 1, size_bytes=1)
+    end.session.note_one_processed(1)
+    assert end.receive(3, 1, size_bytes=20) == 0
+
+
+def test_a_message_larger_than_the_window_is_taken_while_nothing_else_is_held() -> None:
+    end = End(Limits(window_bytes=20))
+    assert end.receive(1, 1, size_bytes=1) == 0
+    assert is_refused(end, 2, 1, size_bytes=100)
+    end.session.note_processed(1)
+    assert end.receive(2, 1, size_bytes=100) == 0
+    assert is_refused(end, 3, 1, size_bytes=1)
+
+
+def test_duplicates_and_what_comes_behind_a_gap_are_not_held_and_exceed_nothing() -> None:
+    end = End(Limits(window_msgs=3, window_bytes=20))
+    assert end.receive(1, 3, size_bytes=20) == 0
+    assert end.receive(1, 3, size_bytes=20) is None
+    assert end.receive(7, 3, size_bytes=20) is None
+    end.session.note_processed(3)
+    assert end.receive(4, 3, size_bytes=20) == 0
+
+
+@pytest.mark.parametrize("sizes", [[6] * 8, [16, 1, 6, 100, 1, 1, 20, 21, 3], [1] * 9])
+def test_a_sender_never_exceeds_the_window_of_a_receiver(sizes: list[int]) -> None:
+    """Both ends count alike, whichever numbers the acknowledgements name."""
+    limits = Limits(window_msgs=4, window_bytes=25)
+    sender, receiver = End(limits), End(limits)
+    sender.queue(*(b"x" * size for size in sizes))
+    while sender.session.queue or sender.session.unprocessed_count:
+        for frame in sender.flush():
+            size_bytes = sum(4 + len(contents) for contents in frame.contents)
+            assert receiver.receive(frame.first, len(frame.contents), size_bytes=size_bytes) == 0
+        receiver.session.note_processed(receiver.session.processed_through + 1)
+        sender.receive(received=receiver.session.received_through, processed=receiver.session.processed_through)
+    assert receiver.session.processed_through == len(sizes)
 
 
 # Acknowledgements, as the sender takes them.
@@ -328,14 +408,33 @@ def test_a_new_message_goes_behind_what_is_sent_again() -> None:
 @pytest.mark.parametrize(
     ("received", "processed"), [(3, 0), (3, 3), (2, 3), (0, 1), (2**64 - 1, 0), (2**64 - 1, 2**64 - 1)]
 )
-def test_absurd_acknowledgements_are_ignored_with_all_that_came_with_them(received: int, processed: int) -> None:
+def test_absurd_acknowledgements_are_malformed_with_all_that_came_with_them(received: int, processed: int) -> None:
     end = End()
     end.send(b"a", b"b")
-    assert end.receive(1, 1, received=received, processed=processed, flags=Flag.ASK | Flag.RESEND, now=5.0) is None
+    assert is_refused(end, 1, 1, received=received, processed=processed, flags=Flag.ASK | Flag.RESEND)
     assert (end.session.unreceived_count, end.session.unprocessed_count) == (2, 2)
     assert end.session.received_through == 0
     assert end.session.heard_at == 0.0
     assert end.flush() == []
+
+
+def test_a_session_is_quiet_while_nothing_of_it_is_on_its_way() -> None:
+    """Then a thread's message leaves at once, since there is nothing whose acknowledgement would take it along."""
+    end = End()
+    assert end.session.is_quiet
+    end.queue(b"a", b"b")
+    assert end.session.is_quiet
+    end.flush()
+    assert not end.session.is_quiet
+    end.receive(received=1)
+    assert not end.session.is_quiet
+    # What has arrived need not have been processed,
+    end.receive(received=2)
+    assert end.session.is_quiet
+    # and what was for an incarnation that is gone is on no way any more.
+    end.send(b"c")
+    end.session.end()
+    assert end.session.is_quiet
 
 
 def test_old_acknowledgements_change_nothing() -> None:
@@ -354,6 +453,38 @@ def test_a_resend_that_is_asked_for_starts_behind_what_was_received() -> None:
     end.receive(received=1, flags=Flag.RESEND)
     assert [frame.contents for frame in end.flush()] == [[b"b"], [b"c"]]
     assert end.flush() == []
+
+
+def test_a_resend_is_answered_once_however_often_it_is_asked_for() -> None:
+    """Each answer is up to a window, so that a peer that repeats a question would be flooded."""
+    end = End()
+    for contents in (b"a", b"b", b"c"):
+        end.send(contents)
+
+    def ask(received: int, now: float) -> list[list[bytes]]:
+        end.receive(received=received, flags=Flag.RESEND, now=now)
+        return [frame.contents for frame in end.flush(now)]
+
+    assert ask(0, 1.0) == [[b"a"], [b"b"], [b"c"]]
+    assert ask(0, 1.0) == []
+    assert ask(0, 1.0 + RTO_INITIAL_S / 2 - 0.01) == []
+    # From half of the timeout on the answer seems lost,
+    assert ask(0, 1.0 + RTO_INITIAL_S / 2) == [[b"a"], [b"b"], [b"c"]]
+    assert ask(0, 1.0 + RTO_INITIAL_S / 2) == []
+    # and another number is another question.
+    assert ask(1, 1.0 + RTO_INITIAL_S / 2) == [[b"b"], [b"c"]]
+    assert ask(1, 1.0 + RTO_INITIAL_S / 2) == []
+
+
+def test_a_resend_may_be_asked_for_at_once_in_the_next_session() -> None:
+    end = End()
+    end.send(b"a")
+    end.receive(flags=Flag.RESEND)
+    assert len(end.flush()) == 1
+    end.session.establish(THEIRS, MANY, MANY, 0.0)
+    end.send(b"b")
+    end.receive(flags=Flag.RESEND)
+    assert [frame.contents for frame in end.flush()] == [[b"b"]]
 
 
 def test_a_resend_that_was_asked_for_long_ago_is_ignored() -> None:
@@ -430,6 +561,39 @@ def test_who_is_asked_answers_at_once_and_once() -> None:
     assert end.flush() == []
     end.receive(flags=Flag.ASK)
     assert end.send(b"a") == [Sent(0, 1, 0, 0, [b"a"])]
+    assert end.flush() == []
+
+
+def test_what_the_other_end_waits_for_is_urgent_until_it_was_sent() -> None:
+    end = End()
+    assert not end.session.is_urgent
+    # A message is not: its acknowledgement may travel with the answer.
+    end.receive(1, 1)
+    assert not end.session.is_urgent
+    end.receive(1, 1)
+    assert end.session.is_urgent  # A duplicate,
+    end.flush()
+    assert not end.session.is_urgent
+    end.receive(3, 1)
+    assert end.session.is_urgent  # a gap,
+    end.flush()
+    assert not end.session.is_urgent
+    end.receive(2, flags=Flag.ASK)
+    assert end.session.is_urgent  # a question,
+    end.flush()
+    assert not end.session.is_urgent
+    end.send(b"a")
+    end.receive(2, flags=Flag.RESEND)
+    assert end.session.is_urgent  # and what was lost.
+    end.flush()
+    assert not end.session.is_urgent
+
+
+def test_an_answer_that_the_exchange_wants_goes_at_the_next_flush() -> None:
+    end = End()
+    end.receive(1, 1)
+    end.session.must_answer = True
+    assert end.flush() == [Sent(0, 1, 1, 0, [])]
     assert end.flush() == []
 
 
@@ -562,6 +726,32 @@ def test_an_acknowledgement_that_the_link_refuses_detaches_it() -> None:
     end.link.is_up = False
     end.session.handle_deadline(IDLE_PROBE_S)
     assert end.session.link is None
+
+
+def refuse_a_batch(end: End) -> None:
+    end.send(b"a")
+
+
+def refuse_an_acknowledgement(end: End) -> None:
+    end.session.handle_deadline(IDLE_PROBE_S)
+
+
+@pytest.mark.parametrize("refuse", [refuse_a_batch, refuse_an_acknowledgement])
+def test_a_connection_whose_link_took_nothing_says_hello_even_if_it_never_learns_that_it_was_down(
+    refuse: Callable[[End], None],
+) -> None:
+    end = End()
+    end.session.connection_link = end.link
+    end.link.is_up = False
+    refuse(end)
+    assert end.session.link is None
+    assert end.session.next_deadline_at == end.session.hello_at == 0.0
+    # A listener cannot; its peer will.
+    end = End()
+    end.link.is_up = False
+    refuse(end)
+    assert end.session.link is None
+    assert end.session.next_deadline_at == end.session.hello_at == FOREVER
 
 
 def test_whether_the_other_end_can_be_reached_is_found_by_asking_it() -> None:
@@ -745,6 +935,28 @@ def test_the_end_of_a_batch_that_was_processed_in_part_returns_the_rest_of_it() 
     assert [message.data for message in end.session.end()] == [b"0-0-c"]
 
 
+def test_a_connection_that_has_ended_knows_no_other_end_so_that_late_answers_find_nobody() -> None:
+    end = End()
+    end.session.connection_link = end.link
+    end.session.end()
+    assert end.session.peer_incarnation == 0
+    # A listener's session is closed next, and is still found by its peer.
+    end = End()
+    end.session.end()
+    assert end.session.peer_incarnation == THEIRS
+
+
+def test_what_was_held_for_an_incarnation_that_is_gone_is_not_held_against_the_next() -> None:
+    end = End(Limits(window_bytes=20))
+    end.receive(1, 1, size_bytes=20)
+    end.session.end()
+    end.session.establish(THEIRS, MANY, MANY, 0.0)
+    assert end.receive(1, 1, size_bytes=15) == 0
+    assert end.receive(2, 1, size_bytes=5) == 0
+    end.session.note_processed(2)
+    assert end.receive(3, 1, size_bytes=20) == 0
+
+
 def test_a_goodbye_tells_what_was_processed_first() -> None:
     end = End()
     end.receive(1, 2)
@@ -754,6 +966,7 @@ def test_a_goodbye_tells_what_was_processed_first() -> None:
     assert decode_data(first[0]) == Data(1, 2, 2, 0)
     assert decode_header(goodbye)[1:] == (Kind.GOODBYE, 0, OURS, THEIRS)
     assert end.session.state is State.CLOSED
+    assert end.session.is_closed
     # And nothing after it.
     end.link.frames.clear()
     end.send(b"a")
@@ -769,6 +982,7 @@ def test_a_goodbye_to_nobody_only_closes() -> None:
     assert end.link.frames == []
     new = Session(OURS, "handle", None, Limits(), end.rng)
     new.attach(FakeLink())
+    assert not new.is_closed
     new.say_goodbye()
     assert new.state is State.CLOSED
 
@@ -822,7 +1036,7 @@ class Pair:
     def deliver(self, end: Session, received: list[int], frame: bytes) -> None:
         data = decode_data(frame)
         messages, _, _ = decode_batch(frame, 0, data.msg_count, [])
-        skipped = end.receive(decode_header(frame).flags, data, self.now)
+        skipped = end.receive(decode_header(frame).flags, data, sum(map(len, messages)), self.now)
         if skipped is not None:
             received.extend(int(message[4:]) for message in messages[skipped:])
             end.note_processed(end.received_through - data.first % 2)
