@@ -59,7 +59,9 @@ def test_two_processes_talk() -> None:
         finally:
             server.terminate()
     assert finished.returncode == 0, finished.stderr
-    assert sorted(finished.stdout.splitlines()) == ["b'applied record 1'", "b'applied record 2'", "b'potato'"]
+    # Two threads print, so their lines may run into each other.
+    for answer in ("b'applied record 1'", "b'applied record 2'", "b'potato'"):
+        assert finished.stdout.count(answer) == 1
 
 
 def test_a_plain_dealer_is_answered() -> None:

@@ -1139,11 +1139,18 @@ def test_a_message_that_was_processed_but_not_answered_is_redelivered() -> None:
     assert (message.source_callback_id, message.redelivered) == (message_id, True)
 
 
-def restart_with_redelivery(world: World) -> int:
+def restart_with_redelivery(world: World, *, is_silent: bool = False) -> int:
     """Let a message run, and its process end without an answer; what is redelivered is then still queued."""
     world.connect()
-    message_id = world.ask(b"a", redeliver=True, deadline_at=50.0)
-    world.run(0.1)
+    if is_silent:
+        message_id = world.send(b"a", redeliver=True, deadline_at=50.0)
+        world.client.exchange.flush(0.0)
+        ((_, (frame,)),) = world.connection_link.sent
+        world.connection_link.sent.clear()
+        world.server.exchange.handshake.receive(world.listener_link, world.routing_id, frame, [], 0.0)
+    else:
+        message_id = world.ask(b"a", redeliver=True, deadline_at=50.0)
+        world.run(0.1)
     assert world.server.contents() == [b"a"]
     world.link_down()
     world.client.exchange.handle_ended(world.session, "its process has ended")
@@ -1166,6 +1173,20 @@ def test_what_was_to_be_redelivered_may_have_run(ended_by: str) -> None:
         exchange.handle_refused(world.session, Reason.IDENTITY_IN_USE, "taken", True)
     certain = IdentityInUse if ended_by == "refusal" else NotDelivered
     assert outcomes(world.client.take()) == {message_id: OutcomeUnknown, queued_id: certain}
+
+
+@pytest.mark.parametrize("ended_by", ["deadline", "close"])
+def test_what_was_to_be_redelivered_without_a_callback_may_have_run(ended_by: str) -> None:
+    world = World()
+    restart_with_redelivery(world, is_silent=True)
+    assert sent(world.session) == [b"0-0-a"]
+    if ended_by == "deadline":
+        world.client.exchange.handle_deadline(50.0)
+    else:
+        world.client.exchange.close_link(world.connection_link, "it was closed", world.now)
+    world.client.run()
+    assert [type(error) for error in world.client.unheard] == [OutcomeUnknown]
+    assert world.client.dropped() == {"outcome_unknown": 1}
 
 
 def test_what_finds_nothing_to_run_when_it_is_redelivered_may_have_run_before() -> None:
@@ -1274,6 +1295,20 @@ def test_a_restart_of_the_client_ends_what_the_listener_had_for_it() -> None:
     assert world.server.exchange.outstanding_count == 0
 
 
+def test_a_queued_echo_to_a_process_that_ended_is_nobodys_message() -> None:
+    world = World(server_limits=Limits(window_msgs=1))
+    world.connect()
+    world.server.exchange.handle_batch(world.server_session, 1, ([b"1024-1-a", b"1025-1-b"], {}, []), 0)
+    world.server.exchange.flush(0.0)
+    assert len(world.server_session.queue) == 1
+    world.link_down()
+    world.start_client()
+    world.link_up()
+    world.deliver()
+    assert world.server.unheard == []
+    assert world.server.dropped() == {}
+
+
 def test_an_echo_to_a_process_that_ended_is_nobodys_message() -> None:
     world = World()
     world.connect()
@@ -1320,6 +1355,20 @@ def test_an_answer_to_a_peer_whose_session_has_ended_is_certainly_not_delivered(
     assert world.server.dropped() == {"peer_gone": 2, "not_delivered": 1}
     (error,) = world.server.unheard
     assert str(error) == "1 messages without a callback to listener ('client'): the peer is gone"
+
+
+def test_an_answer_to_who_is_gone_ends_no_message_to_another_peer() -> None:
+    """A listener owns what it sent to plain peers, and the answer names the same listener."""
+    world = World()
+    world.connect()
+    node = world.server
+    node.exchange.send(world.listener_link, b"plain", b"x", node.tell, node.tell, NOOP, 1_000.0)
+    world.listener_link.queue.clear()
+    gone = GoneOutlet("listener", None)
+    answer = node.exchange.send(gone, b"", b"answer", None, node.tell, 1024, 1_000.0)
+    node.exchange.flush(0.0)
+    assert outcomes(node.take()) == {answer: NotDelivered}
+    assert node.exchange.outstanding_count == 1
 
 
 def test_what_is_sent_to_a_session_that_has_ended_is_certainly_not_delivered() -> None:
@@ -1431,6 +1480,23 @@ def test_an_answer_never_reaches_another_process_than_the_one_that_asked() -> No
     world.client.reply(question, b"true answer")
     world.run(10.0)
     assert [answer.contents for answer in answers] == [b"true answer"]
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_an_answer_is_not_redelivered_to_another_process_than_the_one_that_asked(is_silent: bool) -> None:
+    world = World()
+    world.connection_link.callback = world.session.callback = world.client.tell
+    world.connect()
+    world.server_ask(b"from the old one")
+    world.deliver()
+    (message,) = world.client.take()
+    callback = None if is_silent else world.client.tell
+    world.client.reply(message, b"answer", callback=callback, on_error=callback, redeliver=True)
+    world.client.exchange.flush(0.0)
+    world.link_down()
+    world.client.exchange.handle_ended(world.session, "its process has ended")
+    assert not world.session.queue
+    assert [type(error) for error in [*world.client.take(), *world.client.unheard]] == [OutcomeUnknown]
 
 
 def test_callbacks_of_an_incarnation_that_is_gone_acknowledge_nothing_to_the_next() -> None:

@@ -53,6 +53,8 @@ def test_a_gone_outlet_is_closed_and_keeps_what_is_queued_for_the_exchange_to_en
     assert gone.is_closed
     assert len(gone.queue) == 1
     assert str(gone) == "destination"
+    # To abandon it must end no other message of the handle's.
+    assert gone.owner is gone
 
 
 def test_a_link_stands_for_itself_until_a_transport_says_otherwise() -> None:

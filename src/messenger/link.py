@@ -93,6 +93,10 @@ class GoneOutlet(Outlet):
 
     is_closed = True
 
+    def __init__(self, handle: Any, callback: Callable[[Any], object] | None) -> None:
+        super().__init__(handle, callback)
+        self.owner = self  # The handle owns what was sent to its plain peers, which has nothing to do with this.
+
     def flush(self, now: float) -> None:
         """Do nothing; the exchange ends what is queued."""
 

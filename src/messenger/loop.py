@@ -136,6 +136,7 @@ class Loop:
             if self.state is State.RUNNING:
                 self.state = State.CLOSING
                 self.close_at = time.monotonic() + timeout
+                self._exchange.ask_all()
                 self._changed.notify_all()
                 self._wakeup.ask_attention()
                 self._wakeup.announce_calls()

@@ -161,17 +161,25 @@ class Outcomes:
     def _discard(self, outlet: Outlet, queue: Iterable[Outgoing], why: str) -> set[int]:
         """Count what leaves a queue unsent; return its ids, and report those that nobody waits for together."""
         held: set[int] = set()
-        silent_count = 0
+        silent_count = redelivered_count = 0
         for outgoing in queue:
             outlet.queue_bytes -= outgoing.size_bytes
+            is_silent = outgoing.is_silent and outgoing.message_id > 0  # The core's own answers are nobody's message.
             if outgoing.option is None:
-                held.add(outgoing.message_id)  # One that is redelivered may have run.
-            silent_count += outgoing.is_silent
-        if silent_count:
-            self.dropped["not_delivered"] += silent_count
-            text = f"{silent_count} messages without a callback to {outlet}: {why}"
-            self.calls.append((self._on_unheard, NotDelivered(text, max(held, default=0))))
+                held.add(outgoing.message_id)
+                silent_count += is_silent
+            else:
+                redelivered_count += is_silent  # It may have run.
+        self._report_silent(NotDelivered, silent_count, max(held, default=0), outlet, why)
+        self._report_silent(OutcomeUnknown, redelivered_count, 0, outlet, why)
         return held
+
+    def _report_silent(self, kind: type[DeliveryError], count: int, last_id: int, outlet: Outlet, why: str) -> None:
+        """Count messages that nobody waits for, and report them together."""
+        if count:
+            self.dropped["not_delivered" if kind is NotDelivered else "outcome_unknown"] += count
+            text = f"{count} messages without a callback to {outlet}: {why}"
+            self.calls.append((self._on_unheard, kind(text, last_id)))
 
     def abandon(self, outlet: Outlet, why: str, kind: type[DeliveryError] = NotDelivered) -> None:
         """End every message of an outlet, because it is closed for good; what was queued ends as `kind`."""
@@ -201,7 +209,7 @@ class Outcomes:
         silent_count = 0
         for outgoing in session.end():
             if outgoing.is_silent:
-                if outgoing.redeliver:
+                if outgoing.redeliver and not _is_answer(outgoing):
                     again.append(outgoing)
                 elif outgoing.message_id:
                     silent_count += 1
@@ -209,7 +217,7 @@ class Outcomes:
             redeliver = self._outstanding[message_id].redeliver
             if message_id in queued:
                 continue
-            if redeliver is not None and session.connection_link is not None:
+            if redeliver is not None and session.connection_link is not None and not _is_answer(redeliver):
                 again.append(redeliver)
             else:
                 self._fail(message_id, OutcomeUnknown, why)
@@ -220,19 +228,14 @@ class Outcomes:
         if session.connection_link is None:
             # A peer of a listener; if it comes back, it has another session.
             self.abandon(session, why)
-        if silent_count:
-            self.dropped["outcome_unknown"] += silent_count
-            text = f"{silent_count} messages without a callback to {session}: {why}"
-            self.calls.append((self._on_unheard, OutcomeUnknown(text, 0)))
+        self._report_silent(OutcomeUnknown, silent_count, 0, session, why)
 
     def _discard_answers(self, session: Session, why: str) -> None:
         """End queued answers: to another incarnation they would be answers to other questions."""
         kept: deque[Outgoing] = deque()
         answers: list[Outgoing] = []
         for outgoing in session.queue:
-            _, dest_callback_id, _ = decode_message(outgoing.data)
-            is_answer = dest_callback_id >= MSC_ID_MIN or not outgoing.message_id
-            (answers if is_answer else kept).append(outgoing)
+            (answers if _is_answer(outgoing) else kept).append(outgoing)
         self._discard(session, answers, why)
         session.queue = kept
         for outgoing in answers:
@@ -291,8 +294,24 @@ class Outcomes:
         """Messages that wait to be sent."""
         return sum(len(outlet.queue) for outlet in self._outlets())
 
+    def ask_all(self) -> None:
+        """Ask those that have not acknowledged all, as before a close; who is found to be gone is not waited for."""
+        for session in list(self.handshake.sessions):
+            if session.unreceived_count:
+                session.is_reachable()
+
     @property
     def is_settled(self) -> bool:
         """Whether nothing is queued, outstanding, or sent and not known to have arrived."""
-        is_under_way = any(session.unreceived_count for session in self.handshake.sessions)
+        # A peer of a listener that is gone will acknowledge nothing; a connection may reach its listener again.
+        is_under_way = any(
+            session.unreceived_count and (session.link is not None or session.connection_link is not None)
+            for session in self.handshake.sessions
+        )
         return not (is_under_way or self._outstanding or self.queued_count or self.calls)
+
+
+def _is_answer(outgoing: Outgoing) -> bool:
+    """Return whether a message means something only to the incarnation that it was given to."""
+    _, dest_callback_id, _ = decode_message(outgoing.data)
+    return dest_callback_id >= MSC_ID_MIN or not outgoing.message_id
