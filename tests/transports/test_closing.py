@@ -79,7 +79,8 @@ def test_idle_messengers_close_fast(messenger: MessengerFactory, destination: To
     for client in clients:
         client.close()
     server.close()
-    assert time.monotonic() - started_at < 1
+    # Each takes about a millisecond; the bound is that of a process which must end.
+    assert time.monotonic() - started_at < 2
 
 
 def test_what_was_sent_before_close_arrives(messenger: MessengerFactory, destination: To) -> None:
