@@ -5,6 +5,7 @@ No test sleeps a fixed time: callbacks go into an `Inbox`, which is waited on, a
 Plain peers are nothing but pyzmq sockets, so that no mistake of the library hides itself.
 """
 
+import fcntl
 import os
 import random
 import shutil
@@ -238,3 +239,11 @@ def plain_endpoint(destination: Any) -> str:
 @pytest.fixture
 def plain(plain_context: "zmq.Context[zmq.Socket[bytes]]") -> PlainPeers:
     return PlainPeers(plain_context)
+
+
+@pytest.fixture
+def fixed_ports() -> Iterator[None]:
+    """Keeps others off the ports that documents and examples name, also the tests of another checkout."""
+    with (Path(tempfile.gettempdir()) / "messenger-fixed-ports.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -29,8 +29,8 @@ DOCUMENTS = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"
 BLOCK_TIMEOUT_S = 60.0
 SERVER_TIMEOUT_S = 10.0
 
-# The documents use the default ports, so only one worker may run them.
-pytestmark = [pytest.mark.xdist_group("fixed_ports"), pytest.mark.timeout(2 * BLOCK_TIMEOUT_S)]
+# The documents use the default ports, so they run one after the other.
+pytestmark = [pytest.mark.usefixtures("fixed_ports"), pytest.mark.timeout(2 * BLOCK_TIMEOUT_S)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The examples, run as a user runs them. They use port 15445, so one worker runs them all."""
+"""The examples, run as a user runs them. They use port 15445, so one after the other."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from messenger import Messenger
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PORT = 15445
 
-pytestmark = pytest.mark.xdist_group("fixed_ports")
+pytestmark = pytest.mark.usefixtures("fixed_ports")
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -216,7 +216,8 @@ class SocketLink(Link):
 
     def close(self, linger_s: float) -> None:
         """Close the socket; wait at most `linger_s` until what was given to it is sent and its endpoints are free."""
-        linger_ms = int(min(linger_s, LINGER_S_MAX) * 1000)
+        # Where nobody is, nothing can be flushed to.
+        linger_ms = int(min(linger_s, LINGER_S_MAX) * 1000) if self._is_up_now() else 0
         self.socket.close(linger=linger_ms)
         # An inproc socket stops only when its peers have noticed, which this thread may have to do for them.
         has_stopped = not self.endpoint.startswith("inproc:") and self._await_stop(linger_ms + 50)
@@ -228,6 +229,13 @@ class SocketLink(Link):
             for monitor in [other for other in _untold_monitors if _has_stopped(other)]:
                 _untold_monitors.remove(monitor)
                 monitor.close()
+
+    def _is_up_now(self) -> bool:
+        """Read what the monitor has, without telling anybody."""
+        is_up = self.is_up
+        while self._monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
+            is_up = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return is_up
 
     def _await_stop(self, timeout_ms: int) -> bool:
         ends_at = time.monotonic() + timeout_ms / 1000
