@@ -14,13 +14,15 @@ from tests.processes.programs import SERVE, running
 # Fork.
 
 FORK = """
-import os, sys
+import os, sys, warnings
 from messenger import ForkedError, Messenger
 port = int(sys.argv[1])
 parent = Messenger("parent")
 listener = parent.listen_for_connection(port, lambda message: message.reply(b"answer to " + message.contents))
 connection = parent.make_connection(port)
 assert parent.request(connection, b"before").contents == b"answer to before"
+# From 3.12 on Python warns of what this test is about.
+warnings.simplefilter("ignore", DeprecationWarning)
 pid = os.fork()
 if pid == 0:
     status = 0
