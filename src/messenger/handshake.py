@@ -19,7 +19,7 @@ An identity belongs to one process. A new process of an identity is refused as l
 and takes over when it is not.
 
 What must never happen here: an incarnation that counts without an echo of a fresh nonce; state that grows with what a
-    peer claims.
+peer claims.
 
 Source: docs/protocol.md, "Session dialect".
 """

@@ -33,7 +33,7 @@ a handful of integers. Acknowledgements travel on every frame, and on one of the
 for a moment.
 
 What must never happen here: a message processed twice or out of order; a window exceeded; a number that a peer claims
-    believed without a check.
+believed without a check.
 
 Source: docs/protocol.md, "Session dialect".
 """
