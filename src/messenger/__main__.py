@@ -1,4 +1,4 @@
-"""`python -m messenger`: the command line (`cli.py`) under another name."""
+"""`python -m messenger`: the command line (`cli/`) under another name."""
 
 import sys
 

@@ -1,16 +1,4 @@
-"""The command `messenger`: listen, send, ping, version.
-
-click reads the words and one function per command does the work, on the public API alone. click is imported by `main`
-and rich by a long `ping`, so that whoever installed without the extra `[cli]` is told what to install.
-
-What must never happen here: bytes of a peer that reach a terminal as control sequences; a traceback because of a
-signal, a closed pipe or a peer; an exit status that says more than is known.
-
-How it ends. The first SIGINT (for `listen` also SIGTERM) raises `KeyboardInterrupt` in the main thread, which waits on
-a queue of its own, not inside the library. Later signals are ignored, and `END_S_MAX` later the process is gone.
-
-Source: docs/cli.md.
-"""
+"""The commands on messages: listen, send, ping, version."""
 
 import base64
 import contextlib
@@ -27,10 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from queue import Empty, SimpleQueue
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Literal
 
 import zmq
 
@@ -39,43 +26,24 @@ from messenger import (
     BuiltinCallback,
     Connection,
     DeliveryError,
-    Destination,
-    DestinationInUse,
-    DestinationInvalid,
     Limits,
     Message,
     Messenger,
     MessengerError,
     NotDelivered,
-    OutcomeUnknown,
     Security,
     __version__,
 )
 
+from .terminal import complain, end_on, option, parse_place, printable, show_progress, wait, write
+
 if TYPE_CHECKING:
     import click
 
-T = TypeVar("T")
-
-UNKNOWN, USAGE, NOT_DELIVERED, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 128 + 2, 128 + 13
-# For each error the exit status and what to do; the first that fits counts.
-OUTCOMES: tuple[tuple[type[Exception], int, str], ...] = (
-    (OutcomeUnknown, UNKNOWN, "; it may have run there: --timeout waits longer, --no-wait wants no response"),
-    (NotDelivered, NOT_DELIVERED, "; check that somebody listens there, or wait longer with --timeout"),
-    (DestinationInUse, FAILED, "; end that listener or take another destination"),
-    (DestinationInvalid, USAGE, ""),
-    (MessengerError, FAILED, ""),
-    (ValueError, USAGE, ""),
-    (OSError, FAILED, ""),
-)
-END_S_MAX = 2  # After a signal: more than the second that `Messenger.close` may take.
+INTERRUPTED = 128 + 2
 END_GRACE_S = 0.2  # A peer loses an answer that it has not read when the link closes (its socket is IMMEDIATE).
-WAIT_SLICE_S = 1.0
 WAIT_S_MAX = 86_400  # What a user may ask for. Beyond some weeks ZeroMQ's milliseconds overflow.
 WORKERS_MAX = 256  # Each is a thread and a process.
-BAR_COUNT_MIN = 100  # From so many pings on a terminal shows a progress bar in place of a line for each.
-
-HELP = "Send messages, answer them, see what arrives. DEST is a port, host:port, tcp://host:port or ipc://path."
 SEND_STATUSES = """\b
 Exit status:
   0    the response came (--no-wait: the message has left)
@@ -86,46 +54,9 @@ Exit status:
   130  Ctrl-C"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line with these words, by default those of the process, and return its exit status."""
-    _end_on(signal.SIGINT)
-    try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except ModuleNotFoundError as error:
-        if error.name not in ("click", "rich"):
-            raise
-        _complain(f"the command line needs {error.name}, which is not installed: pip install 'messenger-zmq[cli]'")
-        return FAILED
-    except BrokenPipeError:
-        return BROKEN_PIPE  # Whoever read our output has gone, as `head` does. That is no news to the user.
-    except (MessengerError, ValueError, OSError) as error:
-        status, hint = next((status, hint) for kind, status, hint in OUTCOMES if isinstance(error, kind))
-        _complain(f"{(isinstance(error, OSError) and error.strerror) or error}{hint}")
-        return status
-
-
-def _run(words: list[str]) -> int:
+def make_commands() -> "list[click.Command]":
+    """Return the commands, whose help texts are the docstrings."""
     import click
-
-    commands = _make_commands()
-    try:
-        # Not commands.main(), which has exit statuses of its own for a closed pipe and for Ctrl-C.
-        with commands.make_context("messenger", words) as context:
-            return int(commands.invoke(context))
-    except click.exceptions.Exit as end:
-        return end.exit_code
-    except click.UsageError as error:
-        _complain(f"{error.format_message()} See {error.ctx.command_path if error.ctx else 'messenger'} --help.")
-        return USAGE
-
-
-def _make_commands() -> "click.Group":
-    import click
-
-    def option(*names: str, **settings: Any) -> click.Option:
-        return click.Option(names, show_default=not settings.get("is_flag"), **settings)
 
     place = click.Argument(["destination"], metavar="DEST")
     identity = option("--identity", metavar="NAME", help="What others see as the sender; by default a unique name.")
@@ -156,14 +87,12 @@ def _make_commands() -> "click.Group":
         option("--interval", type=click.FloatRange(0, WAIT_S_MAX), default=0.1, help="Seconds between two."),
         option("--timeout", type=seconds, default=5.0, help="Seconds after which one counts as lost."),
     ]
-    # The docstrings are the help texts.
-    commands: list[click.Command] = [
+    return [
         click.Command("listen", callback=_listen, params=listen, help=_listen.__doc__),
         click.Command("send", callback=_send, params=send, help=_send.__doc__, epilog=SEND_STATUSES),
         click.Command("ping", callback=_ping, params=ping, help=_ping.__doc__),
         click.Command("version", callback=_version, params=[as_json], help=_version.__doc__),
     ]
-    return click.Group("messenger", commands=commands, help=HELP)
 
 
 def _listen(
@@ -185,19 +114,19 @@ def _listen(
     """
     if echo + (reply is not None) + (command is not None) > 1:
         raise ValueError("--echo, --reply and --exec exclude each other: give one of them")
-    place = _parse_place(destination)
+    place = parse_place(destination)
     if not (insecure or place.is_loopback()):
         raise ValueError(f"{destination!r} can be reached from other machines: if that is wanted, give --insecure")
     program = None if command is None else _Program(command, exec_timeout)
     fixed = None if reply is None else os.fsencode(reply)
     server = _Server(as_json, count, program.run if program else lambda contents: contents if echo else fixed)
-    _end_on(signal.SIGTERM)
+    end_on(signal.SIGTERM)
     security = Security(insecure=insecure)
     with contextlib.suppress(KeyboardInterrupt), Messenger(identity, security=security) as messenger:
         try:
             listener = messenger.listen_for_connection(place, server.take, workers=workers if program else 0)
-            _complain(f"{messenger.identity!r} listens on {', '.join(listener.endpoints)}")
-            if error := _wait(server.end):
+            complain(f"{messenger.identity!r} listens on {', '.join(listener.endpoints)}")
+            if error := wait(server.end):
                 raise error
             time.sleep(END_GRACE_S)
         finally:
@@ -220,7 +149,7 @@ def _send(
 
     Text gets a newline at its end; on a terminal control characters are escaped.
     """
-    place = _parse_place(destination)
+    place = parse_place(destination)
     remote_callback = _parse_callback(callback)
     data = sys.stdin.buffer.read() if contents == "-" else os.fsencode(contents)
     with Messenger(identity) as messenger:
@@ -236,12 +165,12 @@ def _send(
         response, _ = _round_trip(connection, data, remote_callback, timeout)
     text = _text(response.contents)
     if as_json:
-        _write(_describe(response, as_json))
+        write(_describe(response, as_json))
     elif sys.stdout is not None and sys.stdout.isatty():
         shown = response.contents.decode("utf-8", "backslashreplace")
-        _write(_printable(shown.removesuffix("\n"), keep="\n\t") + "\n")
+        write(printable(shown.removesuffix("\n"), keep="\n\t") + "\n")
     else:
-        _write(response.contents if text is None or text.endswith("\n") else response.contents + b"\n")
+        write(response.contents if text is None or text.endswith("\n") else response.contents + b"\n")
     return 0
 
 
@@ -252,19 +181,19 @@ def _ping(
 
     Exit status: 0 if all came back, 1 if not, 2 and 4 as for send, 130 after Ctrl-C.
     """
-    place = _parse_place(destination)
+    place = parse_place(destination)
     contents = (b"ping " * (size // 5 + 1))[:size]
     times_us: list[float | None] = []
     status = 0
     try:
-        with Messenger(identity) as messenger, _progress(count) as advance:
+        with Messenger(identity) as messenger, show_progress(count, "ping") as advance:
             connection = messenger.make_connection(place)
             for number in range(1, count + 1):
                 time.sleep(interval if number > 1 else 0)
                 time_us, line = _ping_once(connection, contents, timeout)
                 times_us.append(time_us)
                 if not as_json and not (advance and sys.stdout.isatty()):
-                    _write(f"{number}: {line}\n")
+                    write(f"{number}: {line}\n")
                 if advance:
                     advance()
     except KeyboardInterrupt:
@@ -277,10 +206,10 @@ def _ping(
         summary = {"min_us": came[0], "median_us": statistics.median(came), "p99_us": p99, "max_us": came[-1]}
     if as_json:
         counts = {"size_bytes": size, "sent": len(times_us), "lost": lost_count}
-        _write(json.dumps({"destination": str(place), **counts, **summary, "times_us": times_us}) + "\n")
+        write(json.dumps({"destination": str(place), **counts, **summary, "times_us": times_us}) + "\n")
     else:
         values = "".join(f", {name.removesuffix('_us')} {value:.0f} µs" for name, value in summary.items())
-        _write(f"{len(times_us)} sent, {lost_count} lost{values}\n")
+        write(f"{len(times_us)} sent, {lost_count} lost{values}\n")
     return status or int(lost_count > 0)
 
 
@@ -289,7 +218,7 @@ def _version(as_json: bool) -> int:
     versions = {"messenger": __version__, "pyzmq": zmq.__version__, "libzmq": zmq.zmq_version()}
     versions["python"] = platform.python_version()
     lines = [json.dumps(versions)] if as_json else [f"{name} {version}" for name, version in versions.items()]
-    _write("\n".join(lines) + "\n")
+    write("\n".join(lines) + "\n")
     return 0
 
 
@@ -314,7 +243,7 @@ class _Server:
                 return
             self._taken_count += 1
             try:
-                _write(_describe(message, self._as_json))
+                write(_describe(message, self._as_json))
             except OSError as error:
                 self.end.put(error)
                 return
@@ -323,7 +252,7 @@ class _Server:
             if answer is not None:
                 message.reply(answer)
         except (MessengerError, OSError) as error:
-            _complain(f"message {message.source_callback_id} of {message.sender!r} is not answered: {error}")
+            complain(f"message {message.source_callback_id} of {message.sender!r} is not answered: {error}")
         with self._lock:
             self._done_count += 1
             if self._done_count == self._count:
@@ -392,7 +321,7 @@ def _round_trip(connection: Connection, contents: bytes, remote_callback: int, t
     sent_at = time.perf_counter()
     send(connection, contents, note, on_error=note, remote_callback=remote_callback, timeout=timeout)
     try:
-        outcome, done_at = _wait(outcomes)
+        outcome, done_at = wait(outcomes)
     except KeyboardInterrupt:
         connection.close()  # The messenger would else wait for the response when it closes.
         raise
@@ -405,31 +334,10 @@ def _ping_once(connection: Connection, contents: bytes, timeout: float) -> tuple
     try:
         response, elapsed_s = _round_trip(connection, contents, ECHO, timeout)
     except DeliveryError as error:
-        return None, f"lost: {_printable(str(error))}"
+        return None, f"lost: {printable(str(error))}"
     if response.contents != contents:
         return None, "lost: other contents came back"
     return round(elapsed_s * 1e6, 1), f"{elapsed_s * 1e6:.0f} µs"
-
-
-@contextlib.contextmanager
-def _progress(count: int) -> Iterator[Callable[[], None] | None]:
-    """Show a bar of `count` steps on stderr and give what moves it; None for few steps or without a terminal."""
-    if count < BAR_COUNT_MIN or sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
-        task = bar.add_task("ping", total=count)
-        yield lambda: bar.advance(task)
-
-
-def _parse_place(text: str) -> Destination:
-    place = Destination.parse(text)
-    if place.transport == "inproc":
-        raise DestinationInvalid(f"{text!r}: inproc stays within one process, which this command has: give another")
-    return place
 
 
 def _parse_callback(text: str) -> int:
@@ -461,53 +369,3 @@ def _describe(message: Message, as_json: bool) -> str:
         ("contents", text) if text is not None else ("contents_base64", base64.b64encode(message.contents).decode())
     )
     return json.dumps({"sender": message.sender, **ids, name: value}) + "\n"
-
-
-def _printable(text: str, keep: str = "") -> str:
-    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
-
-
-def _write(output: str | bytes) -> None:
-    """Write to stdout at once, whatever encoding it has."""
-    if sys.stdout is None:
-        raise OSError("stdout is closed")
-    data = output.encode(sys.stdout.encoding, "backslashreplace") if isinstance(output, str) else output
-    try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    except OSError as error:
-        # What is still buffered would fail once more when the interpreter ends.
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        raise OSError(error.errno, f"cannot write to stdout: {error.strerror}") from error
-
-
-def _complain(text: str) -> None:
-    """Write one line to stderr."""
-    if sys.stderr is not None:
-        sys.stderr.write(f"messenger: {_printable(text)}\n")
-        sys.stderr.flush()
-
-
-def _wait(items: SimpleQueue[T]) -> T:
-    """Return the next item. Python misses a signal that comes just before an endless wait, so the wait has an end."""
-    while True:
-        try:
-            return items.get(timeout=WAIT_SLICE_S)
-        except Empty:
-            continue
-
-
-def _end_on(number: signal.Signals) -> None:
-    if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and & in scripts, ignore some on purpose.
-        signal.signal(number, _interrupt)
-
-
-def _interrupt(number: int, _: FrameType | None) -> None:
-    """Make the main thread end; nothing may delay or disturb that."""
-    for other in (signal.SIGINT, signal.SIGTERM):
-        # Not SIG_IGN: Python complains about a signal that came before that and is handled after it.
-        signal.signal(other, lambda *_: None)
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
-    signal.alarm(END_S_MAX)
-    raise KeyboardInterrupt

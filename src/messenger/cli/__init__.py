@@ -1,0 +1,70 @@
+"""The command `messenger`: the words that it takes, and how it ends.
+
+click reads the words and one function per command does the work, on the public API alone: `messages.py` those that
+every installation has, and beside it a module for each component. `terminal.py` is what they share. click is imported
+by `main` and rich by a long run, so that whoever installed without the extra `[cli]` is told what to install.
+
+What must never happen here: a traceback because of a signal, a closed pipe or a peer; an exit status that says more
+than is known.
+
+Source: docs/cli.md.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from messenger import DestinationInUse, DestinationInvalid, MessengerError, NotDelivered, OutcomeUnknown
+
+from .terminal import complain, end_on
+
+UNKNOWN, USAGE, NOT_DELIVERED, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 128 + 2, 128 + 13
+# For each error the exit status and what to do; the first that fits counts.
+OUTCOMES: tuple[tuple[type[Exception], int, str], ...] = (
+    (OutcomeUnknown, UNKNOWN, "; it may have run there: --timeout waits longer, --no-wait wants no response"),
+    (NotDelivered, NOT_DELIVERED, "; check that somebody listens there, or wait longer with --timeout"),
+    (DestinationInUse, FAILED, "; end that listener or take another destination"),
+    (DestinationInvalid, USAGE, ""),
+    (MessengerError, FAILED, ""),
+    (ValueError, USAGE, ""),
+    (OSError, FAILED, ""),
+)
+
+HELP = "Send messages, answer them, see what arrives. DEST is a port, host:port, tcp://host:port or ipc://path."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line with these words, by default those of the process, and return its exit status."""
+    end_on(signal.SIGINT)
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name not in ("click", "rich"):
+            raise
+        complain(f"the command line needs {error.name}, which is not installed: pip install 'messenger-zmq[cli]'")
+        return FAILED
+    except BrokenPipeError:
+        return BROKEN_PIPE  # Whoever read our output has gone, as `head` does. That is no news to the user.
+    except (MessengerError, ValueError, OSError) as error:
+        status, hint = next((status, hint) for kind, status, hint in OUTCOMES if isinstance(error, kind))
+        complain(f"{(isinstance(error, OSError) and error.strerror) or error}{hint}")
+        return status
+
+
+def _run(words: list[str]) -> int:
+    import click
+
+    from .messages import make_commands
+
+    commands = click.Group("messenger", commands=make_commands(), help=HELP)
+    try:
+        # Not commands.main(), which has exit statuses of its own for a closed pipe and for Ctrl-C.
+        with commands.make_context("messenger", words) as context:
+            return int(commands.invoke(context))
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.UsageError as error:
+        complain(f"{error.format_message()} See {error.ctx.command_path if error.ctx else 'messenger'} --help.")
+        return USAGE

@@ -1,0 +1,109 @@
+"""What every command does with the terminal: print, complain, show progress, end on a signal.
+
+What must never happen here: bytes of a peer that reach a terminal as control sequences; a traceback because of a
+signal or a closed pipe.
+
+How a command ends. The first SIGINT (for some also SIGTERM) raises `KeyboardInterrupt` in the main thread, which waits
+on a queue of its own, not inside the library. Later signals are ignored, and `END_S_MAX` later the process is gone.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from messenger import Destination, DestinationInvalid
+
+if TYPE_CHECKING:
+    import click
+
+T = TypeVar("T")
+
+END_S_MAX = 2  # After a signal: more than the second that `Messenger.close` may take.
+WAIT_SLICE_S = 1.0
+BAR_COUNT_MIN = 100  # From so many steps on a terminal shows a progress bar.
+
+
+def option(*names: str, **settings: Any) -> "click.Option":
+    """Return an option whose help shows its default."""
+    import click
+
+    return click.Option(names, show_default=not settings.get("is_flag"), **settings)
+
+
+@contextlib.contextmanager
+def show_progress(count: int, title: str) -> Iterator[Callable[[], None] | None]:
+    """Show a bar of `count` steps on stderr and give what moves it; None for few steps or without a terminal."""
+    if count < BAR_COUNT_MIN or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        task = bar.add_task(title, total=count)
+        yield lambda: bar.advance(task)
+
+
+def parse_place(text: str) -> Destination:
+    """Return the destination that a user named."""
+    place = Destination.parse(text)
+    if place.transport == "inproc":
+        raise DestinationInvalid(f"{text!r}: inproc stays within one process, which this command has: give another")
+    return place
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Escape what a terminal would not print."""
+    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
+
+
+def write(output: str | bytes) -> None:
+    """Write to stdout at once, whatever encoding it has."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed")
+    data = output.encode(sys.stdout.encoding, "backslashreplace") if isinstance(output, str) else output
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        # What is still buffered would fail once more when the interpreter ends.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise OSError(error.errno, f"cannot write to stdout: {error.strerror}") from error
+
+
+def complain(text: str) -> None:
+    """Write one line to stderr."""
+    if sys.stderr is not None:
+        sys.stderr.write(f"messenger: {printable(text)}\n")
+        sys.stderr.flush()
+
+
+def wait(items: SimpleQueue[T]) -> T:
+    """Return the next item. Python misses a signal that comes just before an endless wait, so the wait has an end."""
+    while True:
+        try:
+            return items.get(timeout=WAIT_SLICE_S)
+        except Empty:
+            continue
+
+
+def end_on(number: signal.Signals) -> None:
+    """Have the main thread end when this signal comes."""
+    if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and & in scripts, ignore some on purpose.
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    """Make the main thread end; nothing may delay or disturb that."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        # Not SIG_IGN: Python complains about a signal that came before that and is handled after it.
+        signal.signal(other, lambda *_: None)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+    signal.alarm(END_S_MAX)
+    raise KeyboardInterrupt
