@@ -59,7 +59,7 @@ COMPILE = .venv-lock/bin/uv pip compile pyproject.toml --python .venv-lock/bin/p
 	--no-emit-index-url --no-annotate --no-header --quiet
 
 lock: .venv-lock/.installed ## Write both lock files anew; ARGS=--upgrade takes newer releases.
-	$(COMPILE) --extra cli --group dev --output-file requirements.lock $(ARGS)
+	$(COMPILE) --extra cli --extra replication --extra models --group dev --output-file requirements.lock $(ARGS)
 	$(COMPILE) --extra bench --constraint requirements.lock --output-file requirements-bench.lock $(ARGS)
 	@! grep -n '://' requirements.lock requirements-bench.lock || { echo "error: a lock names a host" >&2; exit 1; }
 
