@@ -854,7 +854,7 @@ def test_what_never_reaches_a_worker_holds_up_no_worker() -> None:
     world.connect()
     session = world.server_session
     error = Option(2, OptionKind.NO_HANDLER)
-    world.server.exchange.handle_batch(session, 1, ([b"0-0-" + b"x" * 11, b"hello", b"0-7-"], {}, [error]), 0)
+    world.server.exchange.handle_batch(session, 1, ([b"0-0-" + b"x" * 11, b"hello", b"0-7-"], {}, [error], 100), 0)
     assert session.processed_through == 3
     assert world.server.dropped() == {"message_too_large": 1, "malformed_message": 1, "unknown_callback": 1}
 
@@ -863,7 +863,7 @@ def test_what_was_processed_before_is_skipped() -> None:
     world = World()
     world.connect()
     session = world.server_session
-    world.server.exchange.handle_batch(session, 4, ([b"0-0-a", b"0-0-b", b"0-0-c"], {}, []), 2)
+    world.server.exchange.handle_batch(session, 4, ([b"0-0-a", b"0-0-b", b"0-0-c"], {}, [], 100), 2)
     (message,) = world.server.take()
     assert (message.contents, message.number) == (b"c", 6)
     assert world.server.exchange.statistics("server", 0, 1).received_msgs == 1
@@ -946,7 +946,7 @@ def test_only_the_session_that_was_asked_may_answer() -> None:
     world.send(b"forged", dest=message_id)
     world.deliver()
     assert world.server.dropped() == {"foreign_response": 1}
-    world.server.exchange.handle_batch(asked, 1, ([b"0-%d-true" % message_id], {}, []), 0)
+    world.server.exchange.handle_batch(asked, 1, ([b"0-%d-true" % message_id], {}, [], 100), 0)
     assert b"true" in world.server.contents()
 
 
@@ -1050,7 +1050,7 @@ def test_an_option_that_is_not_known_does_no_harm() -> None:
     world.connect()
     message_id = world.ask()
     world.deliver()
-    world.client.exchange.handle_batch(world.session, 1, ([b"0-%d-x" % message_id], {}, [Option(0, 200)]), 0)
+    world.client.exchange.handle_batch(world.session, 1, ([b"0-%d-x" % message_id], {}, [Option(0, 200)], 100), 0)
     assert world.client.contents() == [b"x"]
 
 
@@ -1260,11 +1260,11 @@ def test_what_was_processed_of_a_batch_is_not_reported_as_unknown() -> None:
     world.client.exchange.flush(0.0)
     ((_, (frame,)),) = world.connection_link.sent
     world.connection_link.sent.clear()
-    messages, _, _ = decode_batch(frame, 0, decode_data(frame).msg_count, [])
+    messages, *_ = decode_batch(frame, 0, decode_data(frame).msg_count, [])
     # The receiver may have seen the batch in two parts.
     server = world.server_session
     assert server.receive(0, decode_data(frame)._replace(msg_count=2), sum(map(len, messages[:2])), 0.0) == 0
-    world.server.exchange.handle_batch(server, 1, (messages[:2], {}, []), 0)
+    world.server.exchange.handle_batch(server, 1, (messages[:2], {}, [], 100), 0)
     world.server.run()
     world.server.exchange.flush(0.0)
     world.server.exchange.handle_deadline(0.02)
@@ -1298,7 +1298,7 @@ def test_a_restart_of_the_client_ends_what_the_listener_had_for_it() -> None:
 def test_a_queued_echo_to_a_process_that_ended_is_nobodys_message() -> None:
     world = World(server_limits=Limits(window_msgs=1))
     world.connect()
-    world.server.exchange.handle_batch(world.server_session, 1, ([b"1024-1-a", b"1025-1-b"], {}, []), 0)
+    world.server.exchange.handle_batch(world.server_session, 1, ([b"1024-1-a", b"1025-1-b"], {}, [], 100), 0)
     world.server.exchange.flush(0.0)
     assert len(world.server_session.queue) == 1
     world.link_down()

@@ -103,7 +103,7 @@ class Owner:
         self.dropped[kind] += 1
 
     def handle_batch(self, session: Session, first: int, batch: Decoded, skipped: int) -> None:
-        messages, _, _ = batch
+        messages, *_ = batch
         self.received += [message[4:] for message in messages[skipped:]]
         if self.processes:
             session.note_processed(first + len(messages) - 1)

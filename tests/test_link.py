@@ -15,11 +15,24 @@ def test_what_a_message_on_its_way_out_is_unless_told() -> None:
     assert (message.peer, message.roams, message.redeliver, message.option) == (b"", False, False, None)
 
 
-@pytest.mark.parametrize(
-    ("data", "is_silent"), [(b"0-0-x", True), (b"0-1024-", True), (b"1024-0-x", False), (b"10-0-x", False)]
-)
-def test_nobody_waits_for_a_message_that_names_no_source(data: bytes, is_silent: bool) -> None:
-    assert outgoing(data).is_silent is is_silent
+def test_nobody_waits_for_a_message_without_a_callback() -> None:
+    message = outgoing(b"0-0-x")
+    assert message.is_silent
+    message.on_error = print
+    assert not message.is_silent
+    message.callback, message.on_error = print, None
+    assert not message.is_silent
+
+
+@pytest.mark.parametrize(("data", "is_answer"), [(b"0-0-x", False), (b"7-1023-x", False), (b"0-1024-", True)])
+def test_an_answer_names_a_callback_of_one_message(data: bytes, is_answer: bool) -> None:
+    assert outgoing(data).is_answer is is_answer
+
+
+def test_what_the_core_itself_answers_is_an_answer() -> None:
+    message = outgoing(b"0-0-x")
+    message.message_id = 0
+    assert message.is_answer
 
 
 def test_a_large_message_is_joined_only_when_it_is_asked_for_whole() -> None:

@@ -88,7 +88,7 @@ class FakeLink(Link):
             assert header.kind == Kind.DATA
             assert (header.source_incarnation, header.dest_incarnation) == (OURS, THEIRS)
             data = decode_data(frame)
-            messages, large, _ = decode_batch(frame, header.flags, data.msg_count, extra)
+            messages, large, *_ = decode_batch(frame, header.flags, data.msg_count, extra)
             contents = [large.get(index, decode_message(message)[2]) for index, message in enumerate(messages)]
             sent.append(Sent(header.flags & ~Flag.OPTIONS, *data[:3], contents))
         return sent
@@ -122,6 +122,8 @@ class End:
             message = outgoing(each, is_large=is_large, option=option)
             self.session.queue.append(message)
             self.session.queue_bytes += message.size_bytes
+            if message.large is not None or message.option is not None:
+                self.session.is_plain = False
 
     def send(self, *contents: bytes, now: float = 0.0) -> list[Sent]:
         """Queue, flush and return what went out."""
@@ -1035,7 +1037,7 @@ class Pair:
 
     def deliver(self, end: Session, received: list[int], frame: bytes) -> None:
         data = decode_data(frame)
-        messages, _, _ = decode_batch(frame, 0, data.msg_count, [])
+        messages, *_ = decode_batch(frame, 0, data.msg_count, [])
         skipped = end.receive(decode_header(frame).flags, data, sum(map(len, messages)), self.now)
         if skipped is not None:
             received.extend(int(message[4:]) for message in messages[skipped:])

@@ -34,7 +34,8 @@ IMPURE_IMPORTS = {
     *("secrets", "select", "selectors", "signal", "socket", "subprocess", "threading", "time", "uuid", "zmq"),
 }
 
-FUNCTION_LINES_MAX = 60
+# Without the docstring, which a public function needs however short it is.
+FUNCTION_LINES_MAX = 55
 FILE_LINES_MAX = 520
 
 # Each of these runs code that arrives as data.
@@ -122,6 +123,8 @@ def sizes(module: Module) -> Iterator[Finding]:
     for node in ast.walk(module.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines_count = (node.end_lineno or node.lineno) - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines_count -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
             if lines_count > FUNCTION_LINES_MAX:
                 yield Finding(node.lineno, f"{node.name} has {lines_count} lines, the limit is {FUNCTION_LINES_MAX}")
 
@@ -255,6 +258,7 @@ PLANTED: list[tuple[Rule, str, str]] = [
     (purity, "errors.py", "import zmq #!"),
     (purity, "limits.py", "import logging #!"),
     (sizes, "wire.py", function_of(FUNCTION_LINES_MAX + 1).replace(":", ": #!", 1)),
+    (sizes, "wire.py", 'def _long(): #!\n    """Docstring."""\n' + "    pass\n" * FUNCTION_LINES_MAX),
     (sizes, "wire.py", "async " + function_of(FUNCTION_LINES_MAX + 1).replace(":", ": #!", 1)),
     (sizes, "wire.py", "pass\n" * FILE_LINES_MAX + "#!"),
     (forbidden_code, "cli.py", "import pickle #!"),
@@ -286,6 +290,7 @@ ALLOWED: list[tuple[str, str]] = [
     ("__init__.py", "from .aio import AsyncMessenger\nfrom .wire import NOOP"),
     ("__main__.py", "from messenger.cli import main"),
     ("wire.py", function_of(FUNCTION_LINES_MAX)),
+    ("wire.py", function_of(FUNCTION_LINES_MAX).replace("\n", '\n    """A\n\n    docstring.\n    """\n', 1)),
     ("cli.py", "try:\n    pass\nexcept OSError:\n    pass\nexcept Exception as error:\n    print(error)"),
     ("cli.py", "def _f(): ...\nclass _C:\n    def f(self): ...\nre.compile('x')"),
     ("cli.py", "class C:\n    '''C.'''\n    def __init__(self): ...\n    @f.setter\n    def f(self, value): ..."),

@@ -26,6 +26,7 @@ from messenger.wire import (
     decode_batch,
     decode_challenge,
     decode_data,
+    decode_data_frame,
     decode_header,
     decode_hello,
     decode_identity,
@@ -199,7 +200,8 @@ def test_a_batch_comes_back(
     assert header == Header(VERSION, Kind.DATA, flags | (Flag.OPTIONS if options else 0), 1, 2)
     assert decoded == data
     large = {index: contents for index, (_, contents) in enumerate(batch) if contents is not None}
-    assert parts == (messages, large, options)
+    assert parts == (messages, large, options, sum(map(len, messages + extra)))
+    assert decode_data_frame(frame) == (header.flags, 1, 2, data)
 
 
 # Byte for byte. Who has to change one of these has changed the format, and must raise VERSION.
@@ -296,7 +298,15 @@ def with_options(block: bytes) -> bytes:
 
 def test_options_of_a_newer_sender_are_taken_as_far_as_they_are_understood() -> None:
     *_, parts = decode_frame(with_options(b"\x91\x95\0\x03\xa0\xa0\x07"))
-    assert parts == ([b"0-0-"], {}, [Option(0, OptionKind.REDELIVERED)])
+    assert parts == ([b"0-0-"], {}, [Option(0, OptionKind.REDELIVERED)], 4)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_only_a_data_frame_of_our_version_is_one(position: int) -> None:
+    frame = bytearray(encode_data(1, 2, 0, Data(1, 0, 0, 1), [b"0-0-x"]))
+    assert decode_data_frame(bytes(frame[:47])) is None
+    frame[position] += 1
+    assert decode_data_frame(bytes(frame)) is None
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ Source: docs/protocol.md, "Order of processing".
 """
 
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, NoHandler, OutcomeUnknown, QueueFull
 from .handshake import Decoded, Handshake
-from .limits import LARGE_BYTES_MIN, Limits
+from .limits import BATCH_MSGS_MAX, LARGE_BYTES_MIN, Limits
 from .link import Link, Outgoing, Outlet
 from .message import Callback, ErrorCallback, Message, Statistics, Waiter
-from .outcomes import Outcomes, Outstanding
+from .outcomes import Outcomes
 from .session import FOREVER, Random, Session
 from .wire import (
     ECHO,
@@ -69,6 +69,7 @@ class Exchange(Outcomes):
         self._messenger = messenger
         # Read for each message, so not through the structure.
         self._message_bytes_max = limits.message_bytes_max
+        self._large_bytes_min = min(LARGE_BYTES_MIN, limits.message_bytes_max + 1)
         self._queue_msgs_max = limits.queue_msgs_max
         self._queue_bytes_max = limits.queue_bytes_max
         self._outstanding_max = limits.outstanding_max
@@ -99,43 +100,89 @@ class Exchange(Outcomes):
         Raises:
             MessageTooLarge, QueueFull, LimitReached: Nothing was queued and no callback is kept.
         """
-        size_bytes = len(contents)
-        if size_bytes > self._message_bytes_max:
-            raise MessageTooLarge(f"contents are {size_bytes} bytes, message_bytes_max is {self._message_bytes_max}")
-        queue = outlet.queue
-        if len(queue) >= self._queue_msgs_max or outlet.queue_bytes >= self._queue_bytes_max:
-            raise QueueFull(
-                f"{len(queue)} messages, {outlet.queue_bytes} bytes wait for {outlet}; queue_msgs_max is "
-                f"{self._queue_msgs_max}, queue_bytes_max is {self._queue_bytes_max}"
-            )
-        message_id = self._next_id
-        waits = callback is not None or on_error is not None
-        if waits:
-            if len(self._outstanding) >= self._outstanding_max:
-                raise LimitReached(f"{len(self._outstanding)} messages wait for a response, that is outstanding_max")
-            while self._wrapped and message_id in self._outstanding:
-                message_id = self._successor(message_id)
-        self._next_id = message_id + 1 if message_id < ID_MAX else self._successor(message_id)
+        if len(outlet.queue) >= self._queue_msgs_max or outlet.queue_bytes >= self._queue_bytes_max:
+            self._refuse_full(outlet)
         large = None
-        if size_bytes >= LARGE_BYTES_MIN:
-            # What may still change under us is copied; bytes are not.
-            large, contents = bytes(contents), b""
-        data = encode_message(message_id if waits else 0, dest_callback_id or 0, contents)
-        size_bytes = len(data) if large is None else len(data) + size_bytes
-        outgoing = Outgoing(message_id, data, size_bytes, deadline_at, large, peer, roams, redeliver)
-        if waits:
-            self._outstanding[message_id] = Outstanding(
-                callback, on_error, deadline_at, outlet.owner, peer, outgoing if redeliver else None
-            )
+        if len(contents) >= self._large_bytes_min:
+            contents, large = self._split_large(contents)
+        message_id = self._next_id
+        if callback is None and on_error is None:
+            data = b"0-%d-%b" % (dest_callback_id, contents)  # type: ignore[str-format]
+            outgoing = Outgoing(message_id, data, len(data), deadline_at, outlet)
+        else:
+            outstanding = self._outstanding
+            if len(outstanding) >= self._outstanding_max:
+                raise LimitReached(f"{len(outstanding)} messages wait for a response, that is outstanding_max")
+            while self._wrapped and message_id in outstanding:
+                message_id = self._successor(message_id)
+            if dest_callback_id:
+                data = b"%d-%d-%b" % (message_id, dest_callback_id, contents)  # type: ignore[str-format]
+            else:
+                data = b"%d-0-%b" % (message_id, contents)  # type: ignore[str-format]
+            outgoing = Outgoing(message_id, data, len(data), deadline_at, outlet, callback, on_error)
+            outstanding[message_id] = outgoing
+        if peer or redeliver or large is not None:
+            outgoing.peer, outgoing.roams, outgoing.redeliver, outgoing.large = peer, roams, redeliver, large
+            if large is not None:
+                outgoing.size_bytes += len(large)
+                outlet.is_plain = False
         if deadline_at < self._sweep_at:
             self._sweep_at = deadline_at
+        self._next_id = message_id + 1 if message_id < ID_MAX else self._successor(message_id)
+        # As `_enqueue` does, which would cost a call.
+        queue = outlet.queue
         queue.append(outgoing)
-        outlet.queue_bytes += size_bytes
+        outlet.queue_bytes += outgoing.size_bytes
         if not outlet.is_dirty:
             outlet.is_dirty = True
             self._dirty.append(outlet)
+        elif len(queue) % BATCH_MSGS_MAX == 0:
+            self.is_urgent = True
         self._sent_msgs += 1
         return message_id
+
+    def answer(self, message: Message, contents: bytes, deadline_at: float) -> int:
+        """Queue an answer that wants no answer, as `send` does, only faster: most messages of a server are such.
+
+        Args:
+            message: Of a session, and of its present incarnation.
+
+        Returns:
+            The message's id; 0 if this is a case for `send`, and nothing was queued.
+        """
+        outlet = message.link
+        if (
+            len(outlet.queue) >= self._queue_msgs_max
+            or outlet.queue_bytes >= self._queue_bytes_max
+            or len(contents) >= self._large_bytes_min
+        ):
+            return 0
+        message_id = self._next_id
+        self._next_id = message_id + 1 if message_id < ID_MAX else self._successor(message_id)
+        data = b"0-%d-%b" % (message.source_callback_id, contents)
+        if deadline_at < self._sweep_at:
+            self._sweep_at = deadline_at
+        self._enqueue(outlet, Outgoing(message_id, data, len(data), deadline_at, outlet))
+        self._sent_msgs += 1
+        return message_id
+
+    def _refuse_full(self, outlet: Outlet) -> NoReturn:
+        raise QueueFull(
+            f"{len(outlet.queue)} messages, {outlet.queue_bytes} bytes wait for {outlet}; queue_msgs_max is "
+            f"{self._queue_msgs_max}, queue_bytes_max is {self._queue_bytes_max}"
+        )
+
+    def _split_large(self, contents: Buffer) -> tuple[bytes, bytes | None]:
+        """Return what stands in the batch, and what follows it as a frame of its own: all contents if they are large.
+
+        Raises:
+            MessageTooLarge: They are too large for that, too.
+        """
+        size_bytes = len(contents)
+        if size_bytes > self._message_bytes_max:
+            raise MessageTooLarge(f"contents are {size_bytes} bytes, message_bytes_max is {self._message_bytes_max}")
+        # What may still change under us is copied; bytes are not.
+        return (b"", bytes(contents)) if size_bytes >= LARGE_BYTES_MIN else (bytes(contents), None)
 
     def is_full(self, outlet: Outlet) -> bool:
         """Return whether an outlet's queue takes no further message."""
@@ -171,37 +218,11 @@ class Exchange(Outcomes):
 
     def handle_batch(self, session: Session, first: int, batch: Decoded, skipped: int) -> None:
         """Process the messages of a session's batch but for the first `skipped`, which were processed before."""
-        messages, large, options = batch
-        options_by_index = {option.index: option for option in options}
-        is_plain = not (large or options) and sum(map(len, messages)) <= self._message_bytes_max
-        messenger, peer, incarnation = self._messenger, session.peer, session.peer_incarnation
-        number = first + skipped - 1
-        for data in messages[skipped:] if skipped else messages:
-            number += 1
-            try:
-                source_callback_id, dest_callback_id, contents = decode_message(data)
-            except MalformedMessage:
-                self.drop("malformed_message")
-                session.note_unrun(number)
-                continue
-            message = Message(
-                messenger, contents, source_callback_id, dest_callback_id, session, peer, number, incarnation
-            )
-            if source_callback_id == NOOP and dest_callback_id < MSC_ID_MIN:
-                # No answer will carry the acknowledgement, and the callback may take long.
-                session.must_answer = True
-            if is_plain:
-                self._process(message)
-                continue
-            index = number - first
-            message.contents = large.get(index, contents)
-            if len(message.contents) > self._message_bytes_max:
-                self.drop("message_too_large")
-                session.note_unrun(number)
-            elif index in options_by_index:
-                self._process_option(session, message, options_by_index[index])
-            else:
-                self._process(message)
+        messages, large, options, size_bytes = batch
+        if large or options or size_bytes > self._message_bytes_max:
+            number = self._process_odd(session, first, batch, skipped)
+        else:
+            number = self._process_plain(session, first + skipped, messages[skipped:] if skipped else messages)
         self._received_msgs += len(messages) - skipped
         if session.has_workers:
             return
@@ -210,6 +231,80 @@ class Exchange(Outcomes):
             self.calls.append((BATCH_PROCESSED, (session, session.peer_incarnation, number)))
         else:
             session.note_processed(number)
+
+    def _process_plain(self, session: Session, number: int, messages: list[bytes]) -> int:
+        """Process the messages of a batch without large ones and options, from `number` on; return the last number.
+
+        What stands in this loop runs for each message, so it calls as little as it can.
+        """
+        messenger, peer, incarnation = self._messenger, session.peer, session.peer_incarnation
+        calls, outstanding, callback = self.calls, self._outstanding, session.callback
+        response_count = 0
+        for data in messages:
+            try:
+                source, dest, contents = data.split(b"-", 2)
+                if not (source.isdigit() and dest.isdigit() and len(source) < 20 and len(dest) < 20):
+                    decode_message(data)
+            except ValueError:
+                self.drop("malformed_message")
+                session.note_unrun(number)
+                number += 1
+                continue
+            source_id = int(source)
+            dest_id = int(dest)
+            message = Message(messenger, contents, source_id, dest_id, session, peer, number, incarnation)
+            number += 1
+            if not dest_id and callback is not None:
+                if not source_id:
+                    # No answer will carry the acknowledgement, and the callback may take long.
+                    session.must_answer = True
+                calls.append((callback, message))
+                continue
+            entry = outstanding.get(dest_id)
+            if entry is not None and entry.outlet is session:
+                del outstanding[dest_id]
+                response_count += 1
+                msc = entry.callback
+                if isinstance(msc, Waiter):
+                    msc.settle(message, None)
+                elif msc is not None:
+                    calls.append((msc, message))
+                if callback is not None:
+                    calls.append((callback, message))
+                continue
+            if not source_id and dest_id < MSC_ID_MIN:
+                session.must_answer = True
+            self._process(message)
+        self._response_msgs += response_count
+        return number - 1
+
+    def _process_odd(self, session: Session, first: int, batch: Decoded, skipped: int) -> int:
+        """Process the messages of a batch of which some are large or have options; return the last number."""
+        messages, large, options, _ = batch
+        options_by_index = {option.index: option for option in options}
+        messenger, peer, incarnation = self._messenger, session.peer, session.peer_incarnation
+        for index in range(skipped, len(messages)):
+            number = first + index
+            try:
+                source_callback_id, dest_callback_id, contents = decode_message(messages[index])
+            except MalformedMessage:
+                self.drop("malformed_message")
+                session.note_unrun(number)
+                continue
+            contents = large.get(index, contents)
+            message = Message(
+                messenger, contents, source_callback_id, dest_callback_id, session, peer, number, incarnation
+            )
+            if source_callback_id == NOOP and dest_callback_id < MSC_ID_MIN:
+                session.must_answer = True
+            if len(contents) > self._message_bytes_max:
+                self.drop("message_too_large")
+                session.note_unrun(number)
+            elif index in options_by_index:
+                self._process_option(session, message, options_by_index[index])
+            else:
+                self._process(message)
+        return first + len(messages) - 1
 
     def note_processed(self, session: Session, peer_incarnation: int, number: int) -> None:
         """The callbacks of all messages of a session up to a number have returned."""
@@ -235,7 +330,7 @@ class Exchange(Outcomes):
         entry = self._find_asked(message)
         if entry is None:
             return
-        if option.kind == OptionKind.NO_HANDLER and entry.redeliver is not None and entry.redeliver.option is not None:
+        if option.kind == OptionKind.NO_HANDLER and entry.redeliver and entry.option is not None:
             self._fail(message_id, OutcomeUnknown, "an earlier process may have run it; now there is nothing to run")
         elif option.kind == OptionKind.NO_HANDLER:
             self._fail(
@@ -266,11 +361,10 @@ class Exchange(Outcomes):
                 return False
             del self._outstanding[dest_callback_id]
             self._response_msgs += 1
-            callback = entry.callback
-            if isinstance(callback, Waiter):
-                callback.settle(message, None)
-            elif callback is not None:
-                self.calls.append((callback, message))
+            if isinstance(entry.callback, Waiter):
+                entry.callback.settle(message, None)
+            elif entry.callback is not None:
+                self.calls.append((entry.callback, message))
         elif dest_callback_id == ECHO:
             self._answer(message, message.contents, None)
         elif dest_callback_id in self._registered:
@@ -291,7 +385,7 @@ class Exchange(Outcomes):
         if isinstance(message.link, Session):
             self._answer(message, b"", Option(0, kind, name, text))
 
-    def _find_asked(self, message: Message) -> Outstanding | None:
+    def _find_asked(self, message: Message) -> Outgoing | None:
         """Return the entry of the MSC that a message names, if the message may end it."""
         message_id = message.dest_callback_id
         entry = self._outstanding.get(message_id)
@@ -299,7 +393,7 @@ class Exchange(Outcomes):
             was_used = message_id >= MSC_ID_MIN and (self._wrapped or message_id < self._next_id)
             self.drop("late_response" if was_used else "unknown_callback")
         # Ids are easy to guess, so only the peer that was asked may answer.
-        elif entry.owner is not message.link.owner or (entry.peer and entry.peer != message.peer):
+        elif entry.outlet.owner is not message.link.owner or (entry.peer and entry.peer != message.peer):
             self.drop("foreign_response")
             entry = None
         return entry
@@ -317,7 +411,11 @@ class Exchange(Outcomes):
             large, contents = contents, b""
         data = encode_message(NOOP, message.source_callback_id, contents)
         size_bytes = len(data) + (len(large) if large is not None else 0)
-        self._enqueue(message.link, Outgoing(NOOP, data, size_bytes, FOREVER, large, message.peer, option=option))
+        if large is not None or option is not None:
+            message.link.is_plain = False
+        outgoing = Outgoing(NOOP, data, size_bytes, FOREVER, message.link, large=large, peer=message.peer)
+        outgoing.option = option
+        self._enqueue(message.link, outgoing)
 
     def statistics(self, identity: str, connection_count: int, listener_count: int) -> Statistics:
         """Return the counts as they stand."""

@@ -37,11 +37,12 @@ from .limits import (
     Limits,
 )
 from .link import Link
-from .session import FOREVER, Random, Session, State
+from .session import ESTABLISHED, FOREVER, Random, Session, State
 from .wire import (
     MAGIC,
     VERSION,
     Challenge,
+    Data,
     Header,
     Hello,
     Kind,
@@ -49,7 +50,7 @@ from .wire import (
     Reason,
     decode_batch,
     decode_challenge,
-    decode_data,
+    decode_data_frame,
     decode_header,
     decode_hello,
     decode_identity,
@@ -62,7 +63,8 @@ from .wire import (
     encode_response,
 )
 
-Decoded = tuple[list[bytes], dict[int, bytes], list[Option]]
+# Messages, contents of large ones by index, options, bytes.
+Decoded = tuple[list[bytes], dict[int, bytes], list[Option], int]
 
 
 class Owner(Protocol):
@@ -166,15 +168,37 @@ class Handshake:
     def receive(self, link: Link, routing_id: bytes, frame: bytes, extra: list[bytes], now: float) -> None:
         """Take one session frame, and the frames behind it, off the network."""
         try:
+            data_frame = decode_data_frame(frame)
+            if data_frame is not None:
+                flags, source, dest, data = data_frame
+                session = self._find_established(link, routing_id, source, dest)
+                if session is not None:
+                    self._receive_data(session, flags, data, frame, extra, now)
+                    return
             header = decode_header(frame)
             if header.version != VERSION:
                 self._refuse_version(link, routing_id, header)
+            elif header.kind == Kind.DATA and data_frame is None:
+                self._owner.drop("malformed_frames")
             elif link.session is not None:
                 self._receive_at_connection(link, header, frame, extra, now)
             else:
                 self._receive_at_listener(link, routing_id, header, frame, extra, now)
         except MalformedMessage:
             self._owner.drop("unknown_header" if not frame or frame[0] != MAGIC else "malformed_frames")
+
+    def _find_established(self, link: Link, routing_id: bytes, source: int, dest: int) -> Session | None:
+        """Return the session between two incarnations, if it stands."""
+        session: Session | None = link.session
+        if session is not None:
+            is_it = session.peer_incarnation == source and session.incarnation == dest
+            return session if is_it and session.state is ESTABLISHED else None
+        session = self._by_incarnation.get(source)
+        if session is None or session.incarnation != dest:
+            return None
+        if session.link is not link or session.routing_id != routing_id:
+            session.attach(link, routing_id)
+        return session
 
     def _refuse_version(self, link: Link, routing_id: bytes, header: Header) -> None:
         self._owner.drop("unknown_version")
@@ -189,8 +213,6 @@ class Handshake:
         is_known = session.state is State.ESTABLISHED and header.source_incarnation == session.peer_incarnation
         if header.dest_incarnation != session.incarnation or session.state is State.CLOSED:
             self._owner.drop("stale_session")
-        elif header.kind == Kind.DATA and is_known:
-            self._receive_data(session, header.flags, frame, extra, now)
         elif header.kind == Kind.CHALLENGE:
             self._handle_challenge(session, link, header, decode_challenge(frame), is_known, now)
         elif header.kind == Kind.UNKNOWN:
@@ -240,10 +262,6 @@ class Handshake:
         is_known = session is not None and header.dest_incarnation == session.incarnation
         if header.kind == Kind.HELLO:
             self._handle_hello(link, routing_id, header.source_incarnation, decode_hello(frame), now)
-        elif session is not None and is_known and header.kind == Kind.DATA:
-            if session.link is not link or session.routing_id != routing_id:
-                session.attach(link, routing_id)
-            self._receive_data(session, header.flags, frame, extra, now)
         elif session is not None and is_known and header.kind == Kind.GOODBYE:
             self._end(session, "the other end has closed")
         elif challenged is not None and header.dest_incarnation == challenged.incarnation:
@@ -319,12 +337,12 @@ class Handshake:
         self._by_identity.setdefault(hello.identity, {})[session] = None
         self._owner.mark_dirty(session)
 
-    def _receive_data(self, session: Session, flags: int, frame: bytes, extra: list[bytes], now: float) -> None:
-        data = decode_data(frame)
+    def _receive_data(
+        self, session: Session, flags: int, data: Data, frame: bytes, extra: list[bytes], now: float
+    ) -> None:
         # A batch that does not decode must not be acknowledged.
         batch = decode_batch(frame, flags, data.msg_count, extra)
-        size_bytes = sum(map(len, batch[0])) + sum(map(len, batch[1].values()))
-        skipped = session.receive(flags, data, size_bytes, now)
+        skipped = session.receive(flags, data, batch[3], now)
         if skipped is not None:
             self._owner.handle_batch(session, data.first, batch, skipped)
         self._owner.mark_dirty(session)

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from .wire import Option
+from .wire import MSC_ID_MIN, Option, decode_message
 
 
 class Outgoing(msgspec.Struct, gc=False, eq=False):
@@ -21,6 +21,9 @@ class Outgoing(msgspec.Struct, gc=False, eq=False):
         data: The whole message, or if it is large what stands in front of its contents.
         size_bytes: Of the whole message.
         deadline_at: When the sender gives it up; infinite for what the core itself answers.
+        outlet: Where it was queued.
+        callback: Run on the response, or the waiter that takes the outcome.
+        on_error: Told of any other outcome.
         large: The contents of a large message, which are not copied.
         peer: The routing id that a plain peer has at a listener.
         roams: Whether another link of the same listener may reach the peer.
@@ -32,6 +35,9 @@ class Outgoing(msgspec.Struct, gc=False, eq=False):
     data: bytes
     size_bytes: int
     deadline_at: float
+    outlet: Any = None
+    callback: Any = None
+    on_error: Any = None
     large: bytes | None = None
     peer: bytes = b""
     roams: bool = False
@@ -41,7 +47,13 @@ class Outgoing(msgspec.Struct, gc=False, eq=False):
     @property
     def is_silent(self) -> bool:
         """Whether nobody waits for its outcome, and nobody ever did."""
-        return self.data.startswith(b"0-")
+        return self.callback is None and self.on_error is None
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it means something only to the incarnation that it was given to."""
+        _, dest_callback_id, _ = decode_message(self.data)
+        return dest_callback_id >= MSC_ID_MIN or not self.message_id
 
     def whole(self) -> bytes:
         """Return the whole message in one piece."""
@@ -56,6 +68,7 @@ class Outlet:
         owner: Who may answer messages that leave here: the handle in the basic dialect, else the session.
         callback: Run on every message that arrives here: a listener's SLC, or a connection's callback.
         queue: What has not been given to the network yet.
+        is_plain: Whether no message in the queue is large or has an option.
         is_dirty: Whether it is to be flushed at the end of the turn.
         is_quiet: Whether nothing that was sent here is still on its way, as far as is known.
         has_workers: Whether `callback` only hands messages to threads, so that its return does not mean that they ran.
@@ -66,6 +79,7 @@ class Outlet:
     """
 
     is_quiet = True
+    is_plain = True
     has_workers = False
     is_shared = False
     is_closed = False

@@ -10,12 +10,14 @@ What must never happen here: a callback that runs with the lock held; a sleep wi
 not read again; a socket that two threads use without the lock.
 """
 
+import atexit
 import logging
+import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
+from time import monotonic
 from typing import Any
 
 from .errors import DeliveryError, QueueFull
@@ -82,7 +84,7 @@ class Loop:
         is_idle: Callable[[], bool],
         on_stop: Callable[[float], None],
     ) -> None:
-        self.lock = threading.Lock()
+        self._set_lock()
         self.state = State.NEW
         self.close_at = FOREVER
         self._exchange = exchange
@@ -90,7 +92,7 @@ class Loop:
         self._is_idle = is_idle
         self._on_stop = on_stop
         self.thread_id = 0
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._own_thread = threading.Thread(target=self._serve, name=name, daemon=True)
         # Notified when a full queue gets room, and when a leader leaves while the messenger closes.
         self._changed = threading.Condition(self.lock)
         self._wakeup: Wakeup
@@ -107,8 +109,16 @@ class Loop:
         self._thread_sleeps = False
         self._wake_at = FOREVER
         self._thread_wake_at = FOREVER
+        # What `note_processed` is to be called with.
+        self._processed: list[Any] = []
+        # When the callback that runs now began.
+        self._callback_at = FOREVER
         self._must_attach = False
         self._room_wanted_count = 0
+
+    def _set_lock(self) -> None:
+        self.lock = threading.Lock()
+        self.acquire, self.release = self.lock.acquire, self.lock.release
 
     # Life.
 
@@ -116,17 +126,20 @@ class Loop:
         """Start the thread."""
         self._wakeup = Wakeup()
         self.state = State.RUNNING
-        self._thread.start()
-        self.thread_id = self._thread.ident or 0
+        _started.add(self)
+        self._own_thread.start()
+        self.thread_id = self._own_thread.ident or 0
         inproc_names.watch(self)
 
     def close(self, timeout: float) -> None:
         """Stop when all is settled or `timeout` is over. Called without the lock; waits, except in a callback."""
         self.begin_close(timeout)
-        if self._thread.is_alive() and not self.is_own_thread():
-            self._thread.join(min(timeout, SLEEP_S_MAX) + CLOSE_TIMEOUT_S)
-            if self._thread.is_alive():
-                logger.error("! %s: a callback still runs after the close; nothing is sent any more", self._thread.name)
+        if self._own_thread.is_alive() and not self.is_own_thread():
+            self._own_thread.join(min(timeout, SLEEP_S_MAX) + CLOSE_TIMEOUT_S)
+            if self._own_thread.is_alive():
+                logger.error(
+                    "! %s: a callback still runs after the close; nothing is sent any more", self._own_thread.name
+                )
 
     def begin_close(self, timeout: float) -> None:
         """Close as `close` does, but do not wait. Called without the lock."""
@@ -135,7 +148,7 @@ class Loop:
                 self.state = State.CLOSED
             if self.state is State.RUNNING:
                 self.state = State.CLOSING
-                self.close_at = time.monotonic() + timeout
+                self.close_at = monotonic() + timeout
                 self._exchange.ask_all()
                 self._changed.notify_all()
                 self._wakeup.ask_attention()
@@ -143,7 +156,7 @@ class Loop:
 
     def mark_forked(self) -> None:
         """Never work again: this is the child of a fork. The thread lives in the parent, and may hold the lock."""
-        self.lock = threading.Lock()
+        self._set_lock()
         self.state = State.FORKED
 
     def is_own_thread(self) -> bool:
@@ -159,7 +172,7 @@ class Loop:
         self._monitored[link.monitor_descriptor] = link
         self._wakeup.add(link.descriptor)
         self._wakeup.add(link.monitor_descriptor)
-        link.touch = self._touched.add
+        link.touch = self.touch
         self._touched.add(link)
         # A descriptor tells of nothing before the events were read once.
         link.read_news()
@@ -167,7 +180,7 @@ class Loop:
 
     def remove(self, link: SocketLink, why: str) -> None:
         """Forget a link, before it is closed, and end its messages."""
-        self._exchange.close_link(link, why, time.monotonic())
+        self._exchange.close_link(link, why, monotonic())
         self._wakeup.remove(link.descriptor)
         self._wakeup.remove(link.monitor_descriptor)
         del self._links[link.descriptor]
@@ -192,7 +205,7 @@ class Loop:
     def flush(self) -> None:
         """Give what waits to the network; whoever sleeps is woken if that brought work."""
         exchange = self._exchange
-        exchange.flush(time.monotonic())
+        exchange.flush(monotonic())
         # The flush may have used up the descriptor's signal for input that came meanwhile.
         if self._leader_sleeps and (self._read_events() or exchange.next_deadline_at < self._wake_at):
             self._wakeup.ask_attention()
@@ -200,14 +213,16 @@ class Loop:
         if self._room_wanted_count:
             self._changed.notify_all()
 
-    def announce_flush(self) -> None:
-        """Have the loop's thread flush when it can; it is woken if it sleeps.
+    def flush_soon(self, outlet: Outlet, now: float) -> None:
+        """Send what another thread than the loop's has queued, or leave that to the loop's thread.
 
-        In a callback messages wait for the end of the turn, so that one frame holds what it sends; in other threads
-        they wait behind messages that are on their way, so that a thread which sends in a tight loop fills frames as
-        well.
+        In a callback messages wait for the end of the turn, so that one frame holds what it sends. In other threads
+        they leave at once, but behind messages that are on their way they wait for the loop as well, so that a thread
+        which sends in a tight loop fills frames; unless the loop is held up by a callback.
         """
-        if self._thread_sleeps:
+        if outlet.is_quiet or now - self._callback_at > FLUSH_S:
+            self.flush()
+        elif self._thread_sleeps:
             self._thread_sleeps = False
             self._wakeup.announce_calls()
 
@@ -218,58 +233,56 @@ class Loop:
             self._wakeup.announce_calls()
 
     def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
-        """Wait until a full queue takes a message. In a callback it returns at once, since it would wait for itself.
+        """Wait until a full queue takes a message. In a callback it raises at once, since it would wait for itself.
 
         Raises:
             QueueFull: There was no room before the deadline.
         """
         if self.is_own_thread():
-            return
+            raise QueueFull(f"the queue to {outlet} is full ({len(outlet.queue)} messages), and a callback cannot wait")
         self._room_wanted_count += 1
         try:
             while self._exchange.is_full(outlet) and self.state is State.RUNNING:
-                if not self._changed.wait(deadline_at - time.monotonic()):
+                if not self._changed.wait(deadline_at - monotonic()):
                     raise QueueFull(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
         finally:
             self._room_wanted_count -= 1
 
     # Receiving; only the leader calls these.
 
-    def _take_input(self) -> None:
-        """Receive what is there and end what has expired."""
-        self._note_ready(self._wakeup.wait_input(0))
-        links, self._readable = self._readable, set()
-        for link in links:
-            link.receive()
-        self._touched |= links
+    def _take_input(self, descriptors: list[int]) -> None:
+        """Receive what is there, of links with input and those with these descriptors, and end what has expired."""
+        for descriptor in descriptors:
+            link = self._links.get(descriptor)
+            if link is not None:
+                self._readable.add(link)
+            elif descriptor in self._monitored:
+                self._monitored[descriptor].read_news()
+        exchange = self._exchange
+        if self._readable:
+            links, self._readable = self._readable, set()
+            for link in links:
+                link.receive()
+            self._touched |= links
         if self._must_attach:
             self._must_attach = False
             self._attach_links()
-        if self._exchange.next_deadline_at < FOREVER:
-            now = time.monotonic()
-            if self._exchange.next_deadline_at <= now:
-                self._exchange.handle_deadline(now)
-        if self._exchange.is_urgent:
+        now = monotonic()
+        if exchange.next_deadline_at <= now:
+            exchange.handle_deadline(now)
+        if exchange.is_urgent:
             # Acknowledgements that the other end waits for do not wait for callbacks.
-            self._exchange.flush(time.monotonic())
+            exchange.flush(now)
         if self._room_wanted_count:
             self._changed.notify_all()
-
-    def _note_ready(self, descriptors: list[int]) -> None:
-        """Note which links have input, and read the news of those that have news."""
-        for descriptor in descriptors:
-            if descriptor in self._links:
-                self._readable.add(self._links[descriptor])
-            elif descriptor in self._monitored:
-                self._monitored[descriptor].read_news()
 
     def _read_events(self) -> bool:
         """Send what waits and read touched links' events, as is due before a sleep; return whether there is input."""
         exchange = self._exchange
         while self._touched or exchange.is_dirty:
-            exchange.flush(time.monotonic())
-            touched = list(self._touched)
-            self._touched.clear()
+            if exchange.is_dirty:
+                exchange.flush(monotonic())
+            touched, self._touched = self._touched, set()
             for link in touched:
                 if link.has_input():
                     self._readable.add(link)
@@ -280,8 +293,10 @@ class Loop:
     # Waiting in another thread.
 
     def await_outcome(self, waiter: ThreadWaiter, deadline_at: float) -> None:
-        """Wait until a waiter is settled: lead if nobody does, else follow."""
+        """Send what is queued and wait until a waiter is settled: lead if nobody does, else follow."""
         try:
+            if self._leader is not None:
+                self.flush()
             while not waiter.done:
                 if self.state is not State.RUNNING:
                     # The loop's own thread ends everything now.
@@ -291,6 +306,7 @@ class Loop:
                     continue
                 if self._leader is None:
                     self._leader = waiter
+                    self._leader_sleeps = False
                     self._wakeup.take_lead()
                 if self._leader is waiter:
                     self._lead(waiter)
@@ -303,22 +319,22 @@ class Loop:
                 self._exchange.forget(waiter)
 
     def _lead(self, waiter: ThreadWaiter) -> None:
-        """Take input once, or sleep until there is some."""
+        """Take input once, if need be after a sleep until there is some."""
         if self._read_events():
-            self._take_input()
-        self.announce_calls()
-        if waiter.done or self._readable:
+            # What came may have to be answered, so nobody sleeps before the events were read again.
+            self._take_input([])
+            self.announce_calls()
             return
+        self.announce_calls()
         self._wake_at = self._exchange.next_deadline_at
         self._leader_sleeps = True
         self.lock.release()
         try:
-            descriptors = self._wakeup.wait_input(max(0.0, self._wake_at - time.monotonic()))
+            descriptors = self._wakeup.wait_input(max(0.0, self._wake_at - monotonic()))
         finally:
             self.lock.acquire()
             self._leader_sleeps = False
-        self._note_ready(descriptors)
-        self._take_input()
+        self._take_input(descriptors)
 
     def _follow(self, waiter: ThreadWaiter, deadline_at: float) -> None:
         """Sleep until the leader settles the waiter or hands the lead over, or the deadline is over."""
@@ -328,13 +344,13 @@ class Loop:
         self._followers.append(waiter)
         self.lock.release()
         try:
-            wake.acquire(timeout=max(0.001, deadline_at - time.monotonic()))
+            wake.acquire(timeout=max(0.001, deadline_at - monotonic()))
         finally:
             self.lock.acquire()
             waiter.wake = None
             if waiter in self._followers:
                 self._followers.remove(waiter)
-        now = time.monotonic()
+        now = monotonic()
         if not waiter.done and now >= deadline_at:
             # Whoever leads may be in a long callback.
             self._exchange.handle_deadline(now)
@@ -358,51 +374,69 @@ class Loop:
     # The loop's own thread; called without the lock.
 
     def _serve(self) -> None:
-        while True:
+        wake_at: float | None = 0.0
+        while wake_at is not None:
             with self.lock:
                 self._thread_sleeps = False
                 if self._leader is None:
                     self._leader_sleeps = False
-                    self._take_input()
+                    self._take_input(self._wakeup.wait_input(0))
             self._run_calls()
             with self.lock:
-                if self.state is State.CLOSING and self._is_over():
-                    break
-                leads = self._leader is None
-                has_input = self._read_events()
-                if has_input and self._leader_sleeps and not leads:
-                    self._wakeup.ask_attention()
-                if self._exchange.calls or (leads and has_input):
-                    continue
-                wake_at = self.close_at
-                if leads:
-                    wake_at = self._wake_at = min(self._exchange.next_deadline_at, self.close_at)
-                    self._leader_sleeps = True
-                self._thread_wake_at = wake_at
-                self._thread_sleeps = True
-            self._wakeup.sleep(max(0.0, wake_at - time.monotonic()))
+                wake_at = self._plan_sleep()
+            if wake_at:
+                self._wakeup.sleep(max(0.0, wake_at - monotonic()))
         self._stop()
+
+    def _plan_sleep(self) -> float | None:
+        """Return until when the thread may sleep, 0 if there is something to do, None if all is over."""
+        self._note_processed()
+        if self.state is State.CLOSING and self._is_over():
+            return None
+        leads = self._leader is None
+        has_input = self._read_events()
+        if has_input and self._leader_sleeps and not leads:
+            self._wakeup.ask_attention()
+        if self._exchange.calls or (leads and has_input):
+            return 0.0
+        wake_at = self.close_at
+        if leads:
+            wake_at = self._wake_at = min(self._exchange.next_deadline_at, self.close_at)
+            self._leader_sleeps = True
+        self._thread_wake_at = wake_at
+        self._thread_sleeps = True
+        return wake_at
 
     def _run_calls(self) -> None:
         calls = self._exchange.calls
-        flush_at = time.monotonic() + FLUSH_S
+        if not calls:
+            return
+        self._callback_at = now = monotonic()
+        flush_at = now + FLUSH_S
         # Only those that are there now: callbacks may add calls for ever, and input must have its turn.
         for _ in range(len(calls)):
             callback, argument = calls.popleft()
             if callback is BATCH_PROCESSED:
-                with self.lock:
-                    self._exchange.note_processed(*argument)
-            else:
-                try:
-                    callback(argument)
-                except BaseException as error:
-                    self._report(callback, argument, error)
-            now = time.monotonic()
+                self._processed.append(argument)
+                continue
+            try:
+                callback(argument)
+            except BaseException as error:
+                self._report(callback, argument, error)
+            self._callback_at = now = monotonic()
             if now >= flush_at:
                 # What earlier callbacks sent must not wait for slow ones.
                 with self.lock:
+                    self._note_processed()
                     self.flush()
                 flush_at = now + FLUSH_S
+        self._callback_at = FOREVER
+
+    def _note_processed(self) -> None:
+        """Have acknowledged what was run; with the lock, which is taken only once for all that a turn has to do."""
+        for session, incarnation, number in self._processed:
+            self._exchange.note_processed(session, incarnation, number)
+        self._processed.clear()
 
     def run_in_worker(self, callback: Callable[[Message], object], message: Message) -> None:
         """Run a user's callback in a worker thread, survive it, and note that the message is processed."""
@@ -429,7 +463,7 @@ class Loop:
             self._exchange.drop(kind)
 
     def _is_over(self) -> bool:
-        if time.monotonic() >= self.close_at:
+        if monotonic() >= self.close_at:
             return True
         return self._is_idle() and self._exchange.is_settled
 
@@ -443,6 +477,31 @@ class Loop:
                 self._changed.wait()
         while self._exchange.calls:
             self._run_calls()
-        self._on_stop(max(0.05, self.close_at - time.monotonic()))
+        inproc_names.unwatch(self)
+        self._on_stop(max(0.05, self.close_at - monotonic()))
         with self.lock:
             self._wakeup.close()
+        _started.discard(self)
+
+
+# Loops whose threads run.
+_started: set[Loop] = set()
+
+
+def _close_at_exit() -> None:
+    loops = list(_started)
+    # All at once, so that many do not take many seconds.
+    for loop in loops:
+        loop.begin_close(CLOSE_TIMEOUT_S)
+    for loop in loops:
+        loop.close(CLOSE_TIMEOUT_S)
+
+
+def _mark_forked() -> None:
+    for loop in _started:
+        loop.mark_forked()
+    _started.clear()
+
+
+atexit.register(_close_at_exit)
+os.register_at_fork(after_in_child=_mark_forked)

@@ -10,7 +10,7 @@ from .link import Outlet
 from .wire import decode_identity
 
 
-class Message(msgspec.Struct, eq=False):
+class Message(msgspec.Struct, eq=False, gc=False):
     """A message that arrived.
 
     Attributes:
@@ -43,6 +43,8 @@ class Message(msgspec.Struct, eq=False):
 
     def reply(self, contents: Any, callback: "Callback | None" = None, **options: Any) -> Any:
         """Answer this message, on the link that it came by; takes and returns what `send_message` does."""
+        if callback is None and not options and type(contents) is bytes:
+            return self.messenger.answer(self, contents)
         return self.messenger.send_message(self, contents, callback, **options)
 
     def __repr__(self) -> str:

@@ -1,11 +1,9 @@
 """`Messenger`: the public calls, on the core (`exchange.py`), links (`transports/`) and one thread (`loop.py`)."""
 
-import atexit
 import logging
 import os
 import secrets
 import socket
-import weakref
 from threading import get_ident
 from time import monotonic
 from types import TracebackType
@@ -13,15 +11,16 @@ from typing import Literal, Self
 
 from .destination import Destination
 from .endpoint import Connection, Endpoints, Listener, Security, To
-from .errors import CalledFromCallback, DeliveryError, ForkedError, MessengerClosed
+from .errors import CalledFromCallback, DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
-from .limits import BATCH_MSGS_MAX, CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, Limits
+from .limits import CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, Limits
 from .loop import Loop, State, ThreadWaiter
 from .message import Callback, ErrorCallback, Message, Statistics
 from .session import FOREVER
 from .wire import ID_MAX, NOOP, Buffer, encode_identity
 
 logger = logging.getLogger("messenger")
+TIMEOUT_S = 30.0
 # Draws incarnations and nonces, which others must not guess.
 _rng = secrets.SystemRandom()
 
@@ -60,7 +59,6 @@ class Messenger:
             self._endpoints.are_idle,
             self._endpoints.close_all,
         )
-        _live_messengers.add(self)
 
     def listen_for_connection(
         self,
@@ -132,7 +130,7 @@ class Messenger:
         *,
         on_error: ErrorCallback | None = None,
         remote_callback: int = NOOP,
-        timeout: float = 30.0,
+        timeout: float = TIMEOUT_S,
         redeliver: bool = False,
     ) -> int:
         """Queue one message and return its id, unique in this process's life, at once.
@@ -161,31 +159,65 @@ class Messenger:
             _check_callable("on_error", on_error)
         if type(contents) is not bytes:
             contents = _as_bytes(contents)
-        if not (0 < timeout < FOREVER and 0 <= remote_callback <= ID_MAX):
-            _refuse_numbers(timeout, remote_callback)
+        if timeout != TIMEOUT_S or remote_callback:
+            _check_numbers(timeout, remote_callback)
         deadline_at = monotonic() + timeout
         loop, exchange = self._loop, self._exchange
-        with loop.lock:
+        # Not `with`, which costs twice as much.
+        loop.acquire()
+        try:
             if loop.state is not RUNNING:
                 self._require_open(type(to) is Message)
-            outlet, peer, roams = self._endpoints.route(to, loop)
-            if not remote_callback and type(to) is Message:
-                remote_callback = to.source_callback_id
-            if outlet.queue and exchange.is_full(outlet):
-                loop.wait_room(outlet, deadline_at)
-                self._require_open(type(to) is Message)
-                self._endpoints.route(to, loop)  # It may have been closed meanwhile.
-            message_id = exchange.send(
-                outlet, peer, contents, callback, on_error, remote_callback, deadline_at, roams, redeliver
-            )
-            is_urgent = outlet.is_quiet or type(callback) is ThreadWaiter
-            if len(outlet.queue) >= BATCH_MSGS_MAX or (loop.thread_id != get_ident() and is_urgent):
-                loop.flush()
+            peer, roams = b"", False
+            if type(to) is Connection and to.messenger is self and not to.closed:
+                outlet = to.outlet  # The usual way without a call; all others, and every refusal, stand in `route`.
             else:
-                loop.announce_flush()
+                outlet, peer, roams = self._endpoints.route(to, loop)
+                if type(to) is Message:
+                    remote_callback = remote_callback or to.source_callback_id
+            message_id = 0
+            while not message_id:
+                try:
+                    message_id = exchange.send(
+                        outlet, peer, contents, callback, on_error, remote_callback, deadline_at, roams, redeliver
+                    )
+                except QueueFull:
+                    loop.wait_room(outlet, deadline_at)
+                    self._require_open(type(to) is Message)
+                    self._endpoints.route(to, loop)  # It may have been closed meanwhile.
+            if type(callback) is ThreadWaiter:
+                loop.await_outcome(callback, deadline_at)
+            elif exchange.is_urgent:
+                loop.flush()
+            elif loop.thread_id != get_ident():
+                loop.flush_soon(outlet, deadline_at - timeout)
+        finally:
+            loop.release()
         return message_id
 
-    def request(self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = 30.0) -> Message:
+    def answer(self, message: Message, contents: bytes) -> int:
+        """Do what `send_message(message, contents)` does; users call `message.reply`. Thread: any."""
+        loop, exchange = self._loop, self._exchange
+        now = monotonic()
+        message_id = 0
+        loop.acquire()
+        try:
+            outlet = message.link
+            # What is not the usual case is one for `send_message`.
+            is_same = message.incarnation and message.incarnation == outlet.peer_incarnation
+            if is_same and loop.state is RUNNING and not outlet.handle.closed:
+                message_id = exchange.answer(message, contents, now + TIMEOUT_S)
+                if exchange.is_urgent:
+                    loop.flush()
+                elif loop.thread_id != get_ident():
+                    loop.flush_soon(outlet, now)
+        finally:
+            loop.release()
+        return message_id or self.send_message(message, contents)
+
+    def request(
+        self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S
+    ) -> Message:
         """Send one message and wait for its response.
 
         Args:
@@ -205,9 +237,6 @@ class Messenger:
             raise CalledFromCallback("request would wait for itself in a callback; use send_message with a callback")
         waiter = ThreadWaiter()
         self.send_message(to, contents, waiter, remote_callback=remote_callback, timeout=timeout)
-        if not waiter.done:
-            with self._loop.lock:
-                self._loop.await_outcome(waiter, monotonic() + timeout)
         if waiter.error is not None:
             raise waiter.error
         return waiter.response  # type: ignore[return-value]  # Settled without an error.
@@ -303,10 +332,11 @@ def _as_bytes(contents: Contents) -> Buffer:
     return contents if isinstance(contents, (bytes, bytearray)) else memoryview(contents).cast("B")
 
 
-def _refuse_numbers(timeout: float, remote_callback: int) -> None:
+def _check_numbers(timeout: float, remote_callback: int) -> None:
     if not 0 < timeout < FOREVER:
         raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
-    raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
+    if not 0 <= remote_callback <= ID_MAX:
+        raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
 
 
 def _log_unheard(error: DeliveryError) -> None:
@@ -325,24 +355,3 @@ def _check_identity(identity: str) -> None:
         raise ValueError(f"identity {identity!r} cannot be encoded as UTF-8") from error
     if not 0 < length <= IDENTITY_BYTES_MAX or "\0" in identity:
         raise ValueError(f"identity {identity!r} is {length} bytes, it must be 1 to {IDENTITY_BYTES_MAX} without NUL")
-
-
-_live_messengers: weakref.WeakSet[Messenger] = weakref.WeakSet()
-
-
-def _close_at_exit() -> None:
-    messengers = list(_live_messengers)
-    # All at once, so that many do not take many seconds.
-    for messenger in messengers:
-        messenger._loop.begin_close(CLOSE_TIMEOUT_S)
-    for messenger in messengers:
-        messenger.close()
-
-
-def _mark_forked() -> None:
-    for messenger in _live_messengers:
-        messenger._loop.mark_forked()
-
-
-atexit.register(_close_at_exit)
-os.register_at_fork(after_in_child=_mark_forked)

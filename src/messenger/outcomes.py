@@ -15,29 +15,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import msgspec
-
 from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, OutcomeUnknown
 from .handshake import Handshake
+from .limits import BATCH_MSGS_MAX
 from .link import Link, Outgoing, Outlet
-from .message import Callback, ErrorCallback, Waiter
+from .message import ErrorCallback, Waiter
 from .session import FOREVER, Session
-from .wire import MSC_ID_MIN, Option, OptionKind, Reason, decode_identity, decode_message
+from .wire import Option, OptionKind, Reason, decode_identity
 
 # A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.
 SWEEP_SPACING_S_PER_ENTRY = 1e-6
 SWEEP_SPACING_S = 0.001
-
-
-class Outstanding(msgspec.Struct, eq=False):
-    """Whom to tell what became of a message."""
-
-    callback: Callback | Waiter | None
-    on_error: ErrorCallback | None
-    deadline_at: float
-    owner: object
-    peer: bytes
-    redeliver: Outgoing | None = None
 
 
 class Outcomes:
@@ -56,7 +44,7 @@ class Outcomes:
         self.links: set[Link] = set()
         self.dropped: Counter[str] = Counter()
         self._on_unheard = on_unheard
-        self._outstanding: dict[int, Outstanding] = {}
+        self._outstanding: dict[int, Outgoing] = {}
         # Whether a flush should not wait for the end of the turn.
         self.is_urgent = False
         self._dirty: list[Outlet] = []
@@ -68,9 +56,15 @@ class Outcomes:
     # Queues.
 
     def _enqueue(self, outlet: Outlet, outgoing: Outgoing) -> None:
-        outlet.queue.append(outgoing)
+        queue = outlet.queue
+        queue.append(outgoing)
         outlet.queue_bytes += outgoing.size_bytes
-        self.mark_dirty(outlet)
+        if not outlet.is_dirty:
+            outlet.is_dirty = True
+            self._dirty.append(outlet)
+        elif len(queue) % BATCH_MSGS_MAX == 0:
+            # A batch is full; the other end works on it meanwhile.
+            self.is_urgent = True
 
     def mark_dirty(self, outlet: Outlet) -> None:
         """Have an outlet flushed at the end of the turn."""
@@ -86,10 +80,12 @@ class Outcomes:
             for outlet in dirty:
                 outlet.is_dirty = False
                 outlet.flush(now)
-                if outlet.is_closed and outlet.queue:
+                if outlet.queue and outlet.is_closed:
                     self.dropped["peer_gone"] += len(outlet.queue)
                     self.abandon(outlet, "the peer is gone")
-                self._sessions_at = min(self._sessions_at, outlet.next_deadline_at)
+                deadline_at = outlet.next_deadline_at
+                if deadline_at < self._sessions_at:
+                    self._sessions_at = deadline_at
 
     # Outcomes other than a response.
 
@@ -185,7 +181,7 @@ class Outcomes:
         """End every message of an outlet, because it is closed for good; what was queued ends as `kind`."""
         held = self._discard(outlet, outlet.queue, why)
         outlet.queue.clear()
-        for message_id in [key for key, entry in self._outstanding.items() if entry.owner is outlet.owner]:
+        for message_id in [key for key, entry in self._outstanding.items() if entry.outlet.owner is outlet.owner]:
             self._fail(message_id, kind if message_id in held else OutcomeUnknown, why)
 
     def close_link(self, link: Link, why: str, now: float) -> None:
@@ -209,20 +205,20 @@ class Outcomes:
         silent_count = 0
         for outgoing in session.end():
             if outgoing.is_silent:
-                if outgoing.redeliver and not _is_answer(outgoing):
+                if outgoing.redeliver and not outgoing.is_answer:
                     again.append(outgoing)
                 elif outgoing.message_id:
                     silent_count += 1
-        for message_id in [key for key, entry in self._outstanding.items() if entry.owner is session]:
-            redeliver = self._outstanding[message_id].redeliver
-            if message_id in queued:
+        for entry in [entry for entry in self._outstanding.values() if entry.outlet is session]:
+            if entry.message_id in queued:
                 continue
-            if redeliver is not None and session.connection_link is not None and not _is_answer(redeliver):
-                again.append(redeliver)
+            if entry.redeliver and session.connection_link is not None and not entry.is_answer:
+                again.append(entry)
             else:
-                self._fail(message_id, OutcomeUnknown, why)
+                self._fail(entry.message_id, OutcomeUnknown, why)
         for outgoing in sorted(again, key=lambda outgoing: outgoing.message_id, reverse=True):
             outgoing.option = Option(0, OptionKind.REDELIVERED)
+            session.is_plain = False
             session.queue.appendleft(outgoing)
             session.queue_bytes += outgoing.size_bytes
         if session.connection_link is None:
@@ -235,7 +231,7 @@ class Outcomes:
         kept: deque[Outgoing] = deque()
         answers: list[Outgoing] = []
         for outgoing in session.queue:
-            (answers if _is_answer(outgoing) else kept).append(outgoing)
+            (answers if outgoing.is_answer else kept).append(outgoing)
         self._discard(session, answers, why)
         session.queue = kept
         for outgoing in answers:
@@ -266,7 +262,7 @@ class Outcomes:
             self._not_delivered_msgs += 1
         elif kind is OutcomeUnknown:
             self._outcome_unknown_msgs += 1
-        error = kind(f"message {message_id} to {entry.owner}: {why}", message_id, *details)
+        error = kind(f"message {message_id} to {entry.outlet.owner}: {why}", message_id, *details)
         if isinstance(entry.callback, Waiter):
             entry.callback.settle(None, error)
         else:
@@ -282,7 +278,7 @@ class Outcomes:
     @property
     def next_deadline_at(self) -> float:
         """When `handle_deadline` has something to do."""
-        return min(self._sweep_at, self._sessions_at)
+        return self._sweep_at if self._sweep_at < self._sessions_at else self._sessions_at
 
     @property
     def outstanding_count(self) -> int:
@@ -309,9 +305,3 @@ class Outcomes:
             for session in self.handshake.sessions
         )
         return not (is_under_way or self._outstanding or self.queued_count or self.calls)
-
-
-def _is_answer(outgoing: Outgoing) -> bool:
-    """Return whether a message means something only to the incarnation that it was given to."""
-    _, dest_callback_id, _ = decode_message(outgoing.data)
-    return dest_callback_id >= MSC_ID_MIN or not outgoing.message_id

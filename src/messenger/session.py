@@ -39,9 +39,9 @@ Source: docs/protocol.md, "Session dialect".
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from .errors import MalformedMessage
 from .limits import (
@@ -58,6 +58,8 @@ from .link import Link, Outgoing, Outlet
 from .wire import Data, Flag, Kind, Option, decode_identity, encode_data, encode_header
 
 FOREVER = float("inf")
+# Messages up to this size, on average, keep their bytes until they have their outcome: to let go of each costs more.
+KEPT_BYTES_MAX = 256
 
 
 class Random(Protocol):
@@ -78,17 +80,41 @@ class State(Enum):
     CLOSED = "closed"
 
 
-class Batch(NamedTuple):
-    """What went out in one frame, kept until it has been received."""
+# Read for each frame; an attribute of an enumeration costs a call.
+ESTABLISHED = State.ESTABLISHED
 
-    first: int
-    messages: list[Outgoing]
-    size_bytes: int
 
-    @property
-    def last(self) -> int:
-        """The number of its last message."""
-        return self.first + len(self.messages) - 1
+class Batch:
+    """What went out in one frame, kept until it has been processed; its bytes only until it has been received.
+
+    Attributes:
+        first, last: The numbers of its messages.
+        datas: The bytes of each message, or of large ones what stands in front of their contents.
+        is_plain: Whether no message is large or has an option.
+    """
+
+    __slots__ = ("datas", "first", "is_plain", "last", "messages", "size_bytes")
+
+    def __init__(self, first: int, messages: list[Outgoing], size_bytes: int, is_plain: bool) -> None:
+        self.first = first
+        self.last = first + len(messages) - 1
+        self.messages = messages
+        self.datas = [outgoing.data for outgoing in messages] if len(messages) > 1 else [messages[0].data]
+        self.size_bytes = size_bytes
+        self.is_plain = is_plain
+        if size_bytes > KEPT_BYTES_MAX * len(messages):
+            # A message whose response is awaited for long must not hold its bytes for as long.
+            for outgoing in messages:
+                if not outgoing.redeliver:
+                    outgoing.data = b""
+
+    def forget_bytes(self) -> None:
+        """Let go of what will not be sent again."""
+        self.datas = []
+        if not self.is_plain:
+            for outgoing in self.messages:
+                if not outgoing.redeliver:
+                    outgoing.large = None
 
 
 class Session(Outlet):
@@ -226,85 +252,93 @@ class Session(Outlet):
     def flush(self, now: float) -> None:
         """Send what may be sent now; an acknowledgement alone only if it is due."""
         link = self.link
-        if link is None or self.state is not State.ESTABLISHED:
+        if link is None or self.state is not ESTABLISHED:
             return
-        has_sent = False
-        for frames in self._batches(now):
-            if not link.send_frames(self.routing_id, frames):
-                self._lose_link()
+        if self._resending or self.queue:
+            has_sent = False
+            while (batch := self._next_batch(now)) is not None:
+                if not link.send_frames(self.routing_id, self._encode(batch)):
+                    self._lose_link()
+                    return
+                has_sent = True
+            if has_sent:
                 return
-            has_sent = True
-        if has_sent:
-            return
         if self.must_answer or self._must_ask_resend or self._owes_much():
             self._send_empty(0)
         elif self.ack_at == FOREVER and self._owes_any():
             self.ack_at = now + ACK_DELAY_S
 
-    def _batches(self, now: float) -> Iterator[list[bytes]]:
+    def _next_batch(self, now: float) -> Batch | None:
+        """Return what is to be sent again, else what is new and fits the window, else None."""
         while self._resending:
             batch = self._resending.popleft()
             if batch.last > self.peer_received_through:
                 self._timed_number = 0  # Karn's rule: what was sent twice tells no round trip time.
-                yield self._encode(batch)
-        while self.queue:
-            new = self._take_batch()
-            if new is None:
-                return
-            batch = new
-            if not self._unreceived:
-                self.probe_at = now + self._rto
-                self._unanswered_count = 0
-            if not self._timed_number:
-                self._timed_number, self._timed_at = batch.last, now
-            self._unreceived.append(batch)
-            self._unprocessed.append(batch)
-            self._unprocessed_bytes += batch.size_bytes
-            yield self._encode(batch)
+                return batch
+        new = self._take_batch() if self.queue else None
+        if new is None:
+            return None
+        if not self._unreceived:
+            self.probe_at = now + self._rto
+            self._unanswered_count = 0
+        if not self._timed_number:
+            self._timed_number, self._timed_at = new.last, now
+        self._unreceived.append(new)
+        self._unprocessed.append(new)
+        self._unprocessed_bytes += new.size_bytes
+        return new
 
     def _take_batch(self) -> Batch | None:
         """Move messages off the queue, as many as the window and a batch have room for; None if the window is full."""
-        room_msgs = min(BATCH_MSGS_MAX, self._window_msgs - self.unprocessed_count)
-        room_bytes = self._window_bytes - self._unprocessed_bytes
-        messages: list[Outgoing] = []
-        size_bytes = 0
         queue = self.queue
-        if len(queue) <= room_msgs and self.queue_bytes <= min(room_bytes, BATCH_BYTES_MAX):
+        count = len(queue)
+        if count > BATCH_MSGS_MAX:
+            count = BATCH_MSGS_MAX
+        room_msgs = self._window_msgs - (self.next_number - 1 - self.peer_processed_through)
+        if count > room_msgs:
+            count = room_msgs
+            if count <= 0:
+                return None
+        room_bytes = self._window_bytes - self._unprocessed_bytes
+        if count == len(queue):
             messages, size_bytes = list(queue), self.queue_bytes
             queue.clear()
-        while queue and len(messages) < room_msgs:
-            size = queue[0].size_bytes
-            # A message larger than the whole window goes alone, when the window is empty.
-            if size_bytes + size > room_bytes and (messages or self._unprocessed):
+        else:
+            messages = [queue.popleft() for _ in range(count)]
+            size_bytes = sum([outgoing.size_bytes for outgoing in messages])
+        while messages and (size_bytes > BATCH_BYTES_MAX or size_bytes > room_bytes):
+            # A message larger than a batch goes alone, and one larger than the whole window when that is empty.
+            if len(messages) == 1 and (size_bytes <= room_bytes or not self._unprocessed):
                 break
-            if messages and size_bytes + size > BATCH_BYTES_MAX:
-                break
-            messages.append(queue.popleft())
-            size_bytes += size
+            surplus = messages.pop()
+            queue.appendleft(surplus)
+            size_bytes -= surplus.size_bytes
         if not messages:
             return None
         self.queue_bytes -= size_bytes
-        batch = Batch(self.next_number, messages, size_bytes)
+        is_plain = self.is_plain
+        if not queue:
+            self.is_plain = True
+        batch = Batch(self.next_number, messages, size_bytes, is_plain)
         self.next_number += len(messages)
         return batch
 
     def _encode(self, batch: Batch) -> list[bytes]:
-        messages = [outgoing.data for outgoing in batch.messages]
-        large: list[bytes] = []
-        is_large: list[bool] = []
-        options: list[Option] = []
-        if any(outgoing.large is not None or outgoing.option is not None for outgoing in batch.messages):
-            large = [outgoing.large for outgoing in batch.messages if outgoing.large is not None]
-            is_large = [outgoing.large is not None for outgoing in batch.messages]
-            options = [
-                Option(index, outgoing.option.kind, outgoing.option.name, outgoing.option.text)
-                for index, outgoing in enumerate(batch.messages)
-                if outgoing.option is not None
-            ]
         flags = Flag.RESEND if self._must_ask_resend else 0
-        data = Data(batch.first, self.received_through, self.processed_through, len(messages))
+        data = (batch.first, self.received_through, self.processed_through, len(batch.messages))
         self._note_told()
-        return [encode_data(self.incarnation, self.peer_incarnation, flags, data, messages, is_large, options), *large]
+        if batch.is_plain:
+            return [encode_data(self.incarnation, self.peer_incarnation, flags, data, batch.datas)]
+        messages = batch.messages
+        large = [outgoing.large for outgoing in messages if outgoing.large is not None]
+        is_large = [outgoing.large is not None for outgoing in messages]
+        options = [
+            Option(index, outgoing.option.kind, outgoing.option.name, outgoing.option.text)
+            for index, outgoing in enumerate(messages)
+            if outgoing.option is not None
+        ]
+        frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, batch.datas, is_large, options)
+        return [frame, *large]
 
     def _send_empty(self, flags: int) -> None:
         """Send a frame without messages: acknowledgements, and the number of the next message, which shows a gap."""
@@ -312,7 +346,7 @@ class Session(Outlet):
             return
         if self._must_ask_resend:
             flags |= Flag.RESEND
-        data = Data(self.next_number, self.received_through, self.processed_through, 0)
+        data = (self.next_number, self.received_through, self.processed_through, 0)
         self._note_told()
         frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, ())
         if not self.link.send_frames(self.routing_id, [frame]):
@@ -378,7 +412,8 @@ class Session(Outlet):
                 raise MalformedMessage("a batch exceeds the window")
         self.heard_at = now
         self._unanswered_count = 0
-        self._take_acks(data, now)
+        if data.received_through > self.peer_received_through or data.processed_through > self.peer_processed_through:
+            self._take_acks(data, now)
         if flags & Flag.RESEND and data.received_through == self.peer_received_through:
             self._resend(now)
         if flags & Flag.ASK:
@@ -432,7 +467,7 @@ class Session(Outlet):
             self.peer_received_through = data.received_through
             unreceived = self._unreceived
             while unreceived and unreceived[0].last <= data.received_through:
-                unreceived.popleft()
+                unreceived.popleft().forget_bytes()
             if self._timed_number and data.received_through >= self._timed_number:
                 self._note_round_trip(now - self._timed_at)
                 self._timed_number = 0
@@ -457,9 +492,13 @@ class Session(Outlet):
     @property
     def next_deadline_at(self) -> float:  # type: ignore[override]
         """When `handle_deadline` has something to do."""
-        if self.state is State.ESTABLISHED and self.link is not None:
-            return min(self.probe_at, self.ack_at, self.hello_at)
-        return self.hello_at
+        deadline_at = self.hello_at
+        if self.state is ESTABLISHED and self.link is not None:
+            if self.probe_at < deadline_at:
+                deadline_at = self.probe_at
+            if self.ack_at < deadline_at:
+                deadline_at = self.ack_at
+        return deadline_at
 
     def handle_deadline(self, now: float) -> None:
         """Send an acknowledgement that waited long enough, or ask for those that stay away."""

@@ -13,7 +13,8 @@ Source: docs/protocol.md, "Messages" and "Session dialect".
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Annotated, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
@@ -103,9 +104,12 @@ _HELLO = struct.Struct("<QQIQ")
 _CHALLENGE = struct.Struct("<QQIQ")
 _RESPONSE = struct.Struct("<Q")
 _DATA = struct.Struct("<QQQI")
-DATA_HEADER_BYTES = _HEADER.size + _DATA.size
+# Both at once, for the frames that are many.
+_DATA_FRAME = struct.Struct("<BBBBQQQQQI")
+DATA_HEADER_BYTES = _DATA_FRAME.size
 # In a message's size: its contents follow as a frame of their own.
 _LARGE = 1 << 31
+_SIZE = struct.Struct("<I")
 _SIZES = [struct.Struct(f"<{count}I") for count in range(257)]
 
 
@@ -121,12 +125,16 @@ class Kind(IntEnum):
     GOODBYE = 7
 
 
+_DATA_KIND = int(Kind.DATA)
+_DATA_START = bytes((MAGIC, VERSION, _DATA_KIND))
+
+
 class Flag:
     """What a DATA frame asks for, or has. Plain integers: each test of an enumeration costs 2 microseconds."""
 
-    ASK = 1  # Answer with your acknowledgements now.
-    RESEND = 2  # Something is missing behind `received_through`; send from there again.
-    OPTIONS = 4  # A block of options follows the sizes.
+    ASK: Final = 1  # Answer with your acknowledgements now.
+    RESEND: Final = 2  # Something is missing behind `received_through`; send from there again.
+    OPTIONS: Final = 4  # A block of options follows the sizes.
 
 
 class Reason(IntEnum):
@@ -262,7 +270,7 @@ def encode_data(
     source_incarnation: int,
     dest_incarnation: int,
     flags: int,
-    data: Data,
+    data: tuple[int, int, int, int],
     messages: Sequence[bytes],
     large: Sequence[bool] = (),
     options: Sequence[Option] = (),
@@ -274,23 +282,34 @@ def encode_data(
         large: For each message whether its contents follow as a frame of their own; none does if this is empty.
         options: Of single messages.
     """
+    header = _DATA_FRAME.pack(
+        MAGIC,
+        VERSION,
+        _DATA_KIND,
+        flags | Flag.OPTIONS if options else flags,
+        source_incarnation,
+        dest_incarnation,
+        *data,
+    )
+    if len(messages) == 1 and not large and not options:
+        message = messages[0]
+        return b"%b%b%b" % (header, _SIZE.pack(len(message)), message)
     sizes: Sequence[int] = [len(message) for message in messages]
+    block = b""
     if large:
         sizes = [size | _LARGE if is_large else size for size, is_large in zip(sizes, large, strict=True)]
-    block = b""
     if options:
-        flags |= Flag.OPTIONS
         encoded = msgspec.msgpack.encode(options)
         block = len(encoded).to_bytes(4, "little") + encoded
-    return b"".join(
-        (
-            _HEADER.pack(MAGIC, VERSION, Kind.DATA, flags, source_incarnation, dest_incarnation),
-            _DATA.pack(*data),
-            _SIZES[len(sizes)].pack(*sizes),
-            block,
-            *messages,
-        )
-    )
+    return b"".join((header, _SIZES[len(sizes)].pack(*sizes), block, *messages))
+
+
+def decode_data_frame(frame: bytes) -> tuple[int, int, int, Data] | None:
+    """Return (flags, source incarnation, dest incarnation, numbers) of a DATA frame of our version, None of others."""
+    if len(frame) < DATA_HEADER_BYTES or frame[:3] != _DATA_START:
+        return None
+    _, _, _, flags, source, dest, first, received, processed, count = _DATA_FRAME.unpack_from(frame)
+    return flags, source, dest, Data(first, received, processed, count)
 
 
 def decode_data(frame: bytes) -> Data:
@@ -300,8 +319,8 @@ def decode_data(frame: bytes) -> Data:
 
 def decode_batch(
     frame: bytes, flags: int, count: int, extra: Sequence[bytes]
-) -> tuple[list[bytes], dict[int, bytes], list[Option]]:
-    """Return the messages of a DATA frame, the contents of those that are large by index, and the options.
+) -> tuple[list[bytes], dict[int, bytes], list[Option], int]:
+    """Return the messages of a DATA frame, the contents of those that are large by index, the options, and the bytes.
 
     Args:
         extra: The frames behind it: the contents of its large messages, in order.
@@ -312,6 +331,10 @@ def decode_batch(
     end = DATA_HEADER_BYTES + 4 * count
     if count > 256 or end > len(frame):
         raise MalformedMessage("the sizes of a batch exceed its frame")
+    if count == 1 and not (flags & Flag.OPTIONS or extra):
+        if int.from_bytes(frame[DATA_HEADER_BYTES:end], "little") != len(frame) - end:
+            raise MalformedMessage("the size of a message does not fit its frame")
+        return [frame[end:]], {}, [], len(frame) - end
     sizes = _SIZES[count].unpack_from(frame, DATA_HEADER_BYTES)
     options: list[Option] = []
     if flags & Flag.OPTIONS:
@@ -321,19 +344,19 @@ def decode_batch(
             options = _OPTIONS.decode(frame[block_start:end])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise MalformedMessage("the options of a batch do not decode") from error
-    messages: list[bytes] = []
+    size_bytes = len(frame) - end
     large: dict[int, bytes] = {}
-    for size in sizes:
-        if size & _LARGE:
-            size ^= _LARGE
-            if len(large) == len(extra):
-                raise MalformedMessage("a large message lacks its frame")
-            large[len(messages)] = extra[len(large)]
-        start, end = end, end + size
-        messages.append(frame[start:end])
-    if end != len(frame) or len(large) != len(extra):
-        raise MalformedMessage("the sizes of a batch do not fit its frames")
-    return messages, large, options
+    if extra or max(sizes, default=0) >= _LARGE:
+        large = {index: b"" for index, size in enumerate(sizes) if size & _LARGE}
+        if len(large) != len(extra):
+            raise MalformedMessage("the large messages of a batch do not fit the frames behind it")
+        large = dict(zip(large, extra, strict=True))
+        size_bytes += sum(map(len, extra))
+        sizes = tuple(size & ~_LARGE for size in sizes)
+    ends = list(accumulate(sizes, initial=end))
+    if ends[-1] != len(frame):
+        raise MalformedMessage("the sizes of a batch do not fit its frame")
+    return [frame[start:end] for start, end in pairwise(ends)], large, options, size_bytes
 
 
 def _unpack(body: struct.Struct, frame: bytes) -> tuple[int, ...]:

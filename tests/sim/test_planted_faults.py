@@ -12,7 +12,6 @@ from messenger.exchange import Exchange
 from messenger.handshake import Handshake
 from messenger.limits import HELLO_S_MIN
 from messenger.session import FOREVER, Session, State
-from messenger.wire import Kind
 from tests.sim.simulator import simulate
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -62,21 +61,14 @@ def resend_of_the_wrong_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 def incarnation_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever arrives on the link is taken for the present session's."""
 
-    def at_connection(real: Any, shake: Handshake, link: Any, header: Any, *rest: Any) -> None:
-        if link.session.state is State.ESTABLISHED and header.kind == Kind.DATA:
-            header = header._replace(
-                source_incarnation=link.session.peer_incarnation, dest_incarnation=link.session.incarnation
-            )
-        real(shake, link, header, *rest)
+    def find(real: Any, shake: Handshake, link: Any, routing_id: bytes, source: int, dest: int) -> Session | None:
+        session = link.session or shake._by_incarnation.get(source)
+        if session is not None and session.state is State.ESTABLISHED:
+            source, dest = session.peer_incarnation, session.incarnation
+        found: Session | None = real(shake, link, routing_id, source, dest)
+        return found
 
-    def at_listener(real: Any, shake: Handshake, link: Any, routing_id: bytes, header: Any, *rest: Any) -> None:
-        session = shake._by_incarnation.get(header.source_incarnation)
-        if session is not None and header.kind == Kind.DATA:
-            header = header._replace(dest_incarnation=session.incarnation)
-        real(shake, link, routing_id, header, *rest)
-
-    wrap(monkeypatch, Handshake, "_receive_at_connection", at_connection)
-    wrap(monkeypatch, Handshake, "_receive_at_listener", at_listener)
+    wrap(monkeypatch, Handshake, "_find_established", find)
 
 
 def nonce_unchecked_at_connection(monkeypatch: pytest.MonkeyPatch) -> None:

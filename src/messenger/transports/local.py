@@ -13,7 +13,6 @@ import os
 import stat
 import threading
 import time
-import weakref
 from pathlib import Path
 from typing import Protocol
 
@@ -160,7 +159,7 @@ class _InprocNames:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._bindings: dict[str, int] = {}
-        self._watchers: weakref.WeakSet[InprocWatcher] = weakref.WeakSet()
+        self._watchers: set[InprocWatcher] = set()
 
     def add(self, endpoint: str) -> None:
         """Note a listener and tell the watchers."""
@@ -179,9 +178,14 @@ class _InprocNames:
         return self._bindings.get(endpoint, 0)
 
     def watch(self, watcher: InprocWatcher) -> None:
-        """Tell `watcher`, for as long as it lives."""
+        """Tell `watcher` from now on."""
         with self._lock:
             self._watchers.add(watcher)
+
+    def unwatch(self, watcher: InprocWatcher) -> None:
+        """Tell `watcher` no more."""
+        with self._lock:
+            self._watchers.discard(watcher)
 
     def _tell(self) -> None:
         with self._lock:
