@@ -26,9 +26,9 @@ from messenger import (
 from messenger.errors import Cancelled, HandlerError, IdentityInUse, NoHandler
 from messenger.exchange import BATCH_PROCESSED, ERROR_TEXT_MAX, Exchange
 from messenger.limits import HELLO_S_MAX, LARGE_BYTES_MIN
-from messenger.link import GoneOutlet, Link, Outlet
+from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.message import Waiter
-from messenger.session import FOREVER, Session, State
+from messenger.session import Session, State
 from messenger.wire import (
     ID_MAX,
     Kind,

@@ -18,8 +18,8 @@ from messenger.limits import (
     IDLE_PROBE_S,
     Limits,
 )
-from messenger.link import Link, Outgoing
-from messenger.session import FOREVER, Session, State
+from messenger.link import FOREVER, Link, Outgoing
+from messenger.session import Session, State
 from messenger.wire import (
     Challenge,
     Data,

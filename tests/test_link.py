@@ -2,8 +2,7 @@
 
 import pytest
 
-from messenger.link import GoneOutlet, Link, Outgoing, Outlet
-from messenger.session import FOREVER
+from messenger.link import FOREVER, GoneOutlet, Link, Outgoing, Outlet
 
 
 def outgoing(data: bytes, large: bytes | None = None) -> Outgoing:

@@ -19,8 +19,8 @@ from messenger.limits import (
     RTO_MIN_S,
     Limits,
 )
-from messenger.link import Link, Outgoing
-from messenger.session import FOREVER, Session, State
+from messenger.link import FOREVER, Link, Outgoing
+from messenger.session import Session, State
 from messenger.wire import (
     Data,
     Flag,

@@ -36,8 +36,8 @@ from .limits import (
     IDENTITY_BYTES_MAX,
     Limits,
 )
-from .link import Link
-from .session import ESTABLISHED, FOREVER, Random, Session, State
+from .link import FOREVER, Link
+from .session import ESTABLISHED, Random, Session, State
 from .wire import (
     MAGIC,
     VERSION,

@@ -12,6 +12,8 @@ import msgspec
 
 from .wire import MSC_ID_MIN, Option, decode_message
 
+FOREVER = float("inf")
+
 
 class Outgoing(msgspec.Struct, gc=False, eq=False):
     """A message on its way out.
@@ -70,21 +72,10 @@ class Outlet:
         queue: What has not been given to the network yet.
         is_plain: Whether no message in the queue is large or has an option.
         is_dirty: Whether it is to be flushed at the end of the turn.
-        is_quiet: Whether nothing that was sent here is still on its way, as far as is known.
         has_workers: Whether `callback` only hands messages to threads, so that its return does not mean that they ran.
-        is_closed: Whether nothing will ever leave here again.
         peer_incarnation: Of the other end of a session, 0 in the basic dialect.
         is_shared: Whether several peers are reached by it, so that a message needs its peer's routing id.
-        next_deadline_at: When it wants to be looked at again.
     """
-
-    is_quiet = True
-    is_plain = True
-    has_workers = False
-    is_shared = False
-    is_closed = False
-    peer_incarnation = 0
-    next_deadline_at = float("inf")
 
     def __init__(self, handle: Any, callback: Callable[[Any], object] | None) -> None:
         self.handle = handle
@@ -92,7 +83,26 @@ class Outlet:
         self.callback = callback
         self.queue: deque[Outgoing] = deque()
         self.queue_bytes = 0
+        self.is_plain = True
         self.is_dirty = False
+        self.has_workers = False
+        self.is_shared = False
+        self.peer_incarnation = 0
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing that was sent here is still on its way, as far as is known."""
+        return True
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing will ever leave here again."""
+        return False
+
+    @property
+    def next_deadline_at(self) -> float:
+        """When it wants to be looked at again."""
+        return FOREVER
 
     def flush(self, now: float) -> None:
         """Give the queue to the network, as far as it takes it."""
@@ -105,11 +115,14 @@ class Outlet:
 class GoneOutlet(Outlet):
     """Where answers go whose asker is gone: nowhere."""
 
-    is_closed = True
-
     def __init__(self, handle: Any, callback: Callable[[Any], object] | None) -> None:
         super().__init__(handle, callback)
         self.owner = self  # The handle owns what was sent to its plain peers, which has nothing to do with this.
+
+    @property
+    def is_closed(self) -> bool:
+        """Always."""
+        return True
 
     def flush(self, now: float) -> None:
         """Do nothing; the exchange ends what is queued."""

@@ -23,9 +23,8 @@ from typing import Any
 from .errors import DeliveryError, QueueFull
 from .exchange import BATCH_PROCESSED, Exchange
 from .limits import CLOSE_TIMEOUT_S, FLUSH_S
-from .link import Outlet
+from .link import FOREVER, Outlet
 from .message import Message, Waiter
-from .session import FOREVER
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX, Wakeup
 from .transports.zeromq import SocketLink

@@ -14,9 +14,9 @@ from .endpoint import Connection, Endpoints, Listener, Security, To
 from .errors import CalledFromCallback, DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
 from .limits import CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, Limits
+from .link import FOREVER
 from .loop import Loop, State, ThreadWaiter
 from .message import Callback, ErrorCallback, Message, Statistics
-from .session import FOREVER
 from .wire import ID_MAX, NOOP, Buffer, encode_identity
 
 logger = logging.getLogger("messenger")

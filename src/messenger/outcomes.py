@@ -18,9 +18,9 @@ from typing import Any
 from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, OutcomeUnknown
 from .handshake import Handshake
 from .limits import BATCH_MSGS_MAX
-from .link import Link, Outgoing, Outlet
+from .link import FOREVER, Link, Outgoing, Outlet
 from .message import ErrorCallback, Waiter
-from .session import FOREVER, Session
+from .session import Session
 from .wire import Option, OptionKind, Reason, decode_identity
 
 # A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.

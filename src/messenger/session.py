@@ -54,10 +54,9 @@ from .limits import (
     RTO_MIN_S,
     Limits,
 )
-from .link import Link, Outgoing, Outlet
+from .link import FOREVER, Link, Outgoing, Outlet
 from .wire import Data, Flag, Kind, Option, decode_identity, encode_data, encode_header
 
-FOREVER = float("inf")
 # Messages up to this size, on average, keep their bytes until they have their outcome: to let go of each costs more.
 KEPT_BYTES_MAX = 256
 
@@ -195,7 +194,7 @@ class Session(Outlet):
         self.ack_at = FOREVER
 
     @property
-    def is_closed(self) -> bool:  # type: ignore[override]
+    def is_closed(self) -> bool:
         """Whether nothing will ever leave here again."""
         return self.state is State.CLOSED
 
@@ -240,7 +239,7 @@ class Session(Outlet):
         return self.next_number - 1 - self.peer_received_through
 
     @property
-    def is_quiet(self) -> bool:  # type: ignore[override]
+    def is_quiet(self) -> bool:
         """Whether nothing that was sent is still on its way."""
         return self.peer_received_through == self.next_number - 1
 
@@ -490,7 +489,7 @@ class Session(Outlet):
     # Time.
 
     @property
-    def next_deadline_at(self) -> float:  # type: ignore[override]
+    def next_deadline_at(self) -> float:
         """When `handle_deadline` has something to do."""
         deadline_at = self.hello_at
         if self.state is ESTABLISHED and self.link is not None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from messenger.errors import DeliveryError, LimitReached, QueueFull
 from messenger.exchange import BATCH_PROCESSED, Exchange
 from messenger.limits import Limits
-from messenger.link import GoneOutlet
+from messenger.link import FOREVER, GoneOutlet
 from messenger.message import Message
-from messenger.session import FOREVER, Session
+from messenger.session import Session
 from messenger.wire import ECHO, NOOP
 
 from .network import ConnectionLink, ListenerLink, SimLink

@@ -11,7 +11,8 @@ from messenger.errors import NotDelivered, OutcomeUnknown
 from messenger.exchange import Exchange
 from messenger.handshake import Handshake
 from messenger.limits import HELLO_S_MIN
-from messenger.session import FOREVER, Session, State
+from messenger.link import FOREVER
+from messenger.session import Session, State
 from tests.sim.simulator import simulate
 
 Plant = Callable[[pytest.MonkeyPatch], None]

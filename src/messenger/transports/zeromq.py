@@ -325,8 +325,6 @@ class ConnectionLink(SocketLink):
 class ListenerLink(SocketLink):
     """A ROUTER that is bound to one endpoint."""
 
-    is_shared = True
-
     def __init__(
         self,
         endpoint: str,
@@ -342,6 +340,7 @@ class ListenerLink(SocketLink):
             DestinationInUse, DestinationInvalid: Nothing is left open.
         """
         super().__init__(zmq.ROUTER, 0, handle, callback, exchange, limits)
+        self.is_shared = True
         self._ipc_lock: IpcLock | None = None
         try:
             if endpoint.startswith("ipc:"):
