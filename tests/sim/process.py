@@ -48,7 +48,7 @@ class WatchedExchange(Exchange):
 
     def handle_refused(self, session: Session, *details: Any) -> None:
         """Note it, and go on."""
-        self.process.simulator.oracles.note_refused(self.process, session, str(details[-1]))
+        self.process.simulator.oracles.note_refused(self.process, session, str(details[1]))
         super().handle_refused(session, *details)
 
 
@@ -144,7 +144,6 @@ class Process:
             self._run_calls()
         if not self.is_busy or self.is_led:
             self._read_events()
-            self.simulator.oracles.check_established(self)
             deadline_at = self.exchange.next_deadline_at
             if deadline_at < FOREVER:
                 self.wake(max(deadline_at, self.simulator.now + 1e-6))
@@ -158,6 +157,7 @@ class Process:
             link, routing_id, packet = self._inbox.popleft()
             self.simulator.oracles.watch_packet(self, packet, False)
             self._guard(self.exchange.handshake.receive, link, routing_id, packet[0], list(packet[1:]), now)
+            self.simulator.oracles.check_established(self)
         if self.exchange.next_deadline_at <= now:
             self._guard(self.exchange.handle_deadline, now)
             self.simulator.oracles.check_deadline(self)

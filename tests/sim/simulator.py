@@ -61,6 +61,7 @@ class Plan(msgspec.Struct, kw_only=True):
     longest_s: float
     worker_count: int = 0
     cancel_share: float = 0.0
+    visitor_count: int = 0
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +135,8 @@ def draw_plan(rng: Random, more: Random) -> Plan:
         limits=msgspec.structs.replace(limits, sessions_max=sessions_max, session_idle_s_max=idle_s),
         worker_count=more.choice((0, 0, 1, 3)),
         cancel_share=more.choice((0.0, 0.2)),
+        # What waits for a visitor that is gone must be over at the end, so the server must forget it before.
+        visitor_count=more.choice((0, 4)) if plan.fault_count and idle_s <= IDLE_S_MIN else 0,
     )
 
 
@@ -318,6 +321,8 @@ class Simulator:
         kinds += [self._end_client, self._end_server, self._start_twin]
         for _ in range(self.plan.fault_count):
             self.schedule(self.rng.uniform(0.0, HEAL_S - 4.5), self.rng.choices(kinds, (4, 3, 3, 4, 4, 1))[0])
+        for number in range(self.plan.visitor_count):
+            self.schedule(self.more.uniform(0.0, HEAL_S - 2.0), self._start_visitor, number)
         weather = self.plan.weather
         is_impatient = self.plan.limits.session_idle_s_max < IDLE_S_MIN
         self.oracles.may_end = bool(self.plan.fault_count or weather.loss or is_impatient)
@@ -378,6 +383,16 @@ class Simulator:
     def _end_twin(self, twin: Site, end: Callable[[], None]) -> None:
         if twin.process.is_alive:
             end()
+
+    def _start_visitor(self, number: int) -> None:
+        """Another client comes for a moment, sends, and never comes again: only its going is to be remembered."""
+        name = f"visitor{number}"
+        visitor = Site(name=name, identity=name.encode(), is_client=True, has_callback=True, connection_count=1)
+        visitor.may_lack_handler = not self.sites[0].has_callback
+        self._start(visitor)
+        self._send(visitor, 2)
+        end = visitor.process.crash if self.more.random() < 0.5 else visitor.process.close
+        self.schedule(self.now + self.more.choice((0.05, 0.3, 2.0)), self._end_twin, visitor, end)
 
     def _heal(self) -> None:
         self.network.heal(Weather(mode=Mode.FIFO, delay_s=self.plan.weather.delay_s))
