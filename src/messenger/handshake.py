@@ -50,6 +50,7 @@ from .wire import (
     decode_batch,
     decode_challenge,
     decode_data,
+    decode_goodbye,
     decode_header,
     decode_hello,
     decode_identity,
@@ -203,6 +204,7 @@ class Handshake:
             self._owner.handle_refused(session, reason, decode_refusal(frame), is_known)
             self._owner.mark_dirty(session)
         elif header.kind == Kind.GOODBYE and is_known:
+            session.take_back(decode_goodbye(frame))
             self._owner.handle_ended(session, "the other end has closed")
             self._start_hello(session, link, now)
         else:
@@ -245,6 +247,7 @@ class Handshake:
                 session.attach(link, routing_id)
             self._receive_data(session, header.flags, frame, extra, now)
         elif session is not None and is_known and header.kind == Kind.GOODBYE:
+            session.take_back(decode_goodbye(frame))
             self._end(session, "the other end has closed")
         elif challenged is not None and header.dest_incarnation == challenged.incarnation:
             if header.kind == Kind.RESPONSE and decode_response(frame) == challenged.nonce:

@@ -55,7 +55,7 @@ from .limits import (
     Limits,
 )
 from .link import Link, Outgoing, Outlet
-from .wire import Data, Flag, Kind, Option, decode_identity, encode_data, encode_header
+from .wire import Data, Flag, Option, decode_identity, encode_data, encode_goodbye
 
 FOREVER = float("inf")
 
@@ -206,6 +206,20 @@ class Session(Outlet):
         self._reset(self._limits.window_msgs, self._limits.window_bytes, self.heard_at)
         return lost
 
+    def take_back(self, received_through: int) -> None:
+        """Queue again what the other end, which is gone for good, has never received: it certainly did not run."""
+        known_through = max(received_through, self.peer_received_through)
+        back: list[Outgoing] = []
+        kept: deque[Batch] = deque()
+        for batch in self._unprocessed:
+            kept_count = max(0, known_through + 1 - batch.first)
+            back += batch.messages[kept_count:]
+            if kept_count:
+                kept.append(batch._replace(messages=batch.messages[:kept_count]))
+        self._unprocessed = kept
+        self.queue.extendleft(reversed(back))
+        self.queue_bytes += sum(outgoing.size_bytes for outgoing in back)
+
     # Sending.
 
     @property
@@ -345,9 +359,8 @@ class Session(Outlet):
         if self.link is not None and self.state is State.ESTABLISHED:
             self._send_empty(0)
         if self.link is not None and self.state is State.ESTABLISHED:
-            self.link.send_frames(
-                self.routing_id, [encode_header(Kind.GOODBYE, self.incarnation, self.peer_incarnation)]
-            )
+            goodbye = encode_goodbye(self.incarnation, self.peer_incarnation, self.received_through)
+            self.link.send_frames(self.routing_id, [goodbye])
         self.state = State.CLOSED
 
     @property

@@ -225,6 +225,16 @@ def never_redelivered(monkeypatch: pytest.MonkeyPatch) -> None:
     wrap(monkeypatch, Session, "end", end)
 
 
+def received_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who says goodbye is believed to have received nothing but what was acknowledged as processed."""
+
+    def take_back(real: Any, session: Session, received_through: int) -> None:
+        session.peer_received_through = session.peer_processed_through
+        real(session, session.peer_processed_through)
+
+    wrap(monkeypatch, Session, "take_back", take_back)
+
+
 def answers_given_to_the_successor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Exchange, "_discard_answers", lambda *arguments: None)
 
@@ -324,6 +334,7 @@ FAULTS: list[tuple[Plant, set[str], int]] = [
     (redelivered_unmarked, {"redelivered is wrong"}, 300),
     (redelivered_said_undelivered, {"false outcome"}, 500),
     (never_redelivered, {"not redelivered"}, 300),
+    (received_taken_back, {"false outcome", "given to a successor"}, 500),
     (answers_given_to_the_successor, {"false response", "given to a successor", "out of order"}, 500),
     (processed_of_another_incarnation, {"acknowledged too early", "no progress"}, 3_000),
     (identity_given_away, {"identity taken from the living"}, 200),
