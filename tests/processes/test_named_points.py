@@ -1,4 +1,4 @@
-"""The receiver is killed at named points of one message's way (FACTS F2), and effects are counted in a database.
+"""Either end is killed at named points of one message's way (FACTS F1 and F2); a receiver's effects are in a database.
 
 The points are planted in the child's program, which kills itself there; the product knows nothing of them.
 """
@@ -10,7 +10,7 @@ import pytest
 
 from messenger import DeliveryError, Message, OutcomeUnknown
 from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, free_port
-from tests.processes.programs import running
+from tests.processes.programs import ASK, running
 
 # Has one effect for each message's contents, in a transaction, and notes each run beside it, committed at once.
 SERVER = """
@@ -168,3 +168,75 @@ def test_receiver_dies_after_the_acknowledgement(messenger: MessengerFactory, da
         assert client.request(port, b"after", timeout=TIMEOUT_S).contents == b"done after"
     assert read(database, VICTIM_RUNS) == [(server.pid, 0)]
     assert (effect_count(database), len(responses), len(errors)) == (1, 1, 0)
+
+
+# The sender; it asks twice, so that the session stands when the victim leaves.
+CLIENT = """
+import os, signal, sys, time
+from messenger import Messenger
+from messenger.handshake import Handshake
+from messenger.transports.zeromq import SocketLink
+
+port, point = sys.argv[1:]
+
+def die_at(name):
+    if name == point:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+real_send = SocketLink.send_frames
+def send_frames(link, routing_id, frames):
+    is_victim = b"victim" in frames[0]
+    if is_victim:
+        die_at("before it leaves")
+    has_left = real_send(link, routing_id, frames)
+    if is_victim:
+        time.sleep(0.2)  # ZeroMQ's own thread has sent it.
+        die_at("after it has left")
+    return has_left
+SocketLink.send_frames = send_frames
+
+real_receive = Handshake.receive
+def receive(handshake, link, routing_id, frame, *rest):
+    if b"done victim" in frame:
+        die_at("before the response is taken")
+    real_receive(handshake, link, routing_id, frame, *rest)
+Handshake.receive = receive
+
+client = Messenger("client")
+client.request(int(port), b"warm-up")
+client.send_message(int(port), b"victim", lambda response: die_at("in the callback"))
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "has_run"),
+    [
+        ("before it leaves", False),
+        ("after it has left", True),
+        ("before the response is taken", True),
+        ("in the callback", True),
+    ],
+)
+def test_sender_dies(messenger: MessengerFactory, point: str, has_run: bool) -> None:
+    """What it sent runs once or not at all, nothing is left of it, and its identity is served again at once."""
+    port = free_port()
+    server = messenger("server")
+    received: Inbox[bytes] = Inbox()
+    answered: Inbox[str] = Inbox()
+
+    def work(message: Message) -> None:
+        received(message.contents)
+        # Who is gone gets no answer, and the answerer is told so.
+        message.reply(b"done " + message.contents, on_error=lambda error: answered(type(error).__name__), timeout=2)
+
+    server.listen_for_connection(port, work)
+    with running(CLIENT, port, point) as client:
+        assert client.process.wait(TIMEOUT_S) == -9
+    with running(ASK, port, "client") as successor:
+        assert successor.read_line() == "done x"
+    assert received.wait(2 + has_run) == [b"warm-up", *[b"victim"] * has_run, b"x"]
+    # Nobody answers the answers, so each of them ends.
+    assert set(answered.wait(2 + has_run)) <= {"OutcomeUnknown", "NotDelivered", "NoHandler"}
+    counts = server.statistics()
+    assert (counts.queued_msgs, counts.outstanding_msgs) == (0, 0)
