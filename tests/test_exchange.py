@@ -1681,10 +1681,50 @@ def test_closing_a_listener_says_goodbye_to_all_of_its_peers_and_to_no_others() 
     world.server.exchange.close_link(world.listener_link, "it was closed", world.now)
     assert outcomes(world.server.take()) == {sent: OutcomeUnknown}
     assert set(world.server.exchange.handshake.sessions) == {other}
-    unknown = world.ask(b"too late")
+    world.ask(b"too late")
     world.client.exchange.flush(0.0)
     world.deliver()
-    assert outcomes(world.client.take()) == {unknown: OutcomeUnknown}
+    # It was on its way when the listener closed, so it did not run, and goes to the next session.
+    assert outcomes(world.client.take()) == {}
+    assert world.server.contents() == [b"too late"]
+
+
+@pytest.mark.parametrize("closes", ["listener", "connection"])
+def test_what_the_last_acknowledgement_before_a_goodbye_lets_go_did_not_run(closes: str) -> None:
+    """It frees the window, so one more message leaves, to an end that takes nothing any more."""
+    world = World(Limits(window_msgs=1), Limits(window_msgs=1))
+    world.connect()
+    ask, closing, link = (
+        (world.ask, world.server, world.listener_link)
+        if closes == "listener"
+        else (world.server_ask, world.client, world.connection_link)
+    )
+    asking, asking_link = (
+        (world.client, world.connection_link) if closes == "listener" else (world.server, world.listener_link)
+    )
+    session = next(iter(asking.exchange.handshake.sessions))
+    ran, freed, queued = ask(b"ran"), ask(b"freed"), ask(b"queued")
+    asking.exchange.flush(0.0)
+    (_, (frame, *_)), asking_link.sent = asking_link.sent[0], []
+    routing_id = world.routing_id if closes == "listener" else b""
+    closing.exchange.handshake.receive(link, routing_id, frame, [], 0.0)
+    closing.run()
+    closing.exchange.close_link(link, "it was closed", 0.0)
+    for _, (frame, *_) in link.sent:
+        asking.exchange.handshake.receive(asking_link, b"" if routing_id else world.routing_id, frame, [], 0.0)
+        asking.exchange.flush(0.0)
+    link.sent = []
+    assert session.peer_processed_through == 0, "the session has begun anew"
+    told = outcomes(asking.take())
+    if closes == "connection":
+        # There was nothing to run at the connection, which is told before the goodbye.
+        assert told == {ran: NoHandler, freed: NotDelivered, queued: NotDelivered}
+        return
+    assert told == {ran: OutcomeUnknown}
+    world.link_down()
+    world.start_server()
+    world.connect()
+    assert world.server.contents() == [b"freed", b"queued"]
 
 
 # Deadlines of sessions.

@@ -2,7 +2,8 @@
 
 import pytest
 
-from messenger.link import FOREVER, GoneOutlet, Link, Outgoing, Outlet
+from messenger.link import FOREVER, GoneOutlet, Link, Outlet
+from messenger.outgoing import Outgoing
 
 
 def outgoing(data: bytes, large: bytes | None = None) -> Outgoing:

@@ -19,7 +19,8 @@ from messenger.limits import (
     RTO_MIN_S,
     Limits,
 )
-from messenger.link import FOREVER, Link, Outgoing
+from messenger.link import FOREVER, Link
+from messenger.outgoing import Outgoing
 from messenger.session import Session, State
 from messenger.wire import (
     Data,
@@ -987,6 +988,35 @@ def test_a_goodbye_to_nobody_only_closes() -> None:
     assert not new.is_closed
     new.say_goodbye()
     assert new.state is State.CLOSED
+
+
+@pytest.mark.parametrize(
+    ("received", "back"),
+    [
+        (0, b"cdefg"),  # An acknowledgement that came before says more than a goodbye that was overtaken by it.
+        (2, b"cdefg"),
+        (3, b"defg"),
+        (4, b"efg"),
+        (5, b"fg"),
+        (6, b"g"),
+        (7, b""),
+        (99, b""),
+    ],
+)
+def test_what_an_end_that_is_gone_has_not_received_is_queued_again(received: int, back: bytes) -> None:
+    end = End(window_msgs=6)
+    end.send(b"a", b"b")
+    end.send(b"c", b"d", b"e")
+    end.send(b"f", b"g")
+    end.receive(received=2, processed=1)
+    end.flush()
+    end.queue(b"z")
+    end.session.take_back(received)
+    waiting = [message.data[-1:] for message in end.session.queue]
+    assert b"".join(waiting) == back + b"z"
+    assert end.session.queue_bytes == sum(message.size_bytes for message in end.session.queue)
+    lost = b"".join(message.data[-1:] for message in end.session.end())
+    assert lost + b"".join(waiting) == b"bcdefgz"
 
 
 def test_how_a_session_is_named() -> None:

@@ -27,6 +27,7 @@ from messenger.wire import (
     decode_challenge,
     decode_data,
     decode_data_frame,
+    decode_goodbye,
     decode_header,
     decode_hello,
     decode_identity,
@@ -35,6 +36,7 @@ from messenger.wire import (
     decode_response,
     encode_challenge,
     encode_data,
+    encode_goodbye,
     encode_header,
     encode_hello,
     encode_identity,
@@ -145,6 +147,8 @@ def decode_frame(frame: bytes, extra: Sequence[bytes] = ()) -> tuple[object, ...
     if header.kind == Kind.DATA:
         data = decode_data(frame)
         return header, data, decode_batch(frame, header.flags, data.msg_count, extra)
+    if header.kind == Kind.GOODBYE:
+        return header, decode_goodbye(frame)
     return (header,)
 
 
@@ -163,8 +167,9 @@ def test_hello_and_challenge_come_back(
 def test_response_unknown_and_goodbye_come_back(source: int, dest: int, echo: int) -> None:
     header = Header(VERSION, Kind.RESPONSE, 0, source, dest)
     assert decode_frame(encode_response(source, dest, echo)) == (header, echo)
-    for kind in (Kind.UNKNOWN, Kind.GOODBYE):
-        assert decode_frame(encode_header(kind, source, dest)) == (Header(VERSION, kind, 0, source, dest),)
+    assert decode_frame(encode_header(Kind.UNKNOWN, source, dest)) == (Header(VERSION, Kind.UNKNOWN, 0, source, dest),)
+    header = Header(VERSION, Kind.GOODBYE, 0, source, dest)
+    assert decode_frame(encode_goodbye(source, dest, echo)) == (header, echo)
 
 
 @given(NUMBERS, st.sampled_from(Reason), st.text(), NUMBERS)
@@ -234,7 +239,7 @@ GOLDEN: list[tuple[bytes, str]] = [
     (encode_header(Kind.UNKNOWN, 0, 2), "4d010500 0000000000000000 0200000000000000"),
     (encode_refusal(2, Reason.IDENTITY_IN_USE, "no"), "4d010602 0000000000000000 0200000000000000 6e6f"),
     (encode_refusal(2, Reason.LIMIT, "no", 1), "4d010603 0100000000000000 0200000000000000 6e6f"),
-    (encode_header(Kind.GOODBYE, 1, 2), "4d010700 0100000000000000 0200000000000000"),
+    (encode_goodbye(1, 2, 3), "4d010700 0100000000000000 0200000000000000 0300000000000000"),
 ]  # fmt: skip
 
 

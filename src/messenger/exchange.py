@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, NoHandler, OutcomeUnknown, QueueFull
 from .handshake import Decoded, Handshake
 from .limits import BATCH_MSGS_MAX, LARGE_BYTES_MIN, Limits
-from .link import FOREVER, Link, Outgoing, Outlet
+from .link import FOREVER, Link, Outlet
 from .message import Callback, ErrorCallback, Message, Statistics, Waiter
 from .outcomes import Outcomes
+from .outgoing import Outgoing
 from .session import Random, Session
 from .wire import (
     ECHO,

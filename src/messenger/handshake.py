@@ -51,6 +51,7 @@ from .wire import (
     decode_batch,
     decode_challenge,
     decode_data_frame,
+    decode_goodbye,
     decode_header,
     decode_hello,
     decode_identity,
@@ -225,6 +226,7 @@ class Handshake:
             self._owner.handle_refused(session, reason, decode_refusal(frame), is_known)
             self._owner.mark_dirty(session)
         elif header.kind == Kind.GOODBYE and is_known:
+            session.take_back(decode_goodbye(frame))
             self._owner.handle_ended(session, "the other end has closed")
             self._start_hello(session, link, now)
         else:
@@ -263,6 +265,7 @@ class Handshake:
         if header.kind == Kind.HELLO:
             self._handle_hello(link, routing_id, header.source_incarnation, decode_hello(frame), now)
         elif session is not None and is_known and header.kind == Kind.GOODBYE:
+            session.take_back(decode_goodbye(frame))
             self._end(session, "the other end has closed")
         elif challenged is not None and header.dest_incarnation == challenged.incarnation:
             if header.kind == Kind.RESPONSE and decode_response(frame) == challenged.nonce:

@@ -8,58 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import msgspec
-
-from .wire import MSC_ID_MIN, Option, decode_message
+from .outgoing import Outgoing
 
 FOREVER = float("inf")
-
-
-class Outgoing(msgspec.Struct, gc=False, eq=False):
-    """A message on its way out.
-
-    Attributes:
-        message_id: What `send_message` returned; 0 for what the core itself answers.
-        data: The whole message, or if it is large what stands in front of its contents.
-        size_bytes: Of the whole message.
-        deadline_at: When the sender gives it up; infinite for what the core itself answers.
-        outlet: Where it was queued.
-        callback: Run on the response, or the waiter that takes the outcome.
-        on_error: Told of any other outcome.
-        large: The contents of a large message, which are not copied.
-        peer: The routing id that a plain peer has at a listener.
-        roams: Whether another link of the same listener may reach the peer.
-        redeliver: Whether a new process of the peer may get what an old one may have run.
-        option: What goes beside the message, its index still 0.
-    """
-
-    message_id: int
-    data: bytes
-    size_bytes: int
-    deadline_at: float
-    outlet: Any = None
-    callback: Any = None
-    on_error: Any = None
-    large: bytes | None = None
-    peer: bytes = b""
-    roams: bool = False
-    redeliver: bool = False
-    option: Option | None = None
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether nobody waits for its outcome, and nobody ever did."""
-        return self.callback is None and self.on_error is None
-
-    @property
-    def is_answer(self) -> bool:
-        """Whether it means something only to the incarnation that it was given to."""
-        _, dest_callback_id, _ = decode_message(self.data)
-        return dest_callback_id >= MSC_ID_MIN or not self.message_id
-
-    def whole(self) -> bytes:
-        """Return the whole message in one piece."""
-        return self.data if self.large is None else self.data + self.large
 
 
 class Outlet:

@@ -18,8 +18,9 @@ from typing import Any
 from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, OutcomeUnknown
 from .handshake import Handshake
 from .limits import BATCH_MSGS_MAX
-from .link import FOREVER, Link, Outgoing, Outlet
+from .link import FOREVER, Link, Outlet
 from .message import ErrorCallback, Waiter
+from .outgoing import Outgoing
 from .session import Session
 from .wire import Option, OptionKind, Reason, decode_identity
 

@@ -54,11 +54,9 @@ from .limits import (
     RTO_MIN_S,
     Limits,
 )
-from .link import FOREVER, Link, Outgoing, Outlet
-from .wire import Data, Flag, Kind, Option, decode_identity, encode_data, encode_header
-
-# Messages up to this size, on average, keep their bytes until they have their outcome: to let go of each costs more.
-KEPT_BYTES_MAX = 256
+from .link import FOREVER, Link, Outlet
+from .outgoing import Batch, Outgoing
+from .wire import Data, Flag, Option, decode_identity, encode_data, encode_goodbye
 
 
 class Random(Protocol):
@@ -81,39 +79,6 @@ class State(Enum):
 
 # Read for each frame; an attribute of an enumeration costs a call.
 ESTABLISHED = State.ESTABLISHED
-
-
-class Batch:
-    """What went out in one frame, kept until it has been processed; its bytes only until it has been received.
-
-    Attributes:
-        first, last: The numbers of its messages.
-        datas: The bytes of each message, or of large ones what stands in front of their contents.
-        is_plain: Whether no message is large or has an option.
-    """
-
-    __slots__ = ("datas", "first", "is_plain", "last", "messages", "size_bytes")
-
-    def __init__(self, first: int, messages: list[Outgoing], size_bytes: int, is_plain: bool) -> None:
-        self.first = first
-        self.last = first + len(messages) - 1
-        self.messages = messages
-        self.datas = [outgoing.data for outgoing in messages] if len(messages) > 1 else [messages[0].data]
-        self.size_bytes = size_bytes
-        self.is_plain = is_plain
-        if size_bytes > KEPT_BYTES_MAX * len(messages):
-            # A message whose response is awaited for long must not hold its bytes for as long.
-            for outgoing in messages:
-                if not outgoing.redeliver:
-                    outgoing.data = b""
-
-    def forget_bytes(self) -> None:
-        """Let go of what will not be sent again."""
-        self.datas = []
-        if not self.is_plain:
-            for outgoing in self.messages:
-                if not outgoing.redeliver:
-                    outgoing.large = None
 
 
 class Session(Outlet):
@@ -230,6 +195,24 @@ class Session(Outlet):
             self.peer_incarnation = 0  # Answers to it must find that it is gone.
         self._reset(self._limits.window_msgs, self._limits.window_bytes, self.heard_at)
         return lost
+
+    def take_back(self, received_through: int) -> None:
+        """Queue again what the other end, which is gone for good, has never received: it certainly did not run."""
+        known_through = max(received_through, self.peer_received_through)
+        back: list[Outgoing] = []
+        kept: deque[Batch] = deque()
+        for batch in self._unprocessed:
+            kept_count = max(0, known_through + 1 - batch.first)
+            for outgoing, data in zip(batch.messages[kept_count:], batch.datas[kept_count:], strict=True):
+                outgoing.data = data
+                back.append(outgoing)
+            self.is_plain = self.is_plain and (batch.is_plain or not back)
+            if kept_count:
+                del batch.messages[kept_count:]
+                kept.append(batch)
+        self._unprocessed = kept
+        self.queue.extendleft(reversed(back))
+        self.queue_bytes += sum(outgoing.size_bytes for outgoing in back)
 
     # Sending.
 
@@ -378,9 +361,8 @@ class Session(Outlet):
         if self.link is not None and self.state is State.ESTABLISHED:
             self._send_empty(0)
         if self.link is not None and self.state is State.ESTABLISHED:
-            self.link.send_frames(
-                self.routing_id, [encode_header(Kind.GOODBYE, self.incarnation, self.peer_incarnation)]
-            )
+            goodbye = encode_goodbye(self.incarnation, self.peer_incarnation, self.received_through)
+            self.link.send_frames(self.routing_id, [goodbye])
         self.state = State.CLOSED
 
     @property

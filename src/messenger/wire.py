@@ -103,6 +103,7 @@ _HEADER = struct.Struct("<BBBBQQ")
 _HELLO = struct.Struct("<QQIQ")
 _CHALLENGE = struct.Struct("<QQIQ")
 _RESPONSE = struct.Struct("<Q")
+_GOODBYE = struct.Struct("<Q")
 _DATA = struct.Struct("<QQQI")
 # Both at once, for the frames that are many.
 _DATA_FRAME = struct.Struct("<BBBBQQQQQI")
@@ -207,7 +208,7 @@ class Data(NamedTuple):
 
 
 def encode_header(kind: Kind, source_incarnation: int, dest_incarnation: int, flags: int = 0) -> bytes:
-    """Return a whole UNKNOWN or GOODBYE frame, or the start of any other."""
+    """Return a whole UNKNOWN frame, or the start of any other."""
     return _HEADER.pack(MAGIC, VERSION, kind, flags, source_incarnation, dest_incarnation)
 
 
@@ -254,6 +255,17 @@ def decode_response(frame: bytes) -> int:
     """Return the nonce that a RESPONSE frame echoes."""
     (echo,) = _unpack(_RESPONSE, frame)
     return int(echo)
+
+
+def encode_goodbye(source_incarnation: int, dest_incarnation: int, received_through: int) -> bytes:
+    """Return a GOODBYE frame."""
+    return encode_header(Kind.GOODBYE, source_incarnation, dest_incarnation) + _GOODBYE.pack(received_through)
+
+
+def decode_goodbye(frame: bytes) -> int:
+    """Return the number of the last message that the sender of a GOODBYE has received."""
+    (received_through,) = _unpack(_GOODBYE, frame)
+    return int(received_through)
 
 
 def encode_refusal(dest_incarnation: int, reason: Reason, text: str, source_incarnation: int = 0) -> bytes:

@@ -25,10 +25,12 @@ def _run(chunks: Iterable[range], total_count: int) -> tuple[Counter[str], list[
             failing += some_failing
             spent_s = time.monotonic() - began_at
             line = f"{done_count} of {total_count} seeds, {len(failing)} violations, {done_count / spent_s:.0f} seeds/s"
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"\r{line}", end="", file=sys.stderr, flush=True)
             if len(failing) >= REPORTS_MAX:
                 break
-    print(file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     return counts, failing
 
 

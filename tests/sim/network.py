@@ -158,6 +158,9 @@ class Network:
     def transmit(self, wire: Wire, direction: int, packet: Packet) -> None:
         """Take a packet off a process."""
         sender = wire.connection.process if direction == TO_LISTENER else wire.listener.process
+        sender.simulator.note_step()
+        if not sender.is_alive:
+            return  # It was killed before it could send this.
         self._watch(sender, packet, True)
         if wire.is_cut:
             return

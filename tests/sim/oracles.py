@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from messenger.errors import DeliveryError, HandlerError, IdentityInUse, NoHandler, NotDelivered, OutcomeUnknown
-from messenger.link import GoneOutlet
+from messenger.errors import (
+    Cancelled,
+    DeliveryError,
+    HandlerError,
+    IdentityInUse,
+    NoHandler,
+    NotDelivered,
+    OutcomeUnknown,
+)
+from messenger.link import FOREVER, GoneOutlet
 from messenger.message import Message
 from messenger.session import Session
 from messenger.wire import MAGIC, Kind
@@ -23,6 +31,11 @@ if TYPE_CHECKING:
 
 # The start of a DATA frame: magic, version, kind, flags, two incarnations, first, two acknowledgements, count.
 _DATA_START = Struct("<BBBBQQQQQI")
+# The start of every frame, and the nonce of a HELLO.
+_HEADER = Struct("<BBBBQQ")
+_HELLO_START = Struct("<BBBBQQQ")
+# A listener has forgotten a peer that is gone so long after its idle time.
+FORGET_LATE_S = 2.0
 # A deadline may be swept so much later than it is reached, with the spacing of sweeps and a late timer.
 SWEEP_LATE_S = 0.25
 
@@ -67,6 +80,7 @@ class Sent(msgspec.Struct, eq=False, kw_only=True):
     msc_runs: int = 0
     raised: bool = False
     replied: bool = False
+    cancelled: bool = False
     outcomes: list[str] = msgspec.field(default_factory=list)
 
     def __str__(self) -> str:
@@ -101,6 +115,13 @@ class Oracles:
         self._last_run: dict[Any, int] = {}
         # By (sender's, receiver's incarnation): the highest number that the sender was told to be processed.
         self._told_processed: dict[tuple[int, int], int] = {}
+        # By incarnation: its process. By (challenger's, challenged incarnation): when that challenge was first sent.
+        # By a connection's incarnation: its last nonce, and when that was first sent.
+        self._owners: dict[int, Any] = {}
+        self._challenged_at: dict[tuple[int, int], float] = {}
+        self._hellos: dict[int, tuple[int, float]] = {}
+        # By an end's incarnation: the other incarnation that it was seen to be established with.
+        self._established: dict[int, int] = {}
 
     def fail(self, rule: str, text: str) -> None:
         """Note a broken rule."""
@@ -180,6 +201,8 @@ class Oracles:
             self.fail("false outcome", f"{sent}: there is a handler, and NoHandler is told")
         if isinstance(error, IdentityInUse) and not self.may_end:
             self.fail("false outcome", f"{sent}: nobody else has its identity, and {name} is told")
+        if isinstance(error, Cancelled) and not sent.cancelled:
+            self.fail("false outcome", f"{sent} was not given up, and {name} is told")
         if isinstance(error, HandlerError) and not sent.raised:
             self.fail("false outcome", f"{sent} did not raise, and {name} is told")
         if (
@@ -204,6 +227,8 @@ class Oracles:
     def watch_packet(self, process: "Process", packet: "Packet", is_sent: bool) -> None:
         """Check a packet that a process sends or receives."""
         frame = packet[0]
+        if is_sent:
+            self._note_handshake(process, frame)
         if len(frame) < _DATA_START.size or frame[0] != MAGIC or frame[2] != Kind.DATA:
             return
         _, _, _, _, source, dest, first, _, processed_through, msg_count = _DATA_START.unpack_from(frame)
@@ -216,6 +241,31 @@ class Oracles:
             self.fail("window exceeded", f"{process}: {in_flight} of {self._window_msgs}")
         if processed_through:
             self._check_processed(process, {source, dest}, processed_through)
+
+    def _note_handshake(self, process: "Process", frame: bytes) -> None:
+        _, _, kind, _, source, dest = _HEADER.unpack_from(frame)
+        if kind == Kind.CHALLENGE:
+            self._owners[source] = process
+            self._challenged_at.setdefault((source, dest), self._clock())
+        elif kind == Kind.HELLO:
+            *_, nonce = _HELLO_START.unpack_from(frame)
+            if self._hellos.get(source, (0, 0.0))[0] != nonce:
+                self._hellos[source] = (nonce, self._clock())
+
+    def note_owner(self, process: "Process", incarnation: int) -> None:
+        """A connection's incarnation was drawn."""
+        self._owners[incarnation] = process
+
+    def check_established(self, process: "Process") -> None:
+        """An incarnation counts only when its process has lived to see a fresh nonce."""
+        for session in process.exchange.handshake.sessions:
+            ours, theirs = session.incarnation, session.peer_incarnation
+            if not theirs or self._established.get(ours) == theirs:
+                continue
+            self._established[ours] = theirs
+            at = self._hellos[ours][1] if process.is_client else self._challenged_at.get((ours, theirs), FOREVER)
+            if self._owners[theirs].died_at < at:
+                self.fail("the dead established", f"{process}: with {self._owners[theirs]}")
 
     def _check_processed(self, process: "Process", incarnations: set[int], processed_through: int) -> None:
         """Nothing is acknowledged as processed whose callback has not returned."""
@@ -246,6 +296,8 @@ class Oracles:
                 self.fail("queue not bounded", f"{process}: {queued_count} wait for {session}")
             if session.queue_bytes != sum(outgoing.size_bytes for outgoing in session.queue):
                 self.fail("queue not bounded", f"{process}: queue_bytes of {session} is {session.queue_bytes}")
+        if not process.is_client and len(exchange.handshake.sessions) > limits.sessions_max:
+            self.fail("sessions not bounded", f"{process}: {len(exchange.handshake.sessions)}")
         if process.is_busy:
             return
         for sent in process.open_messages():
@@ -279,12 +331,23 @@ class Oracles:
                 self.fail("not redelivered", f"{sent}, {sent.action}")
             if sent.is_probe and sent.outcomes != ["response"]:
                 self.fail("no progress", f"{sent} after healing: {sent.outcomes}")
+        self._check_forgotten(processes)
         for process in processes:
             if process.is_alive and not process.exchange.is_settled:
                 exchange = process.exchange
                 waits = f"{exchange.outstanding_count} outstanding, {exchange.queued_count} queued"
                 unprocessed = [session.unprocessed_count for session in exchange.handshake.sessions]
                 self.fail("not settled", f"{process}: {waits}, {unprocessed} not processed")
+
+    def _check_forgotten(self, processes: list["Process"]) -> None:
+        """A listener keeps no session of whom it has heard nothing for long."""
+        for process in processes:
+            if not process.is_alive or process.is_client:
+                continue
+            for session in process.exchange.handshake.sessions:
+                gone_s = self._clock() - self._owners[session.peer_incarnation].died_at
+                if gone_s > process.limits.session_idle_s_max + FORGET_LATE_S:
+                    self.fail("the dead not forgotten", f"{process}: {session}, gone for {gone_s:.1f} s")
 
 
 def token_of(message: Message) -> int:

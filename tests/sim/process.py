@@ -2,7 +2,10 @@
 
 A turn takes what has arrived and what is due, runs callbacks, then flushes and looks at its links, as
 `messenger.loop.Loop` does. A callback may take time; meanwhile the process takes no input, unless another thread
-**leads**, as one that waits in `request` does.
+**leads**, as one that waits in `request` does. A listener with workers hands each message to the next free one; they
+start in order and end in any.
+
+A process may be killed at each of its steps, between two packets, callbacks or frames of one turn too.
 """
 
 from collections import deque
@@ -45,7 +48,7 @@ class WatchedExchange(Exchange):
 
     def handle_refused(self, session: Session, *details: Any) -> None:
         """Note it, and go on."""
-        self.process.simulator.oracles.note_refused(self.process, session, str(details[-1]))
+        self.process.simulator.oracles.note_refused(self.process, session, str(details[1]))
         super().handle_refused(session, *details)
 
 
@@ -71,6 +74,10 @@ class Process:
         self._open: dict[int, Sent] = {}
         self._inbox: deque[tuple[SimLink, bytes, tuple[bytes, ...]]] = deque()
         self._running: Message | None = None
+        # Of a listener with workers: what waits for one, and what they work on.
+        self._backlog: deque[Message] = deque()
+        self._working: list[Message] = []
+        self.died_at = FOREVER
         self._wake_at = FOREVER
         rng = Random(simulator.rng.getrandbits(64))
         self.exchange = WatchedExchange(self, self.limits, self._on_unheard, site.identity, rng)
@@ -80,11 +87,15 @@ class Process:
         if site.is_client:
             for number in range(site.connection_count):
                 link = ConnectionLink(simulator.network, self, f"{self} connection {number}", callback)
-                self.exchange.handshake.open(link)
+                session = self.exchange.handshake.open(link)
+                simulator.oracles.note_owner(self, session.incarnation)
                 self._adopt(link)
                 simulator.network.connect(link)
         else:
-            self._adopt(ListenerLink(simulator.network, self, f"{self} listener", callback))
+            slc = self._submit if site.worker_count else callback
+            listener = ListenerLink(simulator.network, self, f"{self} listener", slc)
+            listener.has_workers = site.worker_count > 0
+            self._adopt(listener)
 
     def _adopt(self, link: SimLink) -> None:
         self.links.append(link)
@@ -140,15 +151,21 @@ class Process:
     def _take_input(self) -> None:
         now = self.simulator.now
         while self._inbox:
+            self.simulator.note_step()
+            if not self.is_alive:
+                return
             link, routing_id, packet = self._inbox.popleft()
             self.simulator.oracles.watch_packet(self, packet, False)
             self._guard(self.exchange.handshake.receive, link, routing_id, packet[0], list(packet[1:]), now)
+            self.simulator.oracles.check_established(self)
         if self.exchange.next_deadline_at <= now:
             self._guard(self.exchange.handle_deadline, now)
             self.simulator.oracles.check_deadline(self)
 
     def _read_events(self) -> None:
         now = self.simulator.now
+        if not self.is_alive:
+            return
         self._guard(self.exchange.flush, now)
         for link in self.links:
             if isinstance(link, ConnectionLink) and link.told_up != (link.wire is not None):
@@ -161,7 +178,10 @@ class Process:
 
     def _run_calls(self) -> None:
         calls = self.exchange.calls
-        while calls and not self.is_busy and self.is_alive:
+        while calls and not self.is_busy:
+            self.simulator.note_step()
+            if not self.is_alive:
+                return
             callback, argument = calls.popleft()
             if callback is BATCH_PROCESSED:
                 self._guard(self.exchange.note_processed, *argument)
@@ -188,10 +208,47 @@ class Process:
         self._running = None
         self.wake(self.simulator.now)
 
+    # Workers.
+
+    def _submit(self, message: Message) -> None:
+        """What an SLC is at a listener with workers: it only hands the message on."""
+        self._backlog.append(message)
+        self.simulator.schedule(self.simulator.now + self.simulator.rng.choice((0.0, 0.001)), self._work)
+
+    def _work(self) -> None:
+        """A worker takes the next message, if one is free."""
+        if not (self.is_alive and self._backlog and len(self._working) < self.site.worker_count):
+            return
+        message = self._backlog.popleft()
+        self._working.append(message)
+        try:
+            pause: Any = self._on_message(message)
+        except Planned as error:
+            self._guard(self.exchange.report_raised, message, error)
+            pause = None
+        duration_s, rest = pause or (0.0, None)
+        self.simulator.schedule(self.simulator.now + duration_s, self._end_work, rest, message)
+
+    def _end_work(self, rest: Callable[[], None] | None, message: Message) -> None:
+        if not self.is_alive:
+            return
+        try:
+            if rest is not None:
+                rest()
+        except Planned as error:
+            self._guard(self.exchange.report_raised, message, error)
+        self._working.remove(message)
+        self._guard(self.exchange.note_one_processed, message)
+        self._guard(self.exchange.flush, self.simulator.now)
+        self.wake(max(self.exchange.next_deadline_at, self.simulator.now))
+        self._work()
+
     def waiting_messages(self) -> Iterator[Message]:
         """Yield the messages whose callbacks have not returned."""
         if self._running is not None:
             yield self._running
+        yield from self._working
+        yield from self._backlog
         for callback, argument in self.exchange.calls:
             if callback is not BATCH_PROCESSED and isinstance(argument, Message):
                 yield argument
@@ -216,7 +273,7 @@ class Process:
             (partial(self._on_response, sent), partial(self._on_error, sent)) if sent.waits else (None,) * 2
         )
         try:
-            self._guard(
+            message_id = self._guard(
                 self.exchange.send,
                 *(outlet, b"", contents, callback, on_error),
                 *(dest_callback_id, sent.deadline_at, False, sent.redeliver),
@@ -227,12 +284,22 @@ class Process:
         simulator.oracles.note_sent(sent)
         if sent.waits:
             self._open[sent.token] = sent
+            if options.get("cancel_after_s") is not None:
+                simulator.schedule(simulator.now + options["cancel_after_s"], self._cancel, sent, message_id)
         if not self._running:
             # Another thread sends by itself; what a callback sends waits for the end of the turn.
             self._guard(self.exchange.flush, simulator.now)
             self.wake(max(self.exchange.next_deadline_at, simulator.now))
         simulator.note("send", sent, outlet, dest_callback_id, sent.action)
         return sent
+
+    def _cancel(self, sent: Sent, message_id: int) -> None:
+        """A user gives a message up; it is told so only if it has no outcome yet."""
+        if not self.is_alive:
+            return
+        sent.cancelled = bool(self._guard(self.exchange.cancel, message_id))
+        self.simulator.note("cancel", sent, sent.cancelled)
+        self.wake(self.simulator.now)
 
     def _on_message(self, message: Message) -> Any:
         """The SLC, the connection's callback, and the registered one."""
@@ -276,6 +343,7 @@ class Process:
         """End without a word."""
         self.simulator.note("crash", self)
         self.is_alive = False
+        self.died_at = self.simulator.now
         self.simulator.network.end_process(self, drains=self.simulator.rng.random() < 0.7)
 
     def close(self) -> None:
@@ -285,6 +353,8 @@ class Process:
         for link in self.links:
             self._guard(self.exchange.close_link, link, "the messenger was closed", self.simulator.now)
         self._running = None
+        self._working.clear()
+        self._backlog.clear()
         calls = self.exchange.calls
         while calls:
             callback, argument = calls.popleft()
@@ -296,6 +366,7 @@ class Process:
                 self._guard(self.exchange.report_raised, argument, error)
         self.has_closed = True
         self.is_alive = False
+        self.died_at = self.simulator.now
         self.simulator.network.end_process(self, drains=True)
 
 

@@ -26,6 +26,7 @@ HEAL_S = 9.0
 # So long after healing all is as if nothing had happened; what is sent then must be answered soon.
 RECOVER_S = 25.0
 ANSWER_S = 5.0
+WAKE_UP_S = 2.5
 SETTLE_S = 15.0
 AUDIT_S = 1.0
 # A run has some hundreds of events; more than this is two ends that never stop to answer each other.
@@ -41,13 +42,14 @@ class Site(msgspec.Struct, eq=False, kw_only=True):
     is_client: bool
     has_callback: bool
     connection_count: int = 0
+    worker_count: int = 0
     is_led: bool = False
     may_lack_handler: bool = False
     process: Any = None
     lives: int = 0
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class Plan(msgspec.Struct, kw_only=True):
     """What a seed decides before the run starts."""
 
     limits: Limits
@@ -57,6 +59,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     msg_count: int
     slow_share: float
     longest_s: float
+    worker_count: int = 0
+    cancel_share: float = 0.0
+    visitor_count: int = 0
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,8 +89,16 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join(lines)
 
 
-def draw_plan(rng: Random) -> Plan:
-    """Draw what a run is like; about one in twelve has no faults at all."""
+# A session that is heard of says something within 12.5 s; a listener with less patience forgets the living too.
+IDLE_S_MIN = 13
+
+
+def draw_plan(rng: Random, more: Random) -> Plan:
+    """Draw what a run is like; about one in twelve has no faults at all.
+
+    Args:
+        more: Draws what was added later, so that a seed without it stays the run that it was.
+    """
     is_calm = rng.random() < 0.08
     mode = rng.choices((Mode.FIFO, Mode.LOSSY, Mode.HARSH), (45, 15, 40))[0]
     delay_s = rng.choice(((0.0001, 0.002), (0.001, 0.02), (0.001, 0.02), (0.2, 0.5)))
@@ -101,7 +114,7 @@ def draw_plan(rng: Random) -> Plan:
         window_bytes=rng.choice((100, 4096, 64 * 1024 * 1024)),
         queue_msgs_max=rng.choice((4, 50, 100_000)),
     )
-    return Plan(
+    plan = Plan(
         limits=limits,
         weather=weather,
         client_count=rng.choice((1, 1, 2)),
@@ -110,6 +123,20 @@ def draw_plan(rng: Random) -> Plan:
         msg_count=rng.randint(5, 15 if delay_s[0] > 0.1 else 50),
         slow_share=rng.choice((0.0, 0.1, 0.3)),
         longest_s=rng.choice((0.05, 0.5, 3.0)),
+    )
+    # No more sessions than the clients that live need, so those of the dead must make room.
+    sessions_max = more.choice((10_000, 10_000, 2 * plan.client_count))
+    idle_s = more.choice((600, IDLE_S_MIN)) if sessions_max == 10_000 else IDLE_S_MIN
+    if more.random() < 0.1:
+        # Callbacks that take as long as its patience would make it forget at any time.
+        idle_s, plan.longest_s = 3, 0.5
+    return msgspec.structs.replace(
+        plan,
+        limits=msgspec.structs.replace(limits, sessions_max=sessions_max, session_idle_s_max=idle_s),
+        worker_count=more.choice((0, 0, 1, 3)),
+        cancel_share=more.choice((0.0, 0.2)),
+        # What waits for a visitor that is gone must be over at the end, so the server must forget it before.
+        visitor_count=more.choice((0, 4)) if plan.fault_count and idle_s <= IDLE_S_MIN else 0,
     )
 
 
@@ -121,11 +148,12 @@ class Simulator:
         sites: The server's is the first.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, change: Callable[[Plan], Plan] = lambda plan: plan) -> None:
         self.seed = seed
         self.rng = Random(seed)
+        self.more = Random(f"{seed} more")
         self.now = 0.0
-        self.plan = draw_plan(self.rng)
+        self.plan = change(draw_plan(self.rng, self.more))
         self.log: list[tuple[Any, ...]] = []
         self.tracebacks: list[str] = []
         self.oracles = Oracles(lambda: self.now, self.note, self.plan.limits.window_msgs)
@@ -137,6 +165,7 @@ class Simulator:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._event_count = 0
         self._token = 0
+        self.step_count = 0
         self._processes: list[Process] = []
         self.sites = self._draw_sites()
 
@@ -151,6 +180,8 @@ class Simulator:
             sites.append(site)
         for site in sites:
             site.is_led = rng.random() < 0.5
+        # Without a callback there is nothing for workers to do.
+        server.worker_count = self.plan.worker_count if server.has_callback else 0
         for site in sites[1:]:
             site.may_lack_handler = not server.has_callback
         server.may_lack_handler = not all(site.has_callback for site in sites[1:])
@@ -162,6 +193,10 @@ class Simulator:
         """Have a function called at an instant."""
         self._event_count += 1
         heapq.heappush(self._events, (at, self._event_count, function, arguments))
+
+    def note_step(self) -> None:
+        """A process is about to take a packet, run a callback or send a frame; or an event is about to happen."""
+        self.step_count += 1
 
     def note(self, what: str, *details: Any) -> None:
         """Write an event into the log."""
@@ -245,12 +280,24 @@ class Simulator:
         for _ in range(burst):
             if site.is_client:
                 link = self.rng.choice(process.links)
-                process.send(link.session, draw_dest(self.rng, self.sites[0].has_callback))
+                process.send(
+                    link.session, draw_dest(self.rng, self.sites[0].has_callback), cancel_after_s=self._draw_cancel()
+                )
             else:
                 peer = self.rng.choice(self.sites[1:])
                 session = process.exchange.handshake.find(process.links[0].handle, peer.identity)
                 if session is not None:
-                    process.send(session, draw_dest(self.rng, peer.has_callback))
+                    process.send(session, draw_dest(self.rng, peer.has_callback), cancel_after_s=self._draw_cancel())
+
+    def _draw_cancel(self) -> float | None:
+        """Return after how long a message is given up, if it is."""
+        return self.more.choice((0.0, 0.01, 0.5)) if self.more.random() < self.plan.cancel_share else None
+
+    def _wake_up(self) -> None:
+        """A listener may have forgotten who was silent for long; the first message then finds that out."""
+        for site in self.sites[1:]:
+            for link in site.process.links:
+                site.process.send(link.session, draw_dest(self.more, self.sites[0].has_callback))
 
     def _probe(self) -> None:
         """After healing, all connections work, in both directions."""
@@ -274,8 +321,11 @@ class Simulator:
         kinds += [self._end_client, self._end_server, self._start_twin]
         for _ in range(self.plan.fault_count):
             self.schedule(self.rng.uniform(0.0, HEAL_S - 4.5), self.rng.choices(kinds, (4, 3, 3, 4, 4, 1))[0])
+        for number in range(self.plan.visitor_count):
+            self.schedule(self.more.uniform(0.0, HEAL_S - 2.0), self._start_visitor, number)
         weather = self.plan.weather
-        self.oracles.may_end = bool(self.plan.fault_count or weather.loss)
+        is_impatient = self.plan.limits.session_idle_s_max < IDLE_S_MIN
+        self.oracles.may_end = bool(self.plan.fault_count or weather.loss or is_impatient)
 
     def _pick_wire(self) -> Wire | None:
         return self.rng.choice(self.network.wires) if self.network.wires else None
@@ -334,6 +384,16 @@ class Simulator:
         if twin.process.is_alive:
             end()
 
+    def _start_visitor(self, number: int) -> None:
+        """Another client comes for a moment, sends, and never comes again: only its going is to be remembered."""
+        name = f"visitor{number}"
+        visitor = Site(name=name, identity=name.encode(), is_client=True, has_callback=True, connection_count=1)
+        visitor.may_lack_handler = not self.sites[0].has_callback
+        self._start(visitor)
+        self._send(visitor, 2)
+        end = visitor.process.crash if self.more.random() < 0.5 else visitor.process.close
+        self.schedule(self.now + self.more.choice((0.05, 0.3, 2.0)), self._end_twin, visitor, end)
+
     def _heal(self) -> None:
         self.network.heal(Weather(mode=Mode.FIFO, delay_s=self.plan.weather.delay_s))
 
@@ -358,6 +418,8 @@ class Simulator:
         self._draw_faults()
         self.schedule(AUDIT_S, self._audit)
         self.schedule(HEAL_S, self._heal)
+        if self.plan.limits.session_idle_s_max < IDLE_S_MIN:
+            self.schedule(HEAL_S + RECOVER_S - WAKE_UP_S, self._wake_up)
         self.schedule(HEAL_S + RECOVER_S, self._probe)
         end_at = HEAL_S + RECOVER_S + ANSWER_S + SETTLE_S
         events = self._events
@@ -366,6 +428,7 @@ class Simulator:
                 self.oracles.check_end(self._processes)
                 break
             self.now, _, function, arguments = heapq.heappop(events)
+            self.note_step()
             function(*arguments)
         else:
             self.oracles.fail("storm", f"{EVENTS_MAX} events and no end")

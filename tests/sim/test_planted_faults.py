@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from messenger import handshake
@@ -12,7 +13,9 @@ from messenger.exchange import Exchange
 from messenger.handshake import Handshake
 from messenger.limits import HELLO_S_MIN
 from messenger.link import FOREVER
+from messenger.outgoing import Batch
 from messenger.session import Session, State
+from messenger.wire import Kind, encode_response
 from tests.sim.simulator import simulate
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -22,6 +25,12 @@ def wrap(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, fault: Callable
     """Replace a method by `fault`, which gets the real one first."""
     real = getattr(kind, name)
     monkeypatch.setattr(kind, name, lambda *arguments, **options: fault(real, *arguments, **options))
+
+
+def keep_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have messages keep their bytes, so that a fault which sends them once more than it should can."""
+    monkeypatch.setattr("messenger.outgoing.KEPT_BYTES_MAX", 1 << 40)
+    monkeypatch.setattr(Batch, "forget_bytes", lambda batch: None)
 
 
 def no_dedup(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +91,37 @@ def nonce_unchecked_at_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     wrap(monkeypatch, Handshake, "_handle_challenge", handle_challenge)
 
 
+def nonce_unchecked_at_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any RESPONSE of a challenged connection is believed, also one to an earlier challenge, from a process that died.
+
+    The nonce and the incarnation that a challenge names are both fresh, so both checks must go for one to be missed.
+    """
+
+    def at_listener(real: Any, shake: Handshake, link: Any, routing_id: bytes, header: Any, *rest: Any) -> None:
+        challenged = shake._challenged.get(header.source_incarnation)
+        if header.kind == Kind.RESPONSE and challenged is not None:
+            _, extra, now = rest
+            header = header._replace(dest_incarnation=challenged.incarnation)
+            rest = (encode_response(header.source_incarnation, challenged.incarnation, challenged.nonce), extra, now)
+        real(shake, link, routing_id, header, *rest)
+
+    wrap(monkeypatch, Handshake, "_receive_at_listener", at_listener)
+
+
+def hello_believed_by_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session begins with the HELLO; no nonce is asked for."""
+
+    def handle_hello(
+        real: Any, shake: Handshake, link: Any, routing_id: bytes, source_incarnation: int, hello: Any, now: float
+    ) -> None:
+        real(shake, link, routing_id, source_incarnation, hello, now)
+        challenged = shake._challenged.get(source_incarnation)
+        if challenged is not None:
+            shake._establish(link, routing_id, source_incarnation, challenged, now)
+
+    wrap(monkeypatch, Handshake, "_handle_hello", handle_hello)
+
+
 def nonce_changes_with_every_hello(monkeypatch: pytest.MonkeyPatch) -> None:
     """The round trip of some runs is longer than the time between two HELLOs, if that does not grow."""
 
@@ -121,9 +161,12 @@ def outcome_told_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sent_given_to_the_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_bytes(monkeypatch)
+
     def end(real: Any, session: Session) -> list[Any]:
         lost = real(session)
         if session.connection_link is not None:
+            session.is_plain = False
             session.queue.extendleft(reversed(lost))
             session.queue_bytes += sum(outgoing.size_bytes for outgoing in lost)
         return []
@@ -186,6 +229,17 @@ def never_redelivered(monkeypatch: pytest.MonkeyPatch) -> None:
     wrap(monkeypatch, Session, "end", end)
 
 
+def received_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who says goodbye is believed to have received nothing but what was acknowledged as processed."""
+    keep_bytes(monkeypatch)
+
+    def take_back(real: Any, session: Session, received_through: int) -> None:
+        session.peer_received_through = session.peer_processed_through
+        real(session, session.peer_processed_through)
+
+    wrap(monkeypatch, Session, "take_back", take_back)
+
+
 def answers_given_to_the_successor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Exchange, "_discard_answers", lambda *arguments: None)
 
@@ -212,6 +266,52 @@ def acks_never_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "_owes_much", lambda session: True)
 
 
+def worker_acknowledges_all_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message that a worker is done with is taken for the last one that was not."""
+
+    def note_one_processed(real: Any, exchange: Exchange, message: Any) -> None:
+        if isinstance(message.link, Session):
+            message.link.note_processed(message.number)
+        real(exchange, message)
+
+    wrap(monkeypatch, Exchange, "note_one_processed", note_one_processed)
+
+
+def worker_never_acknowledges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Exchange, "note_one_processed", lambda exchange, message: None)
+
+
+def cancelled_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cancel(real: Any, exchange: Exchange, message_id: int) -> bool:
+        entry = exchange._outstanding.get(message_id)
+        is_open: bool = real(exchange, message_id)
+        if entry is not None:
+            exchange._outstanding[message_id] = entry
+        return is_open
+
+    wrap(monkeypatch, Exchange, "cancel", cancel)
+
+
+def dead_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(real: Any, shake: Handshake, session: Session, why: str) -> None:
+        if why.startswith("nothing was heard"):
+            session.heard_at = FOREVER
+        else:
+            real(shake, session, why)
+
+    wrap(monkeypatch, Handshake, "_end", end)
+
+
+def sessions_max_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def establish(real: Any, shake: Handshake, *rest: Any) -> None:
+        limits = shake._limits
+        shake._limits = msgspec.structs.replace(limits, sessions_max=1_000_000)
+        real(shake, *rest)
+        shake._limits = limits
+
+    wrap(monkeypatch, Handshake, "_establish", establish)
+
+
 # Each with the rules of which one must be broken, and the seeds within which that must happen.
 FAULTS: list[tuple[Plant, set[str], int]] = [
     (no_dedup, {"processed twice"}, 50),
@@ -219,7 +319,14 @@ FAULTS: list[tuple[Plant, set[str], int]] = [
     (no_resend, {"no progress", "message vanished"}, 50),
     (resend_of_the_wrong_batch, {"no progress", "message vanished"}, 50),
     (incarnation_unchecked, {"no progress", "window exceeded", "false response"}, 1_500),
-    (nonce_unchecked_at_connection, {"no progress"}, 500),
+    (nonce_unchecked_at_connection, {"the dead established", "no progress"}, 500),
+    (nonce_unchecked_at_listener, {"the dead established"}, 1_000),
+    (hello_believed_by_listener, {"the dead established"}, 500),
+    (worker_acknowledges_all_before, {"acknowledged too early"}, 50),
+    (worker_never_acknowledges, {"no progress", "message vanished"}, 50),
+    (cancelled_not_forgotten, {"outcome told twice"}, 50),
+    (dead_never_forgotten, {"the dead not forgotten"}, 500),
+    (sessions_max_ignored, {"sessions not bounded"}, 500),
     (nonce_changes_with_every_hello, {"no progress"}, 50),
     (gap_accepted, {"message vanished", "no outcome"}, 50),
     (window_ignored, {"window exceeded"}, 50),
@@ -232,6 +339,7 @@ FAULTS: list[tuple[Plant, set[str], int]] = [
     (redelivered_unmarked, {"redelivered is wrong"}, 300),
     (redelivered_said_undelivered, {"false outcome"}, 500),
     (never_redelivered, {"not redelivered"}, 300),
+    (received_taken_back, {"false outcome", "given to a successor"}, 500),
     (answers_given_to_the_successor, {"false response", "given to a successor", "out of order"}, 500),
     (processed_of_another_incarnation, {"acknowledged too early", "no progress"}, 3_000),
     (identity_given_away, {"identity taken from the living"}, 200),

@@ -34,13 +34,19 @@ def test_runs_differ_and_fail_in_all_ways() -> None:
     """What no run does proves nothing, so this makes sure that all of it happens."""
     outcomes: set[str] = set()
     events: set[str] = set()
+    ends: set[str] = set()
     modes: set[Mode] = set()
     for seed in range(150):
         simulator = Simulator(seed)
         result = simulator.run()
         outcomes |= set(result.counts)
         events |= {entry[1] for entry in result.log}
+        ends |= {entry[3] for entry in result.log if entry[1] == "ended"}
         modes.add(simulator.plan.weather.mode)
-    assert outcomes == {"response", "OutcomeUnknown", "NotDelivered", "NoHandler", "HandlerError", "IdentityInUse"}
+    assert outcomes == {
+        *("response", "OutcomeUnknown", "NotDelivered", "NoHandler", "HandlerError", "IdentityInUse", "Cancelled")
+    }
     assert events >= {"connect", "cut", "partition", "crash", "close", "start", "ended", "run", "unheard", "heal"}
+    assert any("that is sessions_max" in why for why in ends)
+    assert any("nothing was heard of it" in why for why in ends)
     assert modes == set(Mode)

@@ -830,6 +830,6 @@ def test_connection_to_a_hostile_server(
         _, frame = router.receive()
     assert frame.endswith(b"-0-x")
     # Another process says that it is there now: nobody guesses what became of the message.
-    router.send(routing_id, pack_header(GOODBYE, 5, incarnation))
+    router.send(routing_id, pack_header(GOODBYE, 5, incarnation) + struct.pack("<Q", 1))
     assert isinstance(errors.wait()[0], OutcomeUnknown)
     assert client.request(good_destination, b"z").contents == b"answer to z"

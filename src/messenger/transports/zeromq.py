@@ -32,9 +32,18 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
-from ..limits import BATCH_MSGS_MAX, HEADER_BYTES_MAX, LARGE_BYTES_MIN, SOCKETS_MAX, TURN_MSGS_MAX, Limits
-from ..link import Link, Outgoing
+from ..limits import (
+    BATCH_MSGS_MAX,
+    HEADER_BYTES_MAX,
+    LARGE_BYTES_MIN,
+    SOCKETS_MAX,
+    TURN_DROPPED_FRAMES_MAX,
+    TURN_MSGS_MAX,
+    Limits,
+)
+from ..link import Link
 from ..message import Callback
+from ..outgoing import Outgoing
 from .local import IpcLock, inproc_names
 from .wakeup import check_descriptors
 
@@ -96,6 +105,8 @@ class SocketLink(Link):
         self.is_up = False
         self._exchange = exchange
         self._busy = False
+        # Whether frames of a message that goes no further are still to be taken off the socket.
+        self._is_dropping = False
         # Set by the loop: has the events read before anybody sleeps.
         self.touch: Function[[SocketLink], None] = _touch_nothing
         self._frame_bytes_max = limits.message_bytes_max + HEADER_BYTES_MAX
@@ -159,6 +170,9 @@ class SocketLink(Link):
     def receive(self) -> None:
         """Give what has arrived to the exchange: one message if the link was quiet, many if it was busy."""
         for _ in range(TURN_MSGS_MAX if self._busy else 1):
+            if self._is_dropping:
+                self._drop_frames()
+                return
             try:
                 self._receive_one()
             except zmq.Again:
@@ -210,9 +224,17 @@ class SocketLink(Link):
             self._exchange.receive(self, peer, data)
 
     def _drop_rest(self, kind: str) -> None:
-        while self.socket.getsockopt(RCVMORE):
-            self.socket.recv(NOBLOCK)
         self._exchange.drop(kind)
+        self._drop_frames()
+
+    def _drop_frames(self) -> None:
+        """Take frames of a dropped message off the socket, so many that others have their turn in between."""
+        for _ in range(TURN_DROPPED_FRAMES_MAX):
+            if not self.socket.getsockopt(RCVMORE):
+                self._is_dropping = False
+                return
+            self.socket.recv(NOBLOCK)
+        self._is_dropping = True
 
     def close(self, linger_s: float) -> None:
         """Close the socket; wait at most `linger_s` until what was given to it is sent and its endpoints are free."""
