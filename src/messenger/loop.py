@@ -327,8 +327,9 @@ class Loop:
         self.announce_calls()
         self._wake_at = self._exchange.next_deadline_at
         self._leader_sleeps = True
-        self.lock.release()
         try:
+            # In here, so that a Ctrl-C that is raised as it returns leaves with the lock taken, as all else expects.
+            self.lock.release()
             descriptors = self._wakeup.wait_input(max(0.0, self._wake_at - monotonic()))
         finally:
             self.lock.acquire()
@@ -341,8 +342,8 @@ class Loop:
         wake.acquire()
         waiter.wake = wake
         self._followers.append(waiter)
-        self.lock.release()
         try:
+            self.lock.release()
             wake.acquire(timeout=max(0.001, deadline_at - monotonic()))
         finally:
             self.lock.acquire()
