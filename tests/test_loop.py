@@ -1,0 +1,71 @@
+"""`loop`: what a thread that leads must have done before it sleeps. Everything else is tested with real sockets."""
+
+import time
+from typing import Any
+
+from messenger.exchange import Exchange
+from messenger.limits import Limits
+from messenger.link import Link
+from messenger.loop import Loop, State, ThreadWaiter
+
+
+class FakeRandom:
+    def random(self) -> float:
+        return 0.5
+
+    def getrandbits(self, k: int, /) -> int:
+        return 1
+
+
+class FakeLink(Link):
+    """Has input once; what comes then makes it ready to send."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__("connection", None)
+        self.exchange = exchange
+        self.flush_count = 0
+
+    def receive(self) -> None:
+        self.exchange.mark_dirty(self)
+
+    def has_input(self) -> bool:
+        return False
+
+    def flush(self, now: float) -> None:
+        self.flush_count += 1
+
+
+class FakeWakeup:
+    """Keeps whether something waited to be flushed when somebody went to sleep, and ends the wait."""
+
+    def __init__(self, exchange: Exchange, waiter: ThreadWaiter) -> None:
+        self.exchange = exchange
+        self.waiter = waiter
+        self.was_dirty: list[bool] = []
+
+    def take_lead(self) -> None:
+        return
+
+    def give_lead_back(self) -> None:
+        return
+
+    def wait_input(self, timeout: float) -> list[int]:
+        self.was_dirty.append(self.exchange.is_dirty)
+        self.waiter.settle(None, None)
+        return []
+
+
+def test_a_leader_sends_what_input_made_ready_before_it_sleeps() -> None:
+    """It once went to sleep on it, so that a first request on a new connection could wait for the next deadline."""
+    exchange = Exchange("messenger", Limits(), lambda error: None, b"me", FakeRandom())
+    loop = Loop("loop", exchange, lambda: None, lambda: True, lambda timeout: None)
+    waiter = ThreadWaiter()
+    wakeup: Any = FakeWakeup(exchange, waiter)
+    loop._wakeup = wakeup
+    loop.state = State.RUNNING
+    link: Any = FakeLink(exchange)
+    loop._readable.add(link)
+    with loop.lock:
+        loop.await_outcome(waiter, time.monotonic() + 1)
+    assert wakeup.was_dirty == [False]
+    assert link.flush_count == 1
