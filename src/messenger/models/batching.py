@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Weight of the newest batch in the time that a row takes.
 SMOOTHING = 0.2
+SLOWER_MAX = 4.0
 RETRY_S_MIN = 0.01
 
 
@@ -231,8 +232,12 @@ class Batcher:
         """Learn from a batch how long a row takes."""
         queue = self._queues.get((batch.name, batch.version))
         if queue is not None:
-            row_s = (now - max(batch.sent_at, queue.done_at)) / batch.row_count
-            queue.row_s = row_s if not queue.row_s else queue.row_s + SMOOTHING * (row_s - queue.row_s)
+            if queue.done_at:  # The first batch has waited until the model was loaded, so it teaches nothing.
+                row_s = (now - max(batch.sent_at, queue.done_at)) / batch.row_count
+                is_faster = not queue.row_s or row_s < queue.row_s
+                # So does, now and then, a later one at another server: faster is believed at once, slower by and by.
+                slower = SMOOTHING * (min(row_s, SLOWER_MAX * queue.row_s) - queue.row_s)
+                queue.row_s = row_s if is_faster else queue.row_s + slower
             queue.done_at = now
 
     def expire(self, now: float) -> list[InferCall]:

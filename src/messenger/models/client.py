@@ -125,5 +125,6 @@ class ModelClient(ModelCalls):
         answer, _ = decode_answer(message.contents)
         if answer.action == PROGRESS:
             progress = msgspec.convert(answer.result, Progress)
-            if watcher := self._watchers.get(progress.job):
+            watcher = self._watchers.get(progress.job)
+            if watcher is not None:
                 watcher(progress)

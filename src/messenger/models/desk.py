@@ -11,7 +11,7 @@ import msgspec
 
 from messenger import Message, Messenger, MessengerError
 
-from .errors import CommandFailed, Overloaded
+from .errors import CommandFailed, Overloaded, TrainingCancelled
 from .jobs import Inference, Job, Progress
 from .limits import CALL_TIMEOUT_S, NPY_VALUES_MIN
 from .protocol import ANSWER, PROGRESS, Answer, Command, encode, encode_failure, show_error
@@ -142,7 +142,7 @@ class Desk:
 
     def _end(self, message: Message, job: Any, pick: Callable[[Any], Any] = msgspec.to_builtins) -> None:
         if job.cancelled():
-            self._reply(message, encode_failure("the job was cancelled", "TrainingCancelled"))
+            self._reply(message, encode_failure("the job was cancelled", TrainingCancelled.__name__))
         elif (error := job.exception()) is not None:
             self._fail(message, error)
         else:

@@ -33,12 +33,11 @@ FINISHED_JOBS_MAX = 1_000
 # A progress report a training at most so often, so that a fast one does not flood its caller.
 PROGRESS_S = 0.05
 
-# Supervision. A crash of a server that has lived for STEADY_S is the first one again.
+# Supervision. The back-off doubles with each process in a row that crashes before it has said hello.
 CRASHES_MAX = 5
 CRASH_WINDOW_S = 60.0
 BACKOFF_S_MIN = 0.05
 BACKOFF_S_MAX = 5.0
-STEADY_S = 30.0
 STDERR_LINES = 20
 STDERR_LINE_BYTES_MAX = 2_000
 # Our servers are asked every PING_S whether they serve; silent for SILENT_S they get nothing more, for HUNG_S they are

@@ -47,7 +47,7 @@ class _Known:
     def __init__(self, job: Job[Training], on_progress: OnProgress | None) -> None:
         self.job = job
         self.call: Call | None = None
-        self.watchers: list[OnProgress] = [on_progress] if on_progress else []
+        self.watchers: list[OnProgress] = [] if on_progress is None else [on_progress]
 
     @property
     def state(self) -> str:
@@ -104,22 +104,17 @@ class ModelServerManager(ModelCalls):
         batcher = Batcher(batch_rows_max, BATCH_S_MAX, queue_s_max)
         self._batcher = batcher
         self._dispatcher = Dispatcher(messenger, batcher, self._note_progress, Desk(messenger, self).take)
-        self._listening = threading.Event()
+        self._supervisor = Supervisor(servers, crashes_max, self._dispatcher.note_slot_end, self._dispatcher.tick)
+        self._dispatcher.supervisor = self._supervisor
+        self._listens = threading.Event()
         self.listener: Listener = messenger.listen_for_connection(destination, self._take)
+        self._listens.set()
         try:
             words = make_words(command, self.listener, self.folder)
         except ValueError:
             self.listener.close()
             raise
-        self._supervisor = Supervisor(
-            servers,
-            lambda number: [word.replace("{slot}", str(number)) for word in words] if command is None else words,
-            crashes_max,
-            self._dispatcher.note_slot_end,
-            self._dispatcher.tick,
-        )
-        self._dispatcher.supervisor = self._supervisor
-        self._listening.set()
+        self._supervisor.start(words)
 
     # Calls beside those of `ModelCalls`.
 
@@ -174,7 +169,8 @@ class ModelServerManager(ModelCalls):
 
     def watch(self, job_id: str, on_progress: OnProgress) -> None:
         """Have progress of a training reported to one more callback."""
-        if known := self._known.get(job_id):
+        known = self._known.get(job_id)
+        if known is not None:
             known.watchers.append(on_progress)
 
     def cancel(self, job: str | Job[Any]) -> bool:
@@ -313,8 +309,8 @@ class ModelServerManager(ModelCalls):
     # On the messenger's thread.
 
     def _take(self, message: Any) -> None:
-        # The first server may say hello before the constructor is through.
-        self._listening.wait()
+        # Somebody may come before the constructor knows its listener.
+        self._listens.wait()
         self._dispatcher.take(message)
 
     def _note_progress(self, progress: Progress) -> None:

@@ -14,6 +14,7 @@ STEPS_DEFAULT = {"lightgbm": 100, "linear": 1, "random_forest": 100, "gradient_b
 # What ONNX computes in single precision may differ so much from what scikit-learn does in double.
 AGREEMENT_MIN = 0.99
 RELATIVE_ERROR_MAX = 1e-3
+PARALLEL_VALUES_MIN = 1_000_000
 # Trees of a forest that grow between two reports.
 FOREST_STRIDE = 10
 
@@ -32,6 +33,9 @@ def train_lightgbm(request: Request, table: Table, report: Report) -> tuple[byte
         goal = {"objective": "multiclass", "num_class": class_count, "metric": "multi_logloss"}
     # Small data need small leaves; LightGBM's own default of 20 suits thousands of rows.
     small = {"min_data_in_leaf": max(1, min(20, len(table.train_x) // 20)), "verbosity": -1}
+    # Threads that wait for each other cost more than they save on data like these, above all on a busy machine.
+    if table.train_x.size < PARALLEL_VALUES_MIN:
+        small["num_threads"] = 1
     params = small | goal | {"seed": request.seed, "deterministic": True, "force_row_wise": True} | params
 
     def on_iteration(env: Any) -> None:
@@ -45,8 +49,8 @@ def train_lightgbm(request: Request, table: Table, report: Report) -> tuple[byte
     except lightgbm.basic.LightGBMError as error:
         raise TrainingDataInvalid(f"LightGBM: {error}") from error
     text = booster.model_to_string()
-    scores = np.asarray(booster.predict(table.test_x))
-    kept = np.asarray(lightgbm.Booster(params={"verbosity": -1}, model_str=text).predict(table.test_x))
+    scores = np.asarray(booster.predict(table.test_x, num_threads=1))
+    kept = np.asarray(lightgbm.Booster(model_str=text).predict(table.test_x, num_threads=1))
     if not np.array_equal(scores, kept):
         raise TrainingDataInvalid("LightGBM's text model does not predict what the trained model does")
     if class_count == 2:
@@ -87,7 +91,7 @@ def split_params(request: Request) -> tuple[dict[str, Any], int]:
 
 def fit(request: Request, table: Table, params: dict[str, Any], steps: int, report: Report) -> Any:
     """Return a fitted estimator, and report each step on the way."""
-    from sklearn import ensemble, linear_model, neural_network
+    from sklearn import ensemble, linear_model
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -111,17 +115,35 @@ def fit(request: Request, table: Table, params: dict[str, Any], steps: int, repo
             return False
 
         return kind(n_estimators=steps, random_state=seed, **params).fit(x, y, monitor=monitor)
-    kind = neural_network.MLPClassifier if is_class else neural_network.MLPRegressor
     scaler = StandardScaler().fit(x)
-    network = kind(random_state=seed, **params)
-    scaled = scaler.transform(x)
+    return make_pipeline(scaler, fit_network(request, table, params, steps, report, scaler.transform(x)))
+
+
+def fit_network(
+    request: Request, table: Table, params: dict[str, Any], steps: int, report: Report, scaled: "NDArray[Any]"
+) -> Any:
+    """Return a network that was trained on scaled features, a step for each pass over them."""
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+    y = table.train_y
+    mean, spread = 0.0, 1.0
+    if table.classes:
+        network = MLPClassifier(random_state=request.seed, **params)
+    else:
+        network = MLPRegressor(random_state=request.seed, **params)
+        # A network learns slowly to give large numbers, so it learns the target scaled; its last layer undoes that.
+        mean, spread = float(y.mean()), float(y.std()) or 1.0
+        y = (y - mean) / spread
     for step in range(1, steps + 1):
-        if is_class:
+        if table.classes:
             network.partial_fit(scaled, y, classes=range(len(table.classes)))
         else:
             network.partial_fit(scaled, y)
         report(step, steps, "train_loss", float(network.loss_))
-    return make_pipeline(scaler, network)
+    if not table.classes:
+        network.coefs_[-1] *= spread
+        network.intercepts_[-1] = network.intercepts_[-1] * spread + mean
+    return network
 
 
 def progress_metric(model: Any, table: Table) -> tuple[str, float]:

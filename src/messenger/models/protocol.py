@@ -179,10 +179,14 @@ def decode_array(buffer: memoryview) -> "NDArray[Any]":
 
     # A header of numbers or text takes less than this, and a longer one is not worth parsing.
     head = io.BytesIO(buffer[:4096])
-    version = np.lib.format.read_magic(head)
-    if version != (1, 0):
-        raise ValueError(f"the array is in version {version} of .npy, only 1.0 is taken")
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(head)
+    try:
+        version = np.lib.format.read_magic(head)
+        if version != (1, 0):
+            raise ValueError(f"the array is in version {version} of .npy, only 1.0 is taken")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(head)
+    except Exception as error:
+        # Besides ValueError, NumPy lets through what its parser of Python literals raises.
+        raise ValueError(f"the array cannot be read: {str(error)[:200]}") from error
     if dtype.kind not in VALUE_KINDS:
         raise ValueError(f"the array is of {dtype}, only numbers and text are taken")
     data = buffer[head.tell() :]

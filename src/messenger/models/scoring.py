@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Domains of the operators that are part of ONNX.
 ONNX_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
 # From so many rows on LightGBM may use all processors.
-PARALLEL_ROWS_MIN = 2_000
+PARALLEL_ROWS_MIN = 50_000
 
 
 class Model:
@@ -90,7 +90,7 @@ def _load_lightgbm(manifest: Manifest, data: bytes) -> Any:
     import numpy as np
 
     try:
-        booster = lightgbm.Booster(params={"verbosity": -1}, model_str=data.decode())
+        booster = lightgbm.Booster(model_str=data.decode())
     except (lightgbm.basic.LightGBMError, UnicodeDecodeError) as error:
         raise ModelFileInvalid(f"model {manifest.name!r} is no LightGBM text model: {error}") from error
     if booster.num_feature() != len(manifest.features):

@@ -27,7 +27,7 @@ import msgspec
 
 from messenger import DeliveryError, Destination, Message, Messenger, MessengerError
 
-from .errors import CommandFailed
+from .errors import CommandFailed, TrainingCancelled
 from .jobs import Progress
 from .limits import HELLO_S, INLINE_VALUES_MAX, LOADED_MODELS_MAX, NPY_VALUES_MIN
 from .protocol import (
@@ -312,9 +312,9 @@ class ModelServer:
             if task.training is not None:
                 self._answer(message, msgspec.to_builtins(task.training))
             elif task.state == "CANCELLED":
-                self._reply(message, encode_failure("the training was cancelled", "Cancelled"))
+                self._reply(message, encode_failure("the training was cancelled", TrainingCancelled.__name__))
             else:
-                self._reply(message, encode_failure(task.error, "CommandFailed"))
+                self._reply(message, encode_failure(task.error, task.kind))
         except MessengerError as error:
             logger.warning("! the end of job %s is not told: %s", task.request.job, error)
 

@@ -38,7 +38,6 @@ from .limits import (
     PING_S,
     STDERR_LINE_BYTES_MAX,
     STDERR_LINES,
-    STEADY_S,
 )
 
 logger = logging.getLogger("messenger.models")
@@ -65,7 +64,8 @@ class Slot(msgspec.Struct, eq=False, kw_only=True):
         process: That runs now.
         started_at, next_start_at: Of the last process, and of the next.
         start_count: Processes so far.
-        crashes: When processes crashed, the last ones.
+        crashes: When processes crashed, within CRASH_WINDOW_S.
+        mute_count: Processes in a row that crashed before they said hello; each doubles the back-off.
         reason: Why the last one ended.
         stderr: The last lines of the last one.
     """
@@ -77,6 +77,7 @@ class Slot(msgspec.Struct, eq=False, kw_only=True):
     next_start_at: float = 0.0
     start_count: int = 0
     crashes: deque[float] = msgspec.field(default_factory=deque)
+    mute_count: int = 0
     reason: str = ""
     stderr: deque[str] = msgspec.field(default_factory=deque)
     reader: threading.Thread | None = None
@@ -96,7 +97,6 @@ class Supervisor:
 
     Args:
         count: Of processes.
-        make_command: Returns the words of the program of a slot's number.
         crashes_max: So many crashes within CRASH_WINDOW_S end a slot.
         on_end: Told when a slot's process has ended; the slot has its new state already.
         on_tick: Called at least every PING_S. Both run on the supervisor's thread.
@@ -107,13 +107,12 @@ class Supervisor:
     def __init__(
         self,
         count: int,
-        make_command: Callable[[int], list[str]],
         crashes_max: int,
         on_end: Callable[[Slot], None],
         on_tick: Callable[[], None],
     ) -> None:
         self.slots = [Slot(number=number) for number in range(count)]
-        self._make_command = make_command
+        self._words: list[str] = []
         self._crashes_max = crashes_max
         self._on_end = on_end
         self._on_tick = on_tick
@@ -124,12 +123,16 @@ class Supervisor:
         self._stopping = False
         self._kill_at = float("inf")
         self._thread = threading.Thread(target=self._work, name="model-supervisor", daemon=True)
+
+    def start(self, words: list[str]) -> None:
+        """Start the processes: the program's words, in which `{slot}` becomes the number of each."""
+        self._words = words
         self._thread.start()
 
     def note_ready(self, slot: Slot) -> None:
         """Note that a slot's server has said hello."""
         if slot.state is SlotState.STARTING:
-            slot.state = SlotState.RUNNING
+            slot.state, slot.mute_count = SlotState.RUNNING, 0
 
     def kill(self, slot: Slot, reason: str) -> None:
         """End a slot's process, because it does not do what it should; it is started again."""
@@ -168,7 +171,7 @@ class Supervisor:
                         self._start(slot, now)
             if now - ticked_at >= PING_S:
                 ticked_at = now
-                self._on_tick()
+                self._tell(self._on_tick)
             for descriptor, _ in self._poll.poll(self._sleep_ms(ticked_at)):
                 if descriptor == self._wake:
                     os.eventfd_read(self._wake)
@@ -185,7 +188,8 @@ class Supervisor:
         return max(1, int((wake_at - time.monotonic()) * 1000) + 1)
 
     def _start(self, slot: Slot, now: float) -> None:
-        command = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), *self._make_command(slot.number)]
+        words = [word.replace("{slot}", str(slot.number)) for word in self._words]
+        command = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), *words]
         slot.started_at, slot.reason = now, ""
         slot.stderr = deque(maxlen=STDERR_LINES)
         slot.start_count += 1
@@ -225,12 +229,18 @@ class Supervisor:
         else:
             how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
             self._note_crash(slot, slot.reason or f"process {process.pid} ended {how}", now)
-        self._on_end(slot)
+        self._tell(self._on_end, slot)
+
+    def _tell(self, callback: Callable[..., None], *arguments: Slot) -> None:
+        """Call back, and survive what it raises: nobody else would watch the processes."""
+        try:
+            callback(*arguments)
+        except Exception:
+            logger.exception("! the supervisor goes on after an error")
 
     def _note_crash(self, slot: Slot, reason: str, now: float) -> None:
         slot.reason = reason
-        if now - slot.started_at >= STEADY_S:
-            slot.crashes.clear()
+        slot.mute_count += slot.state is not SlotState.RUNNING
         slot.crashes.append(now)
         while slot.crashes[0] < now - CRASH_WINDOW_S:
             slot.crashes.popleft()
@@ -240,7 +250,7 @@ class Supervisor:
             logger.error("! model server %d is given up: %s", slot.number, slot.describe())
             return
         slot.state = SlotState.WAITING
-        slot.next_start_at = now + min(BACKOFF_S_MIN * 2 ** (min(len(slot.crashes), 20) - 1), BACKOFF_S_MAX)
+        slot.next_start_at = now + min(BACKOFF_S_MIN * 2 ** min(slot.mute_count, 20), BACKOFF_S_MAX)
         logger.warning("! model server %d: %s; it is started again", slot.number, slot.describe())
 
 

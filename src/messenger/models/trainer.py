@@ -46,7 +46,7 @@ class Task(msgspec.Struct, kw_only=True):
         state: See the module.
         progress: What was reported last.
         training: What came of it.
-        error: Why nothing did.
+        error, kind: Why nothing did, and the name of the error's class.
         watchers: Told when the state is final, once.
         process: Of the training that runs.
     """
@@ -57,6 +57,7 @@ class Task(msgspec.Struct, kw_only=True):
     progress: Progress | None = None
     training: Training | None = None
     error: str = ""
+    kind: str = ""
     watchers: "list[Callable[[Task], None]]" = msgspec.field(default_factory=list)
     process: "subprocess.Popen[bytes] | None" = None
 
@@ -158,7 +159,7 @@ class Trainer:
                 # Such as a full disk. The next training may do better.
                 with self._lock:
                     if task.state == "RUNNING":
-                        task.state, task.error = "FAILED", show_error(error)
+                        task.state, task.error, task.kind = "FAILED", show_error(error), type(error).__name__
             self._end(task)
 
     def _end(self, task: Task) -> None:
