@@ -101,6 +101,8 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).absolute()
+        # By name: the stamp of the file that names the served version, and that version.
+        self._current: dict[str, tuple[tuple[int, int], int]] = {}
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def list_all(self) -> list[Listed]:
@@ -117,15 +119,22 @@ class Store:
         return sorted(int(entry.name) for entry in os.scandir(folder) if re.fullmatch(r"[1-9]\d{0,8}", entry.name))
 
     def current(self, name: str) -> int:
-        """Return the version that is served, 0 if none is."""
+        """Return the version that is served, 0 if none is. What was read is kept until the file is another."""
+        path = f"{self.folder}/{check_name(name)}/{CURRENT}"
         try:
-            text = _read(self.folder / check_name(name) / CURRENT, 20).decode("ascii").strip()
+            status = os.stat(path, follow_symlinks=False)
+            stamp = (status.st_ino, status.st_mtime_ns)
+            known = self._current.get(name)
+            if known is not None and known[0] == stamp:
+                return known[1]
+            text = _read(Path(path), 20).decode("ascii").strip()
         except FileNotFoundError:
             return 0
         except UnicodeDecodeError:
             text = ""
         if not re.fullmatch(r"[1-9]\d{0,8}", text):
-            raise ModelFileInvalid(f"{self.folder / name / CURRENT} names no version")
+            raise ModelFileInvalid(f"{path} names no version")
+        self._current[name] = (stamp, int(text))
         return int(text)
 
     def activate(self, name: str, version: int) -> None:
