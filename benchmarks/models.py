@@ -168,6 +168,43 @@ def measure_manager(endpoint: str, size_bytes: int, window: int, count: int, abo
     return measured
 
 
+def measure_callbacks(endpoint: str, size_bytes: int, window: int, count: int) -> Measured:
+    """Call a manager from callbacks: each answer's callback makes the next call."""
+    from messenger.models import ModelServerManager
+
+    rows, ended, wrong = table().tolist(), threading.Event(), []
+    started_count = ended_count = 0
+
+    def start() -> None:
+        nonlocal started_count
+        number = started_count
+        started_count += 1
+        manager.infer(NAME, [rows[number % ARRAY_ROWS]]).add_done_callback(partial(on_end, number))
+
+    def on_end(number: int, job: Any) -> None:
+        nonlocal ended_count
+        if job.exception() or job.result().predictions != [wanted[number % ARRAY_ROWS]]:
+            wrong.append(f"row {number}: {job}")
+        ended_count += 1
+        if started_count < count:
+            start()
+        elif ended_count == count:
+            ended.set()
+
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = expected(make_model(Path(folder)))
+        with Messenger() as messenger, ModelServerManager(messenger, 0, folder=folder) as manager:
+            manager.infer(NAME, table()).result(ANSWER_TIMEOUT_S)
+            started_at = time.perf_counter()
+            for _ in range(window):
+                start()
+            is_over = ended.wait(ANSWER_TIMEOUT_S)
+            total_s = time.perf_counter() - started_at
+    if wrong or not is_over:
+        raise RuntimeError(f"{ended_count} of {count} answers came, wrong: {wrong[:3]}")
+    return Measured(total_s, [])
+
+
 def open_bare(model: Any) -> Calls:
     """Call the model itself."""
     return Calls(lambda row: model.predict([row]).tolist(), model.predict)
@@ -280,6 +317,7 @@ def measure_http(endpoint: str, size_bytes: int, window: int, count: int, is_bas
 LITSERVE = ("litserve", *NEEDS)
 CONTENDERS = {
     "messenger models": Contender(serve_nothing, measure_manager, "none", NEEDS),
+    "messenger models, callbacks": Contender(serve_nothing, measure_callbacks, "none", NEEDS),
     "messenger models, above the bare call": Contender(
         serve_nothing, partial(measure_manager, above_bare=True), "none", NEEDS
     ),

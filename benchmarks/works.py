@@ -80,7 +80,7 @@ MODELS = (
     ),
     Work(
         *("models: one row a call, 64 callers", "calls/s", ROW_BYTES, 64, 20_000),
-        contenders=("messenger models", *SERVERS, "LitServe, batches of 64"),
+        contenders=("messenger models", "messenger models, callbacks", *SERVERS, "LitServe, batches of 64"),
         baseline="FastAPI + uvicorn",
         targets=(Target("messenger models", (*SERVERS, "LitServe, batches of 64"), 3.0, 6.0),),
     ),

@@ -127,11 +127,9 @@ class Store:
             known = self._current.get(name)
             if known is not None and known[0] == stamp:
                 return known[1]
-            text = _read(Path(path), 20).decode("ascii").strip()
+            text = _read(Path(path), 20).decode("ascii", "replace").strip()
         except FileNotFoundError:
             return 0
-        except UnicodeDecodeError:
-            text = ""
         if not re.fullmatch(r"[1-9]\d{0,8}", text):
             raise ModelFileInvalid(f"{path} names no version")
         self._current[name] = (stamp, int(text))
