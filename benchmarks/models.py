@@ -172,7 +172,8 @@ def measure_callbacks(endpoint: str, size_bytes: int, window: int, count: int) -
     """Call a manager from callbacks: each answer's callback makes the next call."""
     from messenger.models import ModelServerManager
 
-    rows, ended, wrong = table().tolist(), threading.Event(), []
+    rows, ended = table().tolist(), threading.Event()
+    wrong: list[str] = []
     started_count = ended_count = 0
 
     def start() -> None:
