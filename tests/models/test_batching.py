@@ -68,7 +68,7 @@ def test_matrices_are_joined_as_binary_and_stay_matrices() -> None:
     assert array.shape == (600, 2)
     plain, array = decode_command(batch.encode(npy=False))
     assert array is None
-    assert len(plain.data["rows"]) == 600
+    assert len(plain.data_as(dict)["rows"]) == 600
     batch.settle(ok({"version": 1}), np.arange(600))
     np.testing.assert_array_equal(predictions_of(calls[1]), np.arange(300, 600))
 

@@ -46,12 +46,24 @@ def kill_server(manager: ModelServerManager, number: signal.Signals = signal.SIG
     return pid
 
 
-def is_alive(pid: int) -> bool:
+def state_of(pid: int) -> str:
+    """Returns the kernel's letter for a process: T if it is stopped, Z and nothing if it has ended."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
+            return file.read().rpartition(")")[2].split()[0]
     except FileNotFoundError:
-        return False
+        return ""
+
+
+def is_alive(pid: int) -> bool:
+    return state_of(pid) not in ("", "Z")
+
+
+def stop_server(manager: ModelServerManager) -> int:
+    """Stops it, and waits until it has: its threads run on until the kernel has reached each."""
+    pid = kill_server(manager, signal.SIGSTOP)
+    wait_until(lambda: state_of(pid) == "T")
+    return pid
 
 
 def children_of(pid: int) -> list[int]:
@@ -169,7 +181,7 @@ def test_a_trainer_that_is_killed_costs_only_its_training(new_manager: NewManage
 def test_what_is_not_inference_is_not_given_to_another_server(new_manager: NewManager) -> None:
     manager = new_manager()
     manager.wait_ready()
-    os.kill(pid_of(manager), signal.SIGSTOP)
+    stop_server(manager)
     job: Job[str] = manager.print_message("once")
     wait_until(lambda: manager.status().servers[0].open_calls >= 1)
     kill_server(manager)
@@ -186,7 +198,7 @@ def test_a_server_that_is_stopped_gets_nothing_more_and_its_calls_go_on(
     make_linear(folder)
     manager = new_manager()
     assert manager.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S).predictions == [3.0]
-    pid = kill_server(manager, signal.SIGSTOP)
+    pid = stop_server(manager)
     job = manager.infer("sum", [[3, 4]])
     wait_until(lambda: manager.status().servers[0].state == "silent")
     assert not manager.is_ready

@@ -81,7 +81,7 @@ def test_unknown_commands_and_models_are_refused(new_manager: NewManager) -> Non
         manager.infer("nothing", [[1]]).result(timeout=TIMEOUT_S)
     with pytest.raises(ModelFileInvalid, match="no name of a model"):
         manager.command("LOAD", {"name": "../../etc", "version": 1}).result(timeout=TIMEOUT_S)
-    with pytest.raises(CommandFailed, match="PRINT takes"):
+    with pytest.raises(CommandFailed, match="the data of PRINT are not what it takes"):
         manager.command("PRINT", 5).result(timeout=TIMEOUT_S)
     with pytest.raises(TrainingDataInvalid, match="no column"):
         manager.train("m", data={"x": [1] * 20}, target="y").result(timeout=TRAIN_S)

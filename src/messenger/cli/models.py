@@ -90,23 +90,21 @@ def make_group() -> "click.Group":
         option("--servers", type=click.IntRange(0, 64), default=1, help="How many to start."),
         option("--command", metavar="CMD", help="The program to start in place of our server; see the document."),
     ]
-    make = functools.partial(click.Command, epilog=STATUSES)
-    commands = [
-        make("manage", callback=_manage, params=manage, help=_manage.__doc__),
-        make("serve", callback=_serve, params=[at, folder], help=_serve.__doc__),
-        make("train", callback=_guard(_train), params=train, help=_train.__doc__),
-        make("infer", callback=_guard(_infer), params=infer, help=_infer.__doc__),
-        make("list", callback=_guard(_list), params=client, help=_list.__doc__),
-        make(
-            "load",
-            callback=_guard(_load),
-            params=[name, click.Argument(["version"], type=click.IntRange(1), required=False), *client],
-            help=_load.__doc__,
-        ),
-        make("status", callback=_guard(_status), params=client, help=_status.__doc__),
-        make("cancel", callback=_guard(_cancel), params=[click.Argument(["job"]), *client], help=_cancel.__doc__),
+    load: list[click.Parameter] = [click.Argument(["version"], type=click.IntRange(1), required=False), *client]
+    works: list[tuple[str, Callable[..., int], list[click.Parameter]]] = [
+        ("manage", _manage, manage),
+        ("serve", _serve, [at, folder]),
+        ("train", _guard(_train), train),
+        ("infer", _guard(_infer), infer),
+        ("list", _guard(_list), client),
+        ("load", _guard(_load), [name, *load]),
+        ("status", _guard(_status), client),
+        ("cancel", _guard(_cancel), [click.Argument(["job"]), *client]),
     ]
-    return click.Group("models", commands=commands, help="Train and serve models in supervised processes.")
+    group = click.Group("models", help="Train and serve models in supervised processes.")
+    for word, work, params in works:
+        group.add_command(click.Command(word, callback=work, params=params, help=work.__doc__, epilog=STATUSES))
+    return group
 
 
 def _guard(command: Callable[..., int]) -> Callable[..., int]:

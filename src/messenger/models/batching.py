@@ -230,15 +230,17 @@ class Batcher:
 
     def note_done(self, batch: Batch, now: float) -> None:
         """Learn from a batch how long a row takes."""
-        queue = self._queues.get((batch.name, batch.version))
-        if queue is not None:
-            if queue.done_at:  # The first batch has waited until the model was loaded, so it teaches nothing.
-                row_s = (now - max(batch.sent_at, queue.done_at)) / batch.row_count
-                is_faster = not queue.row_s or row_s < queue.row_s
-                # So does, now and then, a later one at another server: faster is believed at once, slower by and by.
-                slower = SMOOTHING * (min(row_s, SLOWER_MAX * queue.row_s) - queue.row_s)
-                queue.row_s = row_s if is_faster else queue.row_s + slower
-            queue.done_at = now
+        key = (batch.name, batch.version)
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = _Queue()
+        if queue.done_at:  # The first batch has waited until the model was loaded, so it teaches nothing.
+            row_s = (now - max(batch.sent_at, queue.done_at)) / batch.row_count
+            is_faster = not queue.row_s or row_s < queue.row_s
+            # So does, now and then, a later one at another server: faster is believed at once, slower by and by.
+            slower = SMOOTHING * (min(row_s, SLOWER_MAX * queue.row_s) - queue.row_s)
+            queue.row_s = row_s if is_faster else queue.row_s + slower
+        queue.done_at = now
 
     def expire(self, now: float) -> list[InferCall]:
         """Return the calls whose deadline has come, and wait for them no more; forget models that nobody asks for."""

@@ -14,7 +14,7 @@ from messenger import Message, Messenger, MessengerError
 from .errors import CommandFailed, Overloaded, TrainingCancelled
 from .jobs import Inference, Job, Progress
 from .limits import CALL_TIMEOUT_S, NPY_VALUES_MIN
-from .protocol import ANSWER, PROGRESS, Answer, Command, encode, encode_failure, show_error
+from .protocol import ANSWER, PROGRESS, Answer, ReceivedCommand, encode, encode_failure, show_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,15 +68,15 @@ class Desk:
     def __init__(self, messenger: Messenger, manager: "ModelServerManager") -> None:
         self._messenger = messenger
         self._manager = manager
-        self._handlers: dict[str, Callable[[Message, Any], Job[Any]]] = {
+        self._handlers: dict[str, Callable[[Message, ReceivedCommand], Job[Any]]] = {
             "TRAIN": self._train,
             "JOB": self._job,
-            "LIST": lambda _, data: manager.list_models(),
+            "LIST": lambda *_: manager.list_models(),
             "LOAD": self._load,
-            "UNLOAD": lambda _, data: manager.unload(msgspec.convert(data, OfModel).name),
+            "UNLOAD": lambda _, command: manager.unload(command.data_as(OfModel).name),
         }
 
-    def take(self, message: Message, command: Command, array: "NDArray[Any] | None") -> None:
+    def take(self, message: Message, command: ReceivedCommand, array: "NDArray[Any] | None") -> None:
         """Carry out a command and answer it when it is done."""
         try:
             if command.cmd == "INFER":
@@ -84,19 +84,19 @@ class Desk:
             elif command.cmd == "STATUS":
                 self._answer(message, msgspec.to_builtins(self._manager.status()))
             elif command.cmd == "CANCEL":
-                self._answer(message, self._manager.cancel(msgspec.convert(command.data, OfJob).job))
+                self._answer(message, self._manager.cancel(command.data_as(OfJob).job))
             elif command.cmd == "QUIT":
                 raise CommandFailed("a client cannot end servers: stop the manager")
             elif handler := self._handlers.get(command.cmd):
-                self._answer_when_done(message, handler(message, command.data))
+                self._answer_when_done(message, handler(message, command))
             else:
-                job = self._manager.command(command.cmd, command.data)
+                job = self._manager.command(command.cmd, command.data_as(object))
                 job.add_done_callback(lambda each: self._end(message, each, lambda answer: answer["result"]))
         except (MessengerError, ValueError, TypeError) as error:
             self._fail(message, error)
 
-    def _infer(self, message: Message, command: Command, array: "NDArray[Any] | None") -> None:
-        request = msgspec.convert(command.data, InferRequest)
+    def _infer(self, message: Message, command: ReceivedCommand, array: "NDArray[Any] | None") -> None:
+        request = command.data_as(InferRequest)
         rows = request.rows if array is None else array
         job = self._manager.infer(request.name, rows, version=request.version, timeout=request.timeout)
         job.add_done_callback(lambda each: self._end_infer(message, each, command.npy))
@@ -113,20 +113,20 @@ class Desk:
         else:
             self._answer(message, {**result, "predictions": predictions})
 
-    def _train(self, message: Message, data: Any) -> Job[Any]:
-        given = msgspec.to_builtins(msgspec.convert(data, TrainRequest))
+    def _train(self, message: Message, command: ReceivedCommand) -> Job[Any]:
+        given = msgspec.to_builtins(command.data_as(TrainRequest))
         job_id = given.pop("job")
         return self._manager.train(
             given.pop("name"), job_id=job_id, on_progress=lambda progress: self._report(message, progress), **given
         )
 
-    def _job(self, message: Message, data: Any) -> Job[Any]:
-        job_id = msgspec.convert(data, OfJob).job
+    def _job(self, message: Message, command: ReceivedCommand) -> Job[Any]:
+        job_id = command.data_as(OfJob).job
         self._manager.watch(job_id, lambda progress: self._report(message, progress))
         return self._manager.job(job_id)
 
-    def _load(self, _: Message, data: Any) -> Job[Any]:
-        named = msgspec.convert(data, OfModel)
+    def _load(self, _: Message, command: ReceivedCommand) -> Job[Any]:
+        named = command.data_as(OfModel)
         return self._manager.load(named.name, named.version)
 
     def _report(self, message: Message, progress: Progress) -> None:

@@ -40,6 +40,7 @@ from .protocol import (
     PROGRESS,
     Answer,
     Command,
+    ReceivedCommand,
     ServerHello,
     decode_answer,
     decode_command,
@@ -71,7 +72,7 @@ class Dispatcher:
         messenger: Messenger,
         batcher: Batcher,
         on_progress: Callable[[Progress], None],
-        on_command: "Callable[[Message, Command, NDArray[Any] | None], None]",
+        on_command: "Callable[[Message, ReceivedCommand, NDArray[Any] | None], None]",
     ) -> None:
         self.lock = threading.Lock()
         self.servers: dict[str, Server] = {}
@@ -110,22 +111,33 @@ class Dispatcher:
     def submit_infer(self, name: str, version: int, infer_call: InferCall) -> None:
         """Have rows predicted."""
         error: ModelError | None = None
+        call = None
         with self.lock:
             self.counts["infers"] += 1
             if self.stopped:
                 error = ManagerStopped("INFER is not sent: the manager is stopped")
+            elif not self._batcher.call_count and (server := self._find_taker(infer_call.queued_at)):
+                # The usual case, made short: nothing waits.
+                infer_call.attempts = 1
+                call = self._give(server, Batch(name, version, [infer_call], infer_call.queued_at))
             else:
-                error = self._find_hopeless("INFER")
-            if error is None:
-                try:
-                    self._batcher.add(name, version, infer_call, len(self.servers))
-                except Overloaded as overloaded:
-                    self.counts["overloaded"] += 1
-                    error = overloaded
+                error = self._queue_infer(name, version, infer_call)
         if error is not None:
             infer_call.job.settle_error(error)
+        elif call is not None:
+            self._send(call, call.server)
         else:
             self.pump()
+
+    def _queue_infer(self, name: str, version: int, infer_call: InferCall) -> ModelError | None:
+        error: ModelError | None = self._find_hopeless("INFER")
+        if error is None:
+            try:
+                self._batcher.add(name, version, infer_call, len(self.servers))
+            except Overloaded as overloaded:
+                self.counts["overloaded"] += 1
+                error = overloaded
+        return error
 
     def withdraw(self, call: Call) -> bool:
         """Take a call back that no server has yet; return whether that was so."""
@@ -140,7 +152,7 @@ class Dispatcher:
         while True:
             with self.lock:
                 call = self._take_next()
-            if call is None or call.server is None:
+            if call is None:
                 return
             self._send(call, call.server)
 
@@ -156,14 +168,24 @@ class Dispatcher:
             if call.job is None or not call.job.done():
                 min(ready, key=_open_count).take(call)
                 return call
-        takers = [server for server in self.servers.values() if server.takes_batch(now)]
-        if not takers:
+        server = self._find_taker(now)
+        if server is None:
             return None
-        server = takers[0] if len(takers) == 1 else min(takers, key=_batch_count)
         batch = self._batcher.take(now, None if server.about.batches else 1)
-        if batch is None:
-            return None
-        call = Call(cmd="INFER", deadline_at=max(each.deadline_at for each in batch.calls), batch=batch)
+        return None if batch is None else self._give(server, batch)
+
+    def _find_taker(self, now: float) -> Server | None:
+        """Return the server that has the fewest batches, if it takes one more."""
+        taker = None
+        for server in self.servers.values():
+            if (taker is None or server.batch_count < taker.batch_count) and server.takes_batch(now):
+                taker = server
+        return taker
+
+    def _give(self, server: Server, batch: Batch) -> Call:
+        calls = batch.calls
+        deadline_at = calls[0].deadline_at if len(calls) == 1 else max(call.deadline_at for call in calls)
+        call = Call(cmd="INFER", deadline_at=deadline_at, batch=batch)
         server.take(call)
         return call
 
@@ -174,7 +196,9 @@ class Dispatcher:
         reasons = "; ".join(f"server {slot.number}: {slot.describe()}" for slot in self.supervisor.slots)
         return NoServer(f"{cmd} is not sent: {reasons}")
 
-    def _send(self, call: Call, server: Server) -> None:
+    def _send(self, call: Call, server: Server | None) -> None:
+        if server is None:
+            raise ValueError(f"{call.cmd} is sent to nobody")
         try:
             contents = call.contents if call.batch is None else call.batch.encode(server.about.npy)
             if call.cmd == "QUIT":
@@ -447,7 +471,3 @@ class Dispatcher:
 
 def _open_count(server: Server) -> int:
     return len(server.open)
-
-
-def _batch_count(server: Server) -> int:
-    return server.batch_count

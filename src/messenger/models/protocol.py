@@ -16,7 +16,7 @@ Source: docs/models.md, "The protocol".
 
 import io
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -26,6 +26,8 @@ from .limits import ERROR_CHARS_MAX
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 ANSWER, CONNECTED, PROGRESS = 0, 1, 2
 REPLY_PREFIX = "MODEL_REPLY_"
@@ -49,6 +51,29 @@ class Command(msgspec.Struct, kw_only=True, omit_defaults=True):
     cmd: str
     data: Any = ""
     npy: bool = False
+
+
+class ReceivedCommand(msgspec.Struct, kw_only=True):
+    """A command that arrived; its data are decoded by whoever knows what they should be."""
+
+    cmd: str
+    data: msgspec.Raw = msgspec.Raw(b'""')
+    npy: bool = False
+
+    def data_as(self, kind: type[T]) -> T:
+        """Return the data.
+
+        Raises:
+            ValueError: They are something else; the text says why.
+        """
+        decoder = _data_decoders.get(kind)
+        if decoder is None:
+            decoder = _data_decoders[kind] = msgspec.json.Decoder(kind)
+        try:
+            data: T = decoder.decode(self.data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the data of {self.cmd} are not what it takes: {error}") from error
+        return data
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -91,8 +116,10 @@ class ServerHello(msgspec.Struct, kw_only=True):
     batches: bool = False
 
 
+# By the type of the data; there are as many as types of data in this package.
+_data_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 _encode_json = msgspec.json.Encoder(enc_hook=lambda value: _plain(value)).encode
-_decode_command = msgspec.json.Decoder(Command).decode
+_decode_command = msgspec.json.Decoder(ReceivedCommand).decode
 _decode_answer = msgspec.json.Decoder(Answer).decode
 
 
@@ -132,7 +159,7 @@ def encode_failure(text: str, kind: str = "", retry_after_s: float = 0.0) -> byt
     return _encode_json(answer)
 
 
-def decode_command(contents: bytes) -> "tuple[Command, NDArray[Any] | None]":
+def decode_command(contents: bytes) -> "tuple[ReceivedCommand, NDArray[Any] | None]":
     """Return a command and its array.
 
     Raises:

@@ -32,9 +32,11 @@ class Model:
         self.manifest = manifest
         self.width = len(manifest.features)
         self._classes: NDArray[Any] | None = np.array(manifest.classes) if manifest.classes else None
+        self._class_list: list[Any] = list(manifest.classes)
         if len({type(value) for value in manifest.classes}) > 1:
             raise ModelFileInvalid(f"the classes of model {manifest.name!r} are of several types")
-        self._score = _load_lightgbm(manifest, data) if manifest.format == "lightgbm" else _load_onnx(manifest, data)
+        load = _load_lightgbm if manifest.format == "lightgbm" else _load_onnx
+        self._score, self._dtype = load(manifest, data)
 
     def predict(self, rows: Any) -> "NDArray[Any]":
         """Return a prediction for each row.
@@ -45,14 +47,28 @@ class Model:
         Raises:
             CommandFailed: They are no rows for this model; the text says why.
         """
+        return self.as_array(self.score(rows))
+
+    def score(self, rows: Any) -> "NDArray[Any]":
+        """Return for each row its value, or the number of its class; `rows` and errors as in `predict`."""
         scores: NDArray[Any] = self._score(self.matrix(rows))
+        return scores
+
+    def as_array(self, scores: "NDArray[Any]") -> "NDArray[Any]":
+        """Return predictions for what `score` has returned."""
         if self._classes is None:
             return scores
         classes: NDArray[Any] = self._classes[scores]
         return classes
 
-    def matrix(self, rows: Any) -> "NDArray[np.float64]":
-        """Return rows as a matrix of floats, one column for each feature; what is missing is NaN."""
+    def as_list(self, scores: "NDArray[Any]") -> list[Any]:
+        """Return predictions as plain values; for few rows that takes less time than an array."""
+        values: list[Any] = scores.tolist()
+        classes = self._class_list
+        return [classes[value] for value in values] if classes else values
+
+    def matrix(self, rows: Any) -> "NDArray[np.floating[Any]]":
+        """Return rows as a matrix of the model's floats, one column for each feature; what is missing is NaN."""
         import numpy as np
 
         if isinstance(rows, list):
@@ -61,11 +77,11 @@ class Model:
             if isinstance(rows[0], dict):
                 rows = self._order(rows)
             try:
-                matrix = np.array(rows, np.float64)
+                matrix: NDArray[Any] = np.array(rows, self._dtype)
             except (TypeError, ValueError) as error:
                 raise CommandFailed(f"the rows are no table of numbers: {error}") from error
         elif isinstance(rows, np.ndarray) and is_numeric(rows):
-            matrix = np.asarray(rows, np.float64)
+            matrix = np.asarray(rows, self._dtype)
         else:
             raise CommandFailed("rows must be a list of lists, a list of objects, or a matrix of numbers")
         if matrix.ndim != 2 or matrix.shape[1] != self.width:
@@ -85,7 +101,7 @@ class Model:
             raise CommandFailed(f"a row lacks the feature {error}, or is no object as the first one is") from error
 
 
-def _load_lightgbm(manifest: Manifest, data: bytes) -> Any:
+def _load_lightgbm(manifest: Manifest, data: bytes) -> tuple[Any, Any]:
     import lightgbm
     import numpy as np
 
@@ -100,16 +116,16 @@ def _load_lightgbm(manifest: Manifest, data: bytes) -> Any:
     if has_classes and max(2, class_count) != len(manifest.classes):
         raise ModelFileInvalid(f"model {manifest.name!r} has {class_count} classes, not as its manifest")
 
-    def score(matrix: "NDArray[np.float64]") -> Any:
+    def score(matrix: "NDArray[Any]") -> Any:
         scores: Any = predict(matrix, num_threads=1 if len(matrix) < PARALLEL_ROWS_MIN else 0)
         if not has_classes:
             return scores
         return scores.argmax(axis=1) if scores.ndim == 2 else (scores > 0.5).astype(np.intp)
 
-    return score
+    return score, np.float64
 
 
-def _load_onnx(manifest: Manifest, data: bytes) -> Any:
+def _load_onnx(manifest: Manifest, data: bytes) -> tuple[Any, Any]:
     import numpy as np
     import onnx
     import onnxruntime
@@ -132,14 +148,13 @@ def _load_onnx(manifest: Manifest, data: bytes) -> Any:
     (given,) = session.get_inputs()
     if given.shape[-1] != len(manifest.features):
         raise ModelFileInvalid(f"model {manifest.name!r} takes {given.shape[-1]} features, not as its manifest")
-    dtype = np.float64 if given.type == "tensor(double)" else np.float32
     run, input_name, outputs = session.run, given.name, [session.get_outputs()[0].name]
 
-    def score(matrix: "NDArray[np.float64]") -> "NDArray[Any]":
-        scores: NDArray[Any] = run(outputs, {input_name: matrix.astype(dtype)})[0]
-        return scores.reshape(len(matrix))
+    def score(matrix: "NDArray[Any]") -> "NDArray[Any]":
+        scores: NDArray[Any] = run(outputs, {input_name: matrix})[0]
+        return scores if scores.ndim == 1 else scores.reshape(len(matrix))
 
-    return score
+    return score, np.float64 if given.type == "tensor(double)" else np.float32
 
 
 class LoadedModels:

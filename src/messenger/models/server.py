@@ -36,7 +36,7 @@ from .protocol import (
     PROGRESS,
     REPLY_PREFIX,
     Answer,
-    Command,
+    ReceivedCommand,
     ServerHello,
     decode_command,
     encode,
@@ -53,6 +53,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("messenger.models")
 THREADS = 2
+
+
+class Print(msgspec.Struct):
+    """The data of `PRINT`."""
+
+    message: str
 
 
 class Infer(msgspec.Struct):
@@ -114,7 +120,7 @@ class ModelServer:
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="model-server")
         self._npy = False
         self._inferred_rows = 0
-        self._handlers: dict[str, Callable[[Message, Command, Any], None]] = {
+        self._handlers: dict[str, Callable[[Message, ReceivedCommand, Any], None]] = {
             "PRINT": self._print,
             "QUIT": self._quit,
             "TRAIN": self._train,
@@ -209,17 +215,14 @@ class ModelServer:
 
     # Commands.
 
-    def _print(self, message: Message, command: Command, array: object) -> None:
-        data = command.data
-        if not isinstance(data, dict) or not isinstance(data.get("message"), str):
-            raise CommandFailed('PRINT takes {"message": "…"}')
-        self._answer(message, REPLY_PREFIX + data["message"])
+    def _print(self, message: Message, command: ReceivedCommand, array: object) -> None:
+        self._answer(message, REPLY_PREFIX + command.data_as(Print).message)
 
-    def _quit(self, message: Message, command: Command, array: object) -> None:
+    def _quit(self, message: Message, command: ReceivedCommand, array: object) -> None:
         self.ended.set()
 
-    def _infer(self, message: Message, command: Command, array: "NDArray[Any] | None") -> None:
-        request = msgspec.convert(command.data, Infer)
+    def _infer(self, message: Message, command: ReceivedCommand, array: "NDArray[Any] | None") -> None:
+        request = command.data_as(Infer)
         if array is not None:
             request.rows = array
         version = request.version or self._store.current(request.name)
@@ -249,7 +252,7 @@ class ModelServer:
     def _predict(self, message: Message, request: Infer, model: Model) -> None:
         result: dict[str, Any] = {"name": request.name, "version": model.manifest.version}
         try:
-            predictions = model.predict(request.rows)
+            scores = model.score(request.rows)
         except CommandFailed:
             if request.parts is None or len(request.parts) == 1:
                 raise
@@ -257,15 +260,15 @@ class ModelServer:
             result["results"] = [_predict_part(model, rows) for rows in _split(request.rows, request.parts)]
             self._answer(message, result)
             return
-        self._inferred_rows += len(predictions)
-        if self._npy and predictions.size > NPY_VALUES_MIN:
-            self._answer(message, result, predictions)
+        self._inferred_rows += len(scores)
+        if self._npy and len(scores) > NPY_VALUES_MIN:
+            self._answer(message, result, model.as_array(scores))
         else:
-            result["predictions"] = predictions.tolist()
+            result["predictions"] = model.as_list(scores)
             self._answer(message, result)
 
-    def _load(self, message: Message, command: Command, array: object) -> None:
-        self._later(self._load_now, message, msgspec.convert(command.data, Named))
+    def _load(self, message: Message, command: ReceivedCommand, array: object) -> None:
+        self._later(self._load_now, message, command.data_as(Named))
 
     def _load_now(self, message: Message, named: Named) -> None:
         model = self._find(named.name, named.version or max(self._store.versions(named.name), default=0))
@@ -273,15 +276,15 @@ class ModelServer:
             self._store.activate(named.name, model.manifest.version)
         self._answer(message, as_dict(model.manifest))
 
-    def _unload(self, message: Message, command: Command, array: object) -> None:
-        named = msgspec.convert(command.data, Named)
+    def _unload(self, message: Message, command: ReceivedCommand, array: object) -> None:
+        named = command.data_as(Named)
         count = self._loaded.unload(check_name(named.name), named.version)
         self._answer(message, {"name": named.name, "unloaded": count})
 
-    def _list(self, message: Message, command: Command, array: object) -> None:
+    def _list(self, message: Message, command: ReceivedCommand, array: object) -> None:
         self._answer(message, [msgspec.to_builtins(listed) for listed in self._store.list_all()])
 
-    def _status(self, message: Message, command: Command, array: object) -> None:
+    def _status(self, message: Message, command: ReceivedCommand, array: object) -> None:
         status = {
             "pid": os.getpid(),
             "folder": str(self._store.folder),
@@ -293,8 +296,8 @@ class ModelServer:
 
     # Trainings.
 
-    def _train(self, message: Message, command: Command, array: object) -> None:
-        request = msgspec.convert(command.data, Request)
+    def _train(self, message: Message, command: ReceivedCommand, array: object) -> None:
+        request = command.data_as(Request)
         check_name(request.name)
         if not request.job:
             request.job = secrets.token_hex(8)
@@ -318,11 +321,11 @@ class ModelServer:
         except MessengerError as error:
             logger.warning("! the end of job %s is not told: %s", task.request.job, error)
 
-    def _cancel(self, message: Message, command: Command, array: object) -> None:
-        self._answer(message, self._trainer.cancel(msgspec.convert(command.data, OfJob).job))
+    def _cancel(self, message: Message, command: ReceivedCommand, array: object) -> None:
+        self._answer(message, self._trainer.cancel(command.data_as(OfJob).job))
 
-    def _job(self, message: Message, command: Command, array: object) -> None:
-        job = msgspec.convert(command.data, OfJob).job
+    def _job(self, message: Message, command: ReceivedCommand, array: object) -> None:
+        job = command.data_as(OfJob).job
         self._trainer.watch(job, lambda task: self._tell_end(message, task))
 
 
@@ -333,7 +336,7 @@ def _split(rows: Any, parts: list[int]) -> list[Any]:
 
 def _predict_part(model: Model, rows: Any) -> dict[str, Any]:
     try:
-        return {"predictions": model.predict(rows).tolist()}
+        return {"predictions": model.as_list(model.score(rows))}
     except CommandFailed as error:
         return {"err": show_error(error)}
 
