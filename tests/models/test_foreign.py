@@ -177,3 +177,23 @@ def test_endless_errors_do_not_fill_memory(new_manager: NewManager) -> None:
     assert len(server.stderr) <= 20
     assert max(map(len, server.stderr)) <= 2_000
     assert server.stderr[-1].endswith("299")
+
+
+def test_an_end_without_quit_is_a_crash_whatever_its_status(new_manager: NewManager) -> None:
+    manager = new_manager(command=["true"])
+    with pytest.raises(NoServer, match=r"5 crashes in 60 s.*ended with status 0"):
+        manager.print_message("x").result(timeout=TIMEOUT_S)
+
+
+def test_a_hello_again_of_the_same_server_changes_nothing(new_manager: NewManager, plain: PlainPeers) -> None:
+    manager = new_manager(servers=0)
+    dealer = plain.dealer(manager.listener.destination, b"again")
+    for _ in range(3):
+        dealer.send(b"", HELLO)
+    job = manager.command("ANY", 1)
+    callback_id, _, contents = dealer.receive()[-1].split(b"-", 2)
+    assert contents == b'{"cmd":"ANY","data":1}'
+    dealer.send(b"", HELLO)
+    dealer.send(b"", b"0-%b-" % callback_id + b'{"action": 0, "result": 2, "success": true, "err": ""}')
+    assert job.result(timeout=TIMEOUT_S)["result"] == 2
+    assert len(manager.status().servers) == 1

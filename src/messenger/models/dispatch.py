@@ -202,7 +202,7 @@ class Dispatcher:
         try:
             contents = call.contents if call.batch is None else call.batch.encode(server.about.npy)
             if call.cmd == "QUIT":
-                self._messenger.send_message(server.address, contents)
+                self.tell_to_end(server)
                 if server.slot is None:
                     self._lose(server, "it was told to end")
                 return
@@ -317,24 +317,30 @@ class Dispatcher:
         identity = message.sender
         with self.lock:
             known = self.servers.get(identity)
-            if known is not None and known.about.life == about.life:
-                if not message.source_callback_id:
-                    known.address = message
-                return
             if message.source_callback_id or self.stopped:
                 return  # It waits for our end; its hello proper came before.
-            slot = self._find_slot(about)
-            server = Server(identity=identity, address=message, about=about, slot=slot)
-            self.servers[identity] = server
+            if known is not None and known.about.life == about.life:
+                known.address = message
+                server = known
+            else:
+                server = Server(identity=identity, address=message, about=about, slot=self._find_slot(about))
+                self.servers[identity] = server
+        if known is server:
+            self._greet(server)
+            return
         if known is not None:
             self._end_all(known, "another process took its place")
-        if slot is not None:
-            self.supervisor.note_ready(slot)
+        if server.slot is not None:
+            self.supervisor.note_ready(server.slot)
         logger.info("= model server %r is there", identity)
-        if about.npy:
+        self._greet(server)
+        self.pump()
+
+    def _greet(self, server: Server) -> None:
+        """Tell a server of ours that we take arrays as binary. What it answers is of no interest."""
+        if server.about.npy:
             greeting = encode(Command(cmd="STATUS", npy=True))
             self.submit(Call(cmd="STATUS", contents=greeting, deadline_at=time.monotonic() + HUNG_S), server)
-        self.pump()
 
     def _find_slot(self, about: ServerHello) -> Slot | None:
         """Return the slot that a server was started for: it says so, or one waits for a hello."""
@@ -445,12 +451,14 @@ class Dispatcher:
         self._fail_all(calls, infer_calls, ManagerStopped("the manager was stopped before a server took the command"))
         return servers
 
-    def send_unanswered(self, server: Server, contents: bytes) -> None:
-        """Send what has no answer."""
+    def tell_to_end(self, server: Server) -> None:
+        """Send `QUIT`, which has no answer; the process is not started again."""
+        if server.slot is not None:
+            server.slot.is_told_to_end = True
         try:
-            self._messenger.send_message(server.address, contents)
+            self._messenger.send_message(server.address, encode(Command(cmd="QUIT")))
         except MessengerError as error:
-            logger.warning("! %r is not told: %s", server.identity, error)
+            logger.warning("! %r is not told to end: %s", server.identity, error)
 
     def end(self) -> None:
         """End all that is still open."""

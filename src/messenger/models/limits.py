@@ -30,6 +30,8 @@ ATTEMPTS_MAX = 3
 TRAININGS_QUEUED_MAX = 64
 # Finished jobs that are remembered, for callers that come back.
 FINISHED_JOBS_MAX = 1_000
+# Callbacks that are told of one training's progress; the newest count.
+WATCHERS_MAX = 16
 # A progress report a training at most so often, so that a fast one does not flood its caller.
 PROGRESS_S = 0.05
 

@@ -32,6 +32,7 @@ from .limits import (
     QUEUE_S_MAX,
     STOP_S,
     TRAIN_TIMEOUT_S,
+    WATCHERS_MAX,
 )
 from .peers import Call, ManagerStatus, Server, ServerStatus
 from .protocol import Answer, Command, encode
@@ -171,7 +172,8 @@ class ModelServerManager(ModelCalls):
         """Have progress of a training reported to one more callback."""
         known = self._known.get(job_id)
         if known is not None:
-            known.watchers.append(on_progress)
+            # Clients that come back again and again are not told to us when they go.
+            known.watchers = [*known.watchers[-WATCHERS_MAX + 1 :], on_progress]
 
     def cancel(self, job: str | Job[Any]) -> bool:
         """Cancel a job; see `ModelCalls.cancel`. Of ids, only those that this manager knows."""
@@ -189,10 +191,9 @@ class ModelServerManager(ModelCalls):
         if self._ended.is_set():
             return
         self._ended.set()
-        contents = encode(Command(cmd="QUIT", data=""))
         for server in self._dispatcher.stop():
             if server.slot is not None:
-                self._dispatcher.send_unanswered(server, contents)
+                self._dispatcher.tell_to_end(server)
         self._supervisor.stop(timeout)
         self._dispatcher.end()
         self.listener.close()

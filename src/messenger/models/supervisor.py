@@ -6,8 +6,8 @@ on a descriptor for each process, which tells of its end at once.
 | state | becomes | when |
 |---|---|---|
 | STARTING | RUNNING | its server has said hello |
-| STARTING, RUNNING | WAITING | its process has ended |
-| STARTING, RUNNING | STOPPED | its process has ended with status 0, as `QUIT` makes it |
+| STARTING, RUNNING | WAITING | its process has ended, with whatever status |
+| STARTING, RUNNING | STOPPED | its process has ended after it was told to |
 | WAITING | STARTING | the back-off is over |
 | WAITING | FAILED | `crashes_max` ends within CRASH_WINDOW_S |
 
@@ -66,6 +66,7 @@ class Slot(msgspec.Struct, eq=False, kw_only=True):
         start_count: Processes so far.
         crashes: When processes crashed, within CRASH_WINDOW_S.
         mute_count: Processes in a row that crashed before they said hello; each doubles the back-off.
+        is_told_to_end: Whether it is not to be started again.
         reason: Why the last one ended.
         stderr: The last lines of the last one.
     """
@@ -78,6 +79,7 @@ class Slot(msgspec.Struct, eq=False, kw_only=True):
     start_count: int = 0
     crashes: deque[float] = msgspec.field(default_factory=deque)
     mute_count: int = 0
+    is_told_to_end: bool = False
     reason: str = ""
     stderr: deque[str] = msgspec.field(default_factory=deque)
     reader: threading.Thread | None = None
@@ -118,8 +120,6 @@ class Supervisor:
         self._on_tick = on_tick
         self._poll = select.poll()
         self._descriptors: dict[int, Slot] = {}
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poll.register(self._wake, select.POLLIN)
         self._stopping = False
         self._kill_at = float("inf")
         self._thread = threading.Thread(target=self._work, name="model-supervisor", daemon=True)
@@ -127,6 +127,8 @@ class Supervisor:
     def start(self, words: list[str]) -> None:
         """Start the processes: the program's words, in which `{slot}` becomes the number of each."""
         self._words = words
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll.register(self._wake, select.POLLIN)
         self._thread.start()
 
     def note_ready(self, slot: Slot) -> None:
@@ -224,11 +226,12 @@ class Supervisor:
         if slot.reader is not None:
             slot.reader.join(READ_S)
         now = time.monotonic()
-        if status == 0 or self._stopping:
-            slot.state, slot.reason = SlotState.STOPPED, "it ended with status 0" if status == 0 else "it was stopped"
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        reason = slot.reason or f"process {process.pid} ended {how}"
+        if slot.is_told_to_end or self._stopping:
+            slot.state, slot.reason = SlotState.STOPPED, f"it was told to end, and {reason}"
         else:
-            how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-            self._note_crash(slot, slot.reason or f"process {process.pid} ended {how}", now)
+            self._note_crash(slot, reason, now)
         self._tell(self._on_end, slot)
 
     def _tell(self, callback: Callable[..., None], *arguments: Slot) -> None:
