@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from . import ours, peers, plain
+from . import models, ours, peers, plain
 from .contender import Contender
 
-CONTENDERS: dict[str, Contender] = {**ours.CONTENDERS, **plain.CONTENDERS, **peers.CONTENDERS}
+CONTENDERS: dict[str, Contender] = {**ours.CONTENDERS, **plain.CONTENDERS, **peers.CONTENDERS, **models.CONTENDERS}
 
 
 class Target(NamedTuple):
@@ -28,7 +28,8 @@ class Work(NamedTuple):
     """One thing to measure.
 
     Attributes:
-        unit: `round trips/s`, `messages/s`, `GB/s`, `µs` (the median of each round trip) or `bytes` (each message).
+        unit: `round trips/s`, `messages/s`, `calls/s`, `rows/s`, `GB/s`, `µs` (the median of each round trip) or
+            `bytes` (each message).
         window: Messages in flight, of all sessions together.
         message_count: Of a fast contender; slow ones make fewer.
         baseline: The contender that the table shows ratios to.
@@ -60,6 +61,35 @@ ONE_IN_FLIGHT = (
     Target("messenger", ("pyzmq best",), 1.4, 1.0),
     Target("messenger, request", ("messenger basic, request",), 1.15, 1.0),
     Target("messenger", ("messenger basic",), 1.15, 1.0),
+)
+
+ROW_BYTES = 8 * 30
+SERVERS = ("FastAPI + uvicorn", "LitServe")
+MODELS = (
+    Work(
+        *("models: one row a call, one caller", "calls/s", ROW_BYTES, 1, 3_000),
+        contenders=("messenger models", *SERVERS),
+        baseline="FastAPI + uvicorn",
+        targets=(Target("messenger models", SERVERS, 3.0, 5.0),),
+    ),
+    Work(
+        *("models: one row a call, one caller, above the bare call", "µs", ROW_BYTES, 1, 3_000),
+        contenders=("messenger models, above the bare call", "the bare call"),
+        baseline="the bare call",
+        targets=(Target("messenger models, above the bare call", (), 150, 100),),
+    ),
+    Work(
+        *("models: one row a call, 64 callers", "calls/s", ROW_BYTES, 64, 20_000),
+        contenders=("messenger models", "messenger models, callbacks", *SERVERS, "LitServe, batches of 64"),
+        baseline="FastAPI + uvicorn",
+        targets=(Target("messenger models", (*SERVERS, "LitServe, batches of 64"), 3.0, 6.0),),
+    ),
+    Work(
+        *("models: 10,000 rows a call, one caller", "rows/s", ROW_BYTES, 0, 500_000),
+        contenders=("messenger models", *SERVERS, "the bare call"),
+        baseline="FastAPI + uvicorn",
+        targets=(Target("messenger models", SERVERS, 1.0, 3.0),),
+    ),
 )
 
 WORKS = (
@@ -136,4 +166,5 @@ WORKS = (
         baseline="asyncio.Future in a dict",
         targets=(Target("messenger, outstanding MSC", (), 500, 300),),
     ),
+    *MODELS,
 )

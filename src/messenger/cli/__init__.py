@@ -57,8 +57,9 @@ def _run(words: list[str]) -> int:
     import click
 
     from .messages import make_commands
+    from .models import make_group
 
-    commands = click.Group("messenger", commands=make_commands(), help=HELP)
+    commands = click.Group("messenger", commands=[*make_commands(), make_group()], help=HELP)
     try:
         # Not commands.main(), which has exit statuses of its own for a closed pipe and for Ctrl-C.
         with commands.make_context("messenger", words) as context:

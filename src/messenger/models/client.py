@@ -1,0 +1,130 @@
+"""`ModelClient`: the calls of a `ModelServerManager`, from another process, to the manager that listens there.
+
+Source: docs/models.md.
+"""
+
+from typing import Any
+
+import msgspec
+
+from messenger import Connection, DeliveryError, Destination, Message, Messenger, MessengerError
+
+from .calls import Convert, ModelCalls, OnProgress, as_rows, as_training
+from .errors import BadAnswer, TrainingCancelled, error_of
+from .jobs import Inference, Job, Progress, Training
+from .limits import CALL_TIMEOUT_S, NPY_VALUES_MIN, TRAIN_TIMEOUT_S
+from .protocol import PROGRESS, Answer, Command, decode_answer, encode
+
+# After a server's deadline its answer is still on its way.
+ANSWER_S = 1.0
+
+
+class ModelClient(ModelCalls):
+    """Calls a manager in another process.
+
+    Args:
+        messenger: That it connects with.
+        destination: Of the manager.
+
+    Thread: any. Close the messenger to end it.
+    """
+
+    def __init__(self, messenger: Messenger, destination: Destination | str | int = 15446) -> None:
+        self._messenger = messenger
+        self._watchers: dict[str, OnProgress] = {}
+        self._connection: Connection = messenger.make_connection(destination, callback=self._take)
+
+    def infer(self, name: str, rows: Any, *, version: int = 0, timeout: float = CALL_TIMEOUT_S) -> Job[Inference]:
+        """Predict; see `ModelCalls.infer`."""
+        rows, row_count, _ = as_rows(rows)
+        data: dict[str, Any] = {"name": name, "version": version, "timeout": timeout}
+        is_list = isinstance(rows, list)
+        if is_list or rows.size <= NPY_VALUES_MIN:
+            data["rows"] = rows
+            contents = encode(Command(cmd="INFER", data=data, npy=not is_list))
+        else:
+            contents = encode(Command(cmd="INFER", data=data, npy=True), rows)
+        job: Job[Inference] = Job()
+
+        def convert(answer: Answer, array: Any = None) -> Inference:
+            result = answer.result if isinstance(answer.result, dict) else {}
+            predictions = array if array is not None else result.get("predictions")
+            if predictions is None or len(predictions) != row_count:
+                raise BadAnswer(f"the answer for {row_count} rows has not as many predictions")
+            if not is_list and array is None:
+                import numpy as np
+
+                predictions = np.array(predictions)
+            return Inference(name, int(result.get("version", 0)), predictions)
+
+        self._send(job, contents, convert, timeout + ANSWER_S)
+        return job
+
+    def status(self, *, timeout: float = CALL_TIMEOUT_S) -> Job[dict[str, Any]]:
+        """Ask the manager what it knows; the result has the fields of `ManagerStatus`."""
+        return self._call("STATUS", "", lambda answer: answer.result, timeout)
+
+    def job(
+        self, job_id: str, *, timeout: float = TRAIN_TIMEOUT_S, on_progress: OnProgress | None = None
+    ) -> Job[Training]:
+        """Return the job with an id, of this client or of an earlier one; see `ModelCalls.job`."""
+        job: Job[Training] = Job(job_id, self._cancel_job)
+        return self._call("JOB", {"job": job_id}, as_training, timeout, job, on_progress)
+
+    def cancel(self, job: str | Job[Any]) -> bool:
+        """Cancel a job; see `ModelCalls.cancel`. Of an id it waits for the manager's word, so not in a callback."""
+        if isinstance(job, str):
+            asked = self._call("CANCEL", {"job": job}, lambda answer: bool(answer.result), CALL_TIMEOUT_S)
+            return bool(asked.result())
+        return job.cancel()
+
+    # What `ModelCalls` needs.
+
+    def _call(
+        self,
+        cmd: str,
+        data: Any,
+        convert: Convert,
+        timeout: float,
+        job: Job[Any] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Job[Any]:
+        if job is None:
+            job = Job()
+        if on_progress is not None:
+            self._watchers[job.id] = on_progress
+            job.add_done_callback(lambda each: self._watchers.pop(job.id, None))
+        self._send(job, encode(Command(cmd=cmd, data=data)), lambda answer, _: convert(answer), timeout)
+        return job
+
+    def _cancel_job(self, job: Job[Any]) -> bool:
+        self._call("CANCEL", {"job": job.id}, lambda answer: bool(answer.result), CALL_TIMEOUT_S)
+        return True
+
+    def _send(self, job: Job[Any], contents: bytes, convert: Any, timeout: float) -> None:
+        def on_answer(message: Message) -> None:
+            try:
+                answer, array = decode_answer(message.contents)
+                if not answer.success:
+                    raise error_of(answer.kind, answer.err, answer.retry_after_s)
+                job.settle(convert(answer, array))
+            except TrainingCancelled:
+                job.settle_cancelled()
+            except MessengerError as error:
+                job.settle_error(error)
+
+        def on_error(error: DeliveryError) -> None:
+            job.settle_error(error)
+
+        self._messenger.send_message(self._connection, contents, on_answer, on_error=on_error, timeout=timeout)
+
+    def _take(self, message: Message) -> None:
+        """Take reports of progress, which are no answers."""
+        if message.dest_callback_id:
+            return
+        answer, _ = decode_answer(message.contents)
+        if answer.action == PROGRESS:
+            progress = msgspec.convert(answer.result, Progress)
+            watcher = self._watchers.get(progress.job)
+            if watcher is not None:
+                watcher(progress)

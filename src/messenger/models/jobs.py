@@ -1,0 +1,121 @@
+"""What callers are given: jobs, and what comes of them."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+class Job(Future[T]):
+    """A call that was made, as a future: `result(timeout)`, `done()`, `exception(timeout)`, `add_done_callback(fn)`.
+
+    It ends exactly once: with a result, with an error, or cancelled. Callbacks run on the messenger's thread and must
+    not block. `asyncio.wrap_future(job)` makes it awaitable. A `timeout` of `result` only ends that wait.
+
+    Attributes:
+        id: By which `manager.job(id)` and `messenger models status` find it; only trainings have one.
+    """
+
+    def __init__(self, job_id: str = "", on_cancel: "Callable[[Job[Any]], bool] | None" = None) -> None:
+        super().__init__()
+        self.id = job_id
+        self._on_cancel = on_cancel
+
+    def cancel(self) -> bool:
+        """Give the job up. Only a training that runs takes time to end, at most 2 s, and may yet be completed.
+
+        Returns:
+            Whether it had not ended yet.
+
+        Thread: any.
+        """
+        if self.done():
+            return self.cancelled()
+        if self._on_cancel is not None:
+            return self._on_cancel(self)
+        return self.settle_cancelled()
+
+    def settle(self, result: T) -> bool:
+        """End with a result; return whether it had not ended yet. For whoever made the job."""
+        try:
+            self.set_result(result)
+        except InvalidStateError:
+            return False
+        return True
+
+    def settle_error(self, error: BaseException) -> bool:
+        """End with an error; return whether it had not ended yet."""
+        try:
+            self.set_exception(error)
+        except InvalidStateError:
+            return False
+        return True
+
+    def settle_cancelled(self) -> bool:
+        """End as cancelled; return whether it had not ended yet."""
+        return not self.cancelled() and super().cancel()
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a training is.
+
+    Attributes:
+        job: The job's id.
+        step, of: What is done, and what there is to do.
+        metric: The name of the figure.
+        value: Of the metric on the rows held back, None if it is not known yet.
+    """
+
+    job: str
+    step: int
+    of: int
+    metric: str = ""
+    value: float | None = None
+
+    def __str__(self) -> str:
+        value = "" if self.value is None else f", {self.metric} {self.value:.4g}"
+        return f"{self.step} of {self.of}{value}"
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a training.
+
+    Attributes:
+        name, version: Of the model.
+        method, task: Such as `"lightgbm"`, and `"classification"` or `"regression"`.
+        metrics: On the rows that were held back.
+        rows: All rows of the data.
+        features: In the order in which rows without names are given.
+        elapsed_s: Seconds.
+        job: The job's id.
+    """
+
+    name: str
+    version: int
+    method: str
+    task: str
+    metrics: Mapping[str, float]
+    rows: int
+    features: list[str]
+    elapsed_s: float
+    job: str
+
+    def __str__(self) -> str:
+        metrics = "".join(f", {name} {value:.4g}" for name, value in self.metrics.items())
+        return f"{self.name} version {self.version}: {self.method} {self.task} on {self.rows} rows{metrics}"
+
+
+class Inference(msgspec.Struct, frozen=True, eq=False):
+    """What came of an inference.
+
+    Attributes:
+        name, version: Of the model that answered.
+        predictions: One for each row, in their order: a list if the rows were one, else a NumPy array.
+    """
+
+    name: str
+    version: int
+    predictions: Any

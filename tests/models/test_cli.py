@@ -1,0 +1,210 @@
+"""`messenger models` as users run it: a manager in one process, its clients in others."""
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from messenger.models import ModelServerManager
+from tests.conftest import wait_until
+from tests.models.conftest import Data, NewManager, make_linear, write_csv
+
+COMMAND = [sys.executable, "-m", "messenger", "models"]
+TIMEOUT_S = 50.0
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_models(*words: object, text: str = "") -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, words)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+@pytest.fixture
+def manager(new_manager: NewManager) -> ModelServerManager:
+    return new_manager()
+
+
+@pytest.fixture
+def run(manager: ModelServerManager) -> Run:
+    """Runs a client command to the manager."""
+    return lambda *words, **options: run_models(*words, "--at", manager.listener.port, **options)
+
+
+@pytest.fixture
+def managing(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running `messenger models manage`, and its port."""
+    command = [*COMMAND, "manage", "--at", "0", "--folder", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            match = re.search(r":(\d+); models in", process.stderr.readline())
+            assert match
+            yield process, match[1]
+        finally:
+            process.kill()
+
+
+def test_train_infer_and_the_rest(managing: tuple[subprocess.Popen[str], str], tmp_path: Path, wine: Data) -> None:
+    """The whole path with commands alone, up to the end of the manager and its server by Ctrl-C."""
+    process, port = managing
+
+    def run(*words: object) -> str:
+        finished = run_models(*words, "--at", port)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    trained = run("train", "wine", "--data", wine.path, "--target", "class", "--param", "steps=20", "--seed", 1)
+    assert re.match(r"wine version 1: lightgbm classification on 178 rows, accuracy [01]", trained)
+    again = json.loads(
+        run("train", "wine", "--data", wine.path, "--target", "class", "--method", "linear", "--no-activate", "--json")
+    )
+    assert (again["version"], again["method"]) == (2, "linear")
+    assert run("list") == "wine: version 1 is served, of 1, 2\n"
+    table = list(csv.DictReader(io.StringIO(run("infer", "wine", wine.path))))
+    assert len(table) == 178
+    assert sum(row["prediction"] == row["class"] for row in table) > 165
+    assert run("load", "wine") == "wine: version 2 is served\n"
+    inferred = json.loads(run("infer", "wine", wine.path, "--json"))
+    assert (inferred["version"], len(inferred["predictions"])) == (2, 178)
+    status = json.loads(run("status", "--json"))
+    server = status["servers"][0]["pid"]
+    os.kill(server, signal.SIGKILL)
+    assert json.loads(run("infer", "wine", wine.path, "--version", 1, "--json"))["version"] == 1
+    said = run("status")
+    assert said.startswith("ready\nserver ")
+    assert "1 restarts" in said
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT_S) == 0
+    finished = run_models("list", "--at", port, "--timeout", "0.3")
+    assert finished.returncode == 3
+
+
+def test_many_rows_are_sent_in_parts_and_stay_in_order(run: Run, folder: Path, tmp_path: Path) -> None:
+    make_linear(folder)
+    path = write_csv(tmp_path / "rows.csv", ["note", "x1", "x0"], [["a, b", 0.5, number] for number in range(7_500)])
+    finished = run("infer", "sum", path)
+    assert finished.returncode == 0, finished.stderr
+    rows = list(csv.reader(io.StringIO(finished.stdout)))
+    assert rows[0] == ["note", "x1", "x0", "prediction"]
+    assert rows[1:] == [["a, b", "0.5", str(number), str(number + 0.5)] for number in range(7_500)]
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "said"),
+    [
+        ("", 2, "has no header"),
+        ("x0,x1\n1\n", 2, "line 2 has not as many cells"),
+        ("x0,x1\n1,2,3\n", 2, "line 2 has not as many cells"),
+        ('x0,x1\n"1,2\n', 2, "is no CSV"),
+        ("x0\n1\n", 4, "lacks the feature 'x1'"),
+        ("x0,x1\n1,two\n", 4, "no table of numbers"),
+    ],
+)
+def test_bad_rows_are_told(run: Run, folder: Path, text: str, status: int, said: str) -> None:
+    make_linear(folder)
+    finished = run("infer", "sum", text=text)
+    assert finished.returncode == status
+    assert said in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["train", "m", "--data", "nowhere.csv", "--target", "y"], 2, "is no file"),
+        (["train", "../m", "--data", __file__, "--target", "y"], 4, "is no name of a model"),
+        (["train", "m", "--data", __file__, "--target", "y"], 4, "neither .csv nor .parquet"),
+        (["train", "m", "--data", __file__, "--target", "y", "--param", "x"], 2, "is not NAME=VALUE"),
+        (["train", "m", "--data", __file__], 2, "--target"),
+        (["load", "m"], 4, "there is no model 'm'"),
+        (["load", "m", "0"], 2, "VERSION"),
+        (["infer", "m", "nowhere.csv"], 4, "No such file"),
+        (["cancel", "nobody"], 4, "there is no job 'nobody'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_mistakes_are_told_in_one_line(run: Run, words: list[str], status: int, said: str) -> None:
+    finished = run(*words)
+    assert finished.returncode == status, finished.stderr
+    assert said in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
+    assert finished.stdout == ""
+
+
+def start_training(manager: ModelServerManager, wine: Data, *words: str) -> subprocess.Popen[str]:
+    command = [*COMMAND, "train", "m", "--data", str(wine.path), "--target", "class", "--param", "steps=100000"]
+    process = subprocess.Popen(
+        [*command, *words, "--at", str(manager.listener.port)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: "open" in manager.status().jobs.values(), timeout=TIMEOUT_S)
+    return process
+
+
+def test_cancel_ends_a_training(manager: ModelServerManager, run: Run, wine: Data) -> None:
+    process = start_training(manager, wine, "--job", "mine")
+    finished = run("cancel", "mine", "--json")
+    assert (finished.returncode, json.loads(finished.stdout)) == (0, {"job": "mine", "cancelled": True})
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, out, err) == (130, "", "messenger: the job was cancelled\n")
+    assert "job mine: cancelled" in run("status").stdout
+
+
+def test_ctrl_c_cancels_the_training(manager: ModelServerManager, wine: Data) -> None:
+    process = start_training(manager, wine)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130
+    wait_until(lambda: list(manager.status().jobs.values()) == ["cancelled"], timeout=3.0)
+
+
+def test_a_server_of_ones_own(new_manager: NewManager, folder: Path) -> None:
+    make_linear(folder)
+    manager = new_manager(servers=0)
+    command = [*COMMAND, "serve", "--at", str(manager.listener.port), "--folder", str(folder)]
+    with subprocess.Popen(command) as process:
+        try:
+            assert manager.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S).predictions == [3.0]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT_S) == 0
+        finally:
+            process.kill()
+
+
+def test_status_says_not_ready(new_manager: NewManager) -> None:
+    manager = new_manager(servers=0)
+    finished = run_models("status", "--at", manager.listener.port)
+    assert (finished.returncode, finished.stdout) == (4, "not ready\n0 calls wait; nothing was asked yet\n")
+
+
+def test_help_needs_no_extra() -> None:
+    """Neither NumPy nor what comes with it is imported for it."""
+    script = (
+        "import sys; from messenger.cli import main; status = main(['models', '--help']); "
+        "sys.exit(status or any(name in sys.modules for name in ('numpy', 'sklearn', 'messenger.models')))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    for word in ("serve", "manage", "train", "infer", "list", "load", "status", "cancel"):
+        assert f"  {word} " in finished.stdout
+
+
+def test_a_missing_extra_is_told() -> None:
+    script = "import sys; sys.modules['sklearn'] = None; from messenger.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "models", "serve"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert finished.returncode == 4
+    assert "pip install 'messenger-zmq[models]'" in finished.stderr

@@ -1,0 +1,512 @@
+"""A manager with our servers, in real processes: commands, trainings, versions, joined calls, overload."""
+
+import itertools
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from messenger.models import (
+    CommandFailed,
+    Inference,
+    Job,
+    ManagerStopped,
+    ModelClient,
+    ModelFileInvalid,
+    ModelServerManager,
+    NoServer,
+    Overloaded,
+    Progress,
+    Training,
+    TrainingDataInvalid,
+)
+from messenger.models.protocol import decode_answer
+from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeers, wait_until
+from tests.models.conftest import Data, NewManager, make_linear
+
+TRAIN_S = 50.0
+# Grows for minutes, and reports on the way.
+ENDLESS: dict[str, Any] = {"method": "lightgbm", "target": "class", "params": {"steps": 100_000}}
+
+
+def test_the_contract(new_manager: NewManager, wine: Data) -> None:
+    manager = new_manager()
+    progress: Inbox[Progress] = Inbox()
+    done: Inbox[Any] = Inbox()
+    job = manager.train("wine", method="lightgbm", data=wine.path, target="class", on_progress=progress)
+    job.add_done_callback(done)
+    training = job.result(timeout=TRAIN_S)
+    assert (training.name, training.version, training.rows) == ("wine", 1, 178)
+    assert training.metrics["accuracy"] > 0.9
+    assert done.wait() == [job]
+    assert job.done()
+    steps = [(each.step, each.of, each.metric) for each in progress.wait(2)]
+    assert steps[-1] == (100, 100, "multi_logloss")
+    assert steps == sorted(steps)
+    inference = manager.infer("wine", wine.rows[:3]).result(timeout=TIMEOUT_S)
+    assert (inference.name, inference.version, inference.predictions) == ("wine", 1, [0, 0, 0])
+    answer = manager.command("PRINT", {"message": "hello"}).result(timeout=TIMEOUT_S)
+    assert answer == {"action": 0, "result": "MODEL_REPLY_hello", "success": True, "err": ""}
+    assert manager.print_message("hello").result(timeout=TIMEOUT_S) == "MODEL_REPLY_hello"
+    (listed,) = manager.list_models().result(timeout=TIMEOUT_S)
+    assert (listed.name, listed.version, listed.versions) == ("wine", 1, [1])
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_each_transport(transport: str, new_manager: NewManager, new_destination: Any) -> None:
+    manager = new_manager(new_destination(transport))
+    assert manager.print_message("x").result(timeout=TIMEOUT_S) == "MODEL_REPLY_x"
+
+
+def test_callbacks_run_without_a_wait(new_manager: NewManager, folder: Path) -> None:
+    make_linear(folder)
+    manager = new_manager()
+    results: Inbox[Any] = Inbox()
+    for number in range(100):
+        manager.infer("sum", [[number, 1]]).add_done_callback(results)
+    jobs = results.wait(100)
+    assert sorted(job.result().predictions[0] for job in jobs) == [number + 1.0 for number in range(100)]
+
+
+def test_unknown_commands_and_models_are_refused(new_manager: NewManager) -> None:
+    manager = new_manager()
+    with pytest.raises(CommandFailed, match="'DANCE' is unknown"):
+        manager.command("DANCE").result(timeout=TIMEOUT_S)
+    with pytest.raises(CommandFailed, match="there is no model 'nothing'"):
+        manager.infer("nothing", [[1]]).result(timeout=TIMEOUT_S)
+    with pytest.raises(ModelFileInvalid, match="no name of a model"):
+        manager.command("LOAD", {"name": "../../etc", "version": 1}).result(timeout=TIMEOUT_S)
+    with pytest.raises(CommandFailed, match="the data of PRINT are not what it takes"):
+        manager.command("PRINT", 5).result(timeout=TIMEOUT_S)
+    with pytest.raises(TrainingDataInvalid, match="no column"):
+        manager.train("m", data={"x": [1] * 20}, target="y").result(timeout=TRAIN_S)
+    assert manager.print_message("alive").result(timeout=TIMEOUT_S) == "MODEL_REPLY_alive"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        5,
+        {},
+        {"name": 5},
+        {"name": "sum", "rows": "x"},
+        {"name": "sum", "rows": [[1, 2]], "parts": [2]},
+        {"name": "sum", "rows": [[1, 2]], "parts": []},
+        {"name": "sum", "rows": [[1, 2]], "parts": [-1, 2]},
+        {"name": "sum", "rows": [[1, 2]], "version": "x"},
+        {"name": "sum", "rows": [[1, 2]], "version": 77},
+        {"name": "sum", "rows": [[1, 2, 3]]},
+        {"name": "sum", "rows": [[1, "x"]]},
+        {"name": "sum", "rows": [[1, [2]]]},
+        {"name": "sum", "rows": [{"x0": 1}]},
+        {"name": "sum", "rows": [{"x0": 1, "x1": 1}, 5]},
+        {"name": "sum"},
+    ],
+    ids=str,
+)
+def test_bad_inference_is_refused(new_manager: NewManager, folder: Path, data: Any) -> None:
+    make_linear(folder)
+    manager = new_manager()
+    with pytest.raises((CommandFailed, ModelFileInvalid)):
+        manager.command("INFER", data).result(timeout=TIMEOUT_S)
+    assert manager.infer("sum", [{"x1": 1, "x0": 2}]).result(timeout=TIMEOUT_S).predictions == [3.0]
+
+
+def test_matrices_travel_as_binary(new_manager: NewManager, folder: Path) -> None:
+    make_linear(folder)
+    manager = new_manager()
+    rows = np.arange(20_000.0).reshape(10_000, 2)
+    predictions = manager.infer("sum", rows).result(timeout=TIMEOUT_S).predictions
+    assert isinstance(predictions, np.ndarray)
+    np.testing.assert_allclose(predictions, rows.sum(axis=1), rtol=1e-6)
+    small = manager.infer("sum", rows[:2].astype(np.float32)).result(timeout=TIMEOUT_S).predictions
+    assert isinstance(small, np.ndarray)
+    assert small.tolist() == [1.0, 5.0]
+    listed = manager.infer("sum", rows.tolist()).result(timeout=TIMEOUT_S).predictions
+    assert listed == predictions.tolist()
+
+
+def test_a_bad_input_fails_its_own_caller_only(new_manager: NewManager, folder: Path) -> None:
+    """64 callers at once, every seventh with rows that the model cannot take; no answer goes to another."""
+    make_linear(folder)
+    manager = new_manager()
+    manager.infer("sum", [[0, 0]]).result(timeout=TIMEOUT_S)
+    wrong: list[str] = []
+
+    def call(caller: int) -> None:
+        for number in range(30):
+            row: list[Any] = [caller * 1_000, number]
+            is_bad = (caller + number) % 7 == 0
+            if is_bad:
+                row[1] = "x"
+            try:
+                got = manager.infer("sum", [row]).result(timeout=TIMEOUT_S).predictions
+                if is_bad or got != [caller * 1_000.0 + number]:
+                    wrong.append(f"{row}: {got}")
+            except CommandFailed as error:
+                if not is_bad:
+                    wrong.append(f"{row}: {error}")
+
+    threads = [threading.Thread(target=call, args=(caller,)) for caller in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TRAIN_S)
+    assert not wrong
+
+
+def test_a_switch_of_versions_fails_no_call(new_manager: NewManager, folder: Path) -> None:
+    """While callers infer, versions 1 and 2 are loaded in turn; every answer is right for the version it names."""
+    make_linear(folder, factor=1.0)
+    make_linear(folder, factor=10.0)
+    manager = new_manager(servers=2)
+    manager.load("sum", 1).result(timeout=TIMEOUT_S)
+    stop = threading.Event()
+    answers: Inbox[tuple[int, float, int]] = Inbox()
+    failures: Inbox[BaseException] = Inbox()
+
+    def call() -> None:
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            try:
+                inference = manager.infer("sum", [[number, 0]]).result(timeout=TIMEOUT_S)
+                answers((number, inference.predictions[0], inference.version))
+            except Exception as error:
+                failures(error)
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for version in [2, 1] * 10:
+            started_at = time.monotonic()
+            manifest = manager.load("sum", version).result(timeout=TIMEOUT_S)
+            assert manifest.version == version
+            assert time.monotonic() - started_at < 1.0
+            # What is asked after the switch is answered by the new version.
+            assert manager.infer("sum", [[1, 0]]).result(timeout=TIMEOUT_S).version == version
+            answers.wait(len(answers) + 20)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+    assert not failures.wait(0)
+    came = answers.wait(0)
+    assert {version for _, _, version in came} == {1, 2}
+    assert all(prediction == number * (1.0 if version == 1 else 10.0) for number, prediction, version in came)
+
+
+def test_a_training_makes_the_next_version_and_rolls_back(new_manager: NewManager, wine: Data) -> None:
+    manager = new_manager()
+    given: dict[str, Any] = {"method": "linear", "data": wine.path, "target": "class"}
+    assert manager.train("wine", **given).result(timeout=TRAIN_S).version == 1
+    assert manager.train("wine", **given, activate=False).result(timeout=TRAIN_S).version == 2
+    assert manager.infer("wine", wine.rows[:1]).result(timeout=TIMEOUT_S).version == 1
+    assert manager.infer("wine", wine.rows[:1], version=2).result(timeout=TIMEOUT_S).version == 2
+    assert manager.load("wine").result(timeout=TIMEOUT_S).version == 2
+    assert manager.infer("wine", wine.rows[:1]).result(timeout=TIMEOUT_S).version == 2
+    assert manager.load("wine", 1).result(timeout=TIMEOUT_S).metrics["accuracy"] > 0.9
+    assert manager.infer("wine", wine.rows[:1]).result(timeout=TIMEOUT_S).version == 1
+    assert manager.unload("wine").result(timeout=TIMEOUT_S) is None
+    assert manager.infer("wine", wine.rows[:1]).result(timeout=TIMEOUT_S).version == 1
+    assert manager.status().served == {"wine": 1}
+    with pytest.raises(ModelFileInvalid, match="has no version 9"):
+        manager.load("wine", 9).result(timeout=TIMEOUT_S)
+
+
+def test_rows_in_the_command(new_manager: NewManager, wine: Data) -> None:
+    manager = new_manager()
+    training = manager.train("wine", method="linear", data=wine.as_dicts(), target="class").result(timeout=TRAIN_S)
+    assert training.rows == 178
+
+
+def wait_progress(manager: ModelServerManager, name: str, wine: Data) -> Job[Training]:
+    """Starts a training that would take minutes, and returns its job when it has come some way."""
+    progress: Inbox[Progress] = Inbox()
+    job = manager.train(name, data=wine.path, on_progress=progress, **ENDLESS)
+    progress.wait(2, timeout=TRAIN_S)
+    return job
+
+
+def left_behind(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_cancelled_training_ends_within_two_seconds(new_manager: NewManager, folder: Path, wine: Data) -> None:
+    manager = new_manager()
+    job = wait_progress(manager, "wine", wine)
+    cancelled_at = time.monotonic()
+    assert job.cancel()
+    wait_until(job.done, timeout=2.0)
+    assert time.monotonic() - cancelled_at < 2.0
+    assert job.cancelled()
+    assert not left_behind(folder)
+    assert manager.list_models().result(timeout=TIMEOUT_S) == []
+    assert manager.status().jobs == {job.id: "cancelled"}
+    assert not job.settle(None)  # type: ignore[arg-type]  # It must not even be tried.
+
+
+def test_a_training_that_waits_behind_another_is_cancelled_too(new_manager: NewManager, wine: Data) -> None:
+    manager = new_manager()
+    first = wait_progress(manager, "first", wine)
+    second = manager.train("second", data=wine.path, **ENDLESS)
+    assert manager.cancel(second.id)
+    wait_until(second.cancelled, timeout=2.0)
+    assert not first.done()
+    assert manager.cancel(first.id)
+    wait_until(first.cancelled, timeout=2.0)
+    assert not manager.cancel("nobody")
+
+
+def test_a_cancel_and_an_end_at_once_have_one_outcome(new_manager: NewManager, folder: Path, wine: Data) -> None:
+    """Cancels come at all times around the end of a training: a job is cancelled, or there is its version."""
+    manager = new_manager()
+    outcomes = []
+    for number in range(6):
+        progress: Inbox[Progress] = Inbox()
+        job = manager.train(f"m{number}", data=wine.path, target="class", params={"steps": 30}, on_progress=progress)
+        while (last := progress.wait(1, timeout=TRAIN_S)[-1]).step < last.of:
+            progress.wait(len(progress) + 1, timeout=TRAIN_S)
+        time.sleep(number * 0.02)
+        job.cancel()
+        wait_until(job.done, timeout=2.0)
+        outcomes.append((f"m{number}", job.cancelled()))
+    versions = {listed.name: listed.versions for listed in manager.list_models().result(timeout=TIMEOUT_S)}
+    assert versions == {name: [1] for name, was_cancelled in outcomes if not was_cancelled}
+    assert not left_behind(folder)
+
+
+def test_inference_goes_on_while_a_model_is_trained(new_manager: NewManager, folder: Path, wine: Data) -> None:
+    make_linear(folder)
+    manager = new_manager()
+    job = wait_progress(manager, "wine", wine)
+    for number in range(50):
+        assert manager.infer("sum", [[number, 0]]).result(timeout=TIMEOUT_S).predictions == [float(number)]
+    assert not job.done()
+    assert job.cancel()
+
+
+def test_a_job_is_found_again_by_its_id(new_manager: NewManager, messenger: MessengerFactory, wine: Data) -> None:
+    """A client starts a training and goes; another one finds it, hears of its progress, and cancels it."""
+    manager = new_manager()
+    destination = manager.listener.destination
+    first = messenger()
+    started = ModelClient(first, destination).train("wine", data=wine.path, job_id="my-job", **ENDLESS)
+    wait_until(lambda: manager.status().jobs == {"my-job": "open"})
+    first.close(0)
+    assert started.exception(TIMEOUT_S) is not None
+    second = ModelClient(messenger(), destination)
+    progress: Inbox[Progress] = Inbox()
+    found = second.job("my-job", on_progress=progress)
+    assert progress.wait(1, timeout=TRAIN_S)[0].job == "my-job"
+    assert second.cancel("my-job")
+    wait_until(found.cancelled, timeout=2.0)
+    assert second.status().result(TIMEOUT_S)["jobs"] == {"my-job": "cancelled"}
+    with pytest.raises(CommandFailed, match="no job 'other'"):
+        second.job("other").result(TIMEOUT_S)
+
+
+def test_a_new_manager_finds_the_jobs_of_servers_that_went_on(
+    new_manager: NewManager, messenger: MessengerFactory, folder: Path, wine: Data, new_destination: Any
+) -> None:
+    """A server that was started by hand outlives its manager, says hello to the next, and still has its training."""
+    from messenger.models.server import ModelServer
+
+    destination = new_destination("port")
+    first = new_manager(destination, servers=0)
+    server = ModelServer(messenger(), destination, folder=folder)
+    try:
+        job = wait_progress(first, "wine", wine)
+        first.stop()
+        assert job.exception(TIMEOUT_S) is not None
+        second = new_manager(destination, servers=0)
+        found = second.job(job.id)
+        assert second.print_message("x").result(TIMEOUT_S) == "MODEL_REPLY_x"
+        assert second.command("CANCEL", {"job": job.id}).result(TIMEOUT_S)["result"] is True
+        wait_until(found.cancelled, timeout=2.0)
+    finally:
+        server.close()
+
+
+def test_a_client_has_the_same_calls(new_manager: NewManager, messenger: MessengerFactory, wine: Data) -> None:
+    manager = new_manager()
+    client = ModelClient(messenger(), manager.listener.destination)
+    progress: Inbox[Progress] = Inbox()
+    training = client.train("wine", data=wine.path, target="class", on_progress=progress).result(timeout=TRAIN_S)
+    assert training.version == 1
+    assert progress.wait(1)[0].job == training.job
+    assert client.infer("wine", wine.rows[:3]).result(TIMEOUT_S).predictions == [0, 0, 0]
+    many = client.infer("wine", np.array(wine.rows)).result(TIMEOUT_S)
+    assert isinstance(many.predictions, np.ndarray)
+    assert len(many.predictions) == 178
+    assert client.print_message("hello").result(TIMEOUT_S) == "MODEL_REPLY_hello"
+    assert client.load("wine", 1).result(TIMEOUT_S).name == "wine"
+    assert client.list_models().result(TIMEOUT_S)[0].name == "wine"
+    assert client.unload("wine").result(TIMEOUT_S) is None
+    assert client.status().result(TIMEOUT_S)["ready"] is True
+    with pytest.raises(CommandFailed, match="the rows have the shape"):
+        client.infer("wine", [[1.0]]).result(TIMEOUT_S)
+    with pytest.raises(CommandFailed, match="cannot end servers"):
+        client.command("QUIT").result(TIMEOUT_S)
+    with pytest.raises(TrainingDataInvalid):
+        client.train("wine", data=wine.path, target="nothing").result(TRAIN_S)
+
+
+def test_a_plain_program_can_be_a_client(new_manager: NewManager, folder: Path, plain: PlainPeers) -> None:
+    make_linear(folder)
+    manager = new_manager()
+    dealer = plain.dealer(manager.listener.destination)
+    dealer.send(b"", b'7-0-{"cmd": "INFER", "data": {"name": "sum", "rows": [[1, 2]]}}')
+    message = dealer.receive()[-1]
+    assert message.startswith(b"0-7-{")
+    assert json.loads(message[4:])["result"] == {"name": "sum", "version": 1, "predictions": [3.0]}
+    for contents, reason in ((b'{"cmd": "LOAD", "data": 5}', "object"), (b'{"cmd": "INFER", "data": {}}', "name")):
+        dealer.send(b"", b"8-0-" + contents)
+        answer, _ = decode_answer(dealer.receive()[-1].split(b"-", 2)[2])
+        assert not answer.success
+        assert reason in answer.err
+
+
+def test_garbage_at_the_managers_door_is_counted(new_manager: NewManager, plain: PlainPeers) -> None:
+    manager = new_manager()
+    dealer = plain.dealer(manager.listener.destination)
+    garbage = [
+        *(b"", b"not JSON", b"[]", b"{}", b"\x01\x02", b"\x80\x04."),
+        *(b'{"action": 9, "result": 0, "success": true, "err": ""}', b'{"action": 1}'),
+        b'{"action": 2, "result": {"job": 5}, "success": true, "err": ""}',
+        b'{"action": 1, "result": "", "success": true, "err": "", "server": 5}',
+    ]
+    for contents in garbage:
+        dealer.send(b"", b"0-0-" + contents)
+    wait_until(lambda: manager.status().counts.get("garbage") == len(garbage))
+    assert manager.print_message("x").result(timeout=TIMEOUT_S) == "MODEL_REPLY_x"
+
+
+def test_overload_is_shed(new_manager: NewManager, folder: Path) -> None:
+    """More is asked than can be answered: some calls end at once as Overloaded, the others are answered in time."""
+    make_linear(folder, width=200)
+    manager = new_manager(queue_s_max=0.1, batch_rows_max=500)
+    rows = np.zeros((500, 200))
+    for _ in range(5):
+        manager.infer("sum", rows).result(timeout=TIMEOUT_S)
+    waits: Inbox[float] = Inbox()
+    shed: Inbox[Overloaded] = Inbox()
+
+    def start() -> None:
+        started_at = time.monotonic()
+
+        def on_end(job: Any) -> None:
+            error = job.exception()
+            if error is None:
+                waits(time.monotonic() - started_at)
+            else:
+                assert isinstance(error, Overloaded)
+                shed(error)
+
+        manager.infer("sum", rows).add_done_callback(on_end)
+
+    for _ in range(600):
+        start()
+    wait_until(lambda: len(waits) + len(shed) == 600, timeout=TRAIN_S)
+    assert len(waits) >= 10
+    assert all(0 < error.retry_after_s < 5 for error in shed.wait(1))
+    assert max(waits.wait()) < 2.0
+    assert manager.status().counts["overloaded"] == len(shed)
+    assert manager.infer("sum", rows).result(timeout=TIMEOUT_S).version == 1
+
+
+def test_quit_ends_a_server_for_good(new_manager: NewManager) -> None:
+    manager = new_manager()
+    manager.wait_ready()
+    answer = manager.command("QUIT", "").result(timeout=TIMEOUT_S)
+    assert answer["success"] is True
+    (server,) = manager.status().servers
+    assert server.state == "stopped"
+    assert "told to end" in server.reason
+    assert server.reason.endswith("with status 0")
+    assert not manager.is_ready
+    with pytest.raises(NoServer, match="ended with status 0"):
+        manager.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S)
+
+
+def test_a_stop_ends_what_is_open(new_manager: NewManager, folder: Path, wine: Data) -> None:
+    manager = new_manager()
+    job = wait_progress(manager, "wine", wine)
+    (server,) = manager.status().servers
+    manager.stop()
+    assert job.exception(TIMEOUT_S) is not None
+    assert not os.path.exists(f"/proc/{server.pid}")
+    assert not left_behind(folder)
+    for late in (manager.infer("sum", [[1, 2]]), manager.print_message("x")):
+        with pytest.raises(ManagerStopped):
+            late.result(timeout=TIMEOUT_S)
+    manager.stop()
+
+
+def test_nobody_there_is_told_at_the_deadline(new_manager: NewManager) -> None:
+    manager = new_manager(servers=0)
+    assert not manager.is_ready
+    jobs: list[Job[Any]] = [manager.print_message("x", timeout=0.3), manager.infer("sum", [[1, 2]], timeout=0.3)]
+    for job in jobs:
+        with pytest.raises(NoServer, match="no server was ready"):
+            job.result(timeout=TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"servers": -1}, {"crashes_max": 0}, {"batch_rows_max": 0}, {"queue_s_max": 0}, {"command": "x"}, {"command": []}],
+)
+def test_bad_options_are_refused(new_manager: NewManager, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        new_manager(**options)
+
+
+def test_what_no_server_could_reach_is_refused(new_manager: NewManager, new_destination: Any) -> None:
+    with pytest.raises(ValueError, match="no server could connect"):
+        new_manager(new_destination("inproc"))
+    with pytest.raises(ValueError, match="has no ipc endpoint"):
+        new_manager(new_destination("tcp"), command=["x", "{ipc_path}"])
+
+
+def test_a_job_can_be_awaited(new_manager: NewManager, folder: Path) -> None:
+    import asyncio
+
+    make_linear(folder)
+    manager = new_manager()
+
+    async def ask() -> list[Inference]:
+        calls = [asyncio.wrap_future(manager.infer("sum", [[number, 0]])) for number in range(10)]
+        return await asyncio.gather(*calls)
+
+    assert [each.predictions for each in asyncio.run(ask())] == [[float(number)] for number in range(10)]
+
+
+def test_a_callback_of_a_job_may_call_again(new_manager: NewManager, folder: Path) -> None:
+    make_linear(folder)
+    manager = new_manager()
+    results: Inbox[Any] = Inbox()
+
+    def again(job: Any) -> None:
+        value = job.result().predictions[0]
+        if value < 20:
+            manager.infer("sum", [[value, 1]]).add_done_callback(again)
+        else:
+            results(value)
+
+    manager.infer("sum", [[0, 1]]).add_done_callback(again)
+    assert results.wait() == [20.0]
+
+
+def test_answers_are_no_garbage(new_manager: NewManager) -> None:
+    """The SLC runs on answers too, after their own callbacks; it must leave them alone."""
+    manager = new_manager()
+    for number in range(10):
+        assert manager.print_message(f"{number}").result(timeout=TIMEOUT_S) == f"MODEL_REPLY_{number}"
+    assert manager.status().counts.get("garbage", 0) == 0
