@@ -1,0 +1,43 @@
+"""Replication: an SQLite database and its live replicas, inside the processes that use it (docs/replication.md)."""
+
+from .errors import (
+    DatabaseRefused,
+    DiskFailed,
+    Diverged,
+    Fenced,
+    NotConfirmed,
+    ReplicationClosed,
+    ReplicationError,
+    Stale,
+    StatementRefused,
+)
+from .limits import ReplicationLimits
+from .primary import Primary, Transaction
+from .records import Position
+from .replica import Replica
+from .rows import Rows
+from .status import PrimaryStatus, ReplicaSelfStatus, ReplicaState, ReplicaStatus
+from .writer import WriterBusy
+
+__all__ = [
+    "DatabaseRefused",
+    "DiskFailed",
+    "Diverged",
+    "Fenced",
+    "NotConfirmed",
+    "Position",
+    "Primary",
+    "PrimaryStatus",
+    "Replica",
+    "ReplicaSelfStatus",
+    "ReplicaState",
+    "ReplicaStatus",
+    "ReplicationClosed",
+    "ReplicationError",
+    "ReplicationLimits",
+    "Rows",
+    "Stale",
+    "StatementRefused",
+    "Transaction",
+    "WriterBusy",
+]

@@ -1,0 +1,399 @@
+"""How a replica follows: it joins a primary, takes what comes, and says how far it is.
+
+Three kinds of threads: the messenger's puts what arrives into one queue and never waits; the **apply thread** takes
+all that is there, applies it together, makes it durable and answers once for all of it; the **join thread** looks
+whether a primary is there and asks the next destination if not. Each join draws a new stream number, and what belongs
+to an older one is dropped. What is received and not applied is forgotten at each join: the primary sends it again.
+
+What must never happen here: an answer that says more than is so.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import apsw
+
+from messenger import Connection, DeliveryError, Destination, Message, Messenger, MessengerError
+
+from .applier import Applier, Divergence, DivergenceFound, NoCopy
+from .errors import DiskFailed
+from .limits import BEAT_S, CONTACT_S_MAX, JOIN_S, ReplicationLimits
+from .records import (
+    PROTOCOL_VERSION,
+    Ack,
+    Beat,
+    DivergedReport,
+    Entries,
+    Entry,
+    FromPrimary,
+    Join,
+    MalformedRecord,
+    NotPrimary,
+    SnapshotAck,
+    SnapshotBegin,
+    SnapshotEnd,
+    SnapshotPart,
+    Welcome,
+    decode_from_primary,
+    encode,
+)
+from .status import ReplicaState
+
+logger = logging.getLogger("messenger.replication")
+
+Item = list[Entry] | SnapshotBegin | SnapshotPart | SnapshotEnd | Welcome
+
+
+class Follower:
+    """Follows whichever of some destinations has the primary, until `stop`.
+
+    Args:
+        applier: The replica's file; used by the apply thread only, once this is made.
+        destinations: Where a primary may be; asked in turn.
+        name: What the primary calls this replica.
+        on_change: Called on any thread, without a lock, when a position or a state has changed.
+
+    Attributes:
+        state: What is going on.
+        primary_lsn: The newest LSN of the primary that is known here.
+        fresh_at: When (monotonic seconds) the primary certainly had nothing that was not applied here since.
+        contact_at: When (monotonic seconds) the primary was last heard.
+        trouble: What went wrong last, and is tried again.
+    """
+
+    def __init__(
+        self,
+        applier: Applier,
+        messenger: Messenger,
+        destinations: Sequence[Destination | str | int],
+        name: str,
+        limits: ReplicationLimits,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.applier = applier
+        self.state = ReplicaState.CONNECTING if applier.diverged is None else ReplicaState.DIVERGED
+        self.primary_lsn = 0
+        self.fresh_at: float | None = None
+        self.contact_at: float | None = None
+        self.trouble = ""
+        self.malformed_count = 0
+        self.snapshot_count = 0
+        self.lost_path = ""
+        self._messenger = messenger
+        self._name = name
+        self._limits = limits
+        self._on_change = on_change
+        self._destinations = list(destinations)
+        self._turn = 0
+        self._connections: dict[str, Connection] = {}
+        self._lock = threading.Lock()
+        self._items: deque[Item] = deque()
+        self._has_items = threading.Condition(self._lock)
+        self._queued_bytes = 0
+        self._stream = 0
+        self._join_at = 0.0
+        self._received = 0
+        self._wants_snapshot = False
+        # Beats whose LSN is not applied yet: (LSN, when the primary had no more).
+        self._beats: deque[tuple[int, float]] = deque(maxlen=64)
+        self._is_stopped = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._apply_all, name=f"replication-apply-{name}", daemon=True),
+            threading.Thread(target=self._keep_joined, name=f"replication-join-{name}", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Follow no more; returns when what was being applied is."""
+        self._is_stopped.set()
+        with self._lock:
+            self._stream = 0
+            self._items.clear()
+            self._has_items.notify_all()
+            connections = list(self._connections.values())
+        for thread in self._threads:
+            thread.join()
+        for connection in connections:
+            connection.close()
+
+    @property
+    def destination(self) -> str:
+        """The destination that is followed, or asked now."""
+        return str(self._destinations[self._turn % len(self._destinations)])
+
+    @property
+    def received_lsn(self) -> int:
+        """Up to which LSN entries are here, applied or not."""
+        return max(self._received, self.applier.head.lsn)
+
+    def ask_snapshot(self) -> None:
+        """Throw away what is here for a snapshot of the primary, at the next join, which is due now."""
+        with self._lock:
+            self._wants_snapshot = True
+            self._leave(ReplicaState.CONNECTING)
+
+    # Joining.
+
+    def _keep_joined(self) -> None:
+        while not self._is_stopped.wait(BEAT_S / 2):
+            now = time.monotonic()
+            with self._lock:
+                if self._stream and self.contact_at is not None and now - self.contact_at > CONTACT_S_MAX:
+                    logger.warning("= %s hears nothing of its primary at %s", self._name, self.destination)
+                    self._leave(ReplicaState.CONNECTING)
+                is_due = not self._stream and now >= self._join_at and self.state is not ReplicaState.DIVERGED
+            if is_due:
+                try:
+                    self._join()
+                except MessengerError as error:
+                    self._note_trouble(f"{self.destination}: {error}")
+                    self._ask_next()
+
+    def _leave(self, state: ReplicaState, after_s: float = 0.0) -> None:
+        """Follow this join no more, and join anew. Called with the lock held."""
+        self._stream = 0
+        self._join_at = time.monotonic() + after_s
+        self.state = state
+        self._items.clear()
+        self._queued_bytes = 0
+        self._received = 0
+
+    def _ask_next(self) -> None:
+        with self._lock:
+            self._turn += 1
+            self._leave(self.state, JOIN_S / 4)
+
+    def _join(self) -> None:
+        connection = self._connect()
+        head, applier = self.applier.head, self.applier
+        with self._lock:
+            stream = self._stream = secrets.randbits(63) | 1
+            self.contact_at = time.monotonic()
+            self._received = head.lsn
+            database = "" if self._wants_snapshot else applier.database
+        join = Join(stream, PROTOCOL_VERSION, self._name, database, head.term, head.lsn, head.checksum)
+
+        def on_refused(error: DeliveryError) -> None:
+            with self._lock:
+                if self._stream == stream and self.state is ReplicaState.CONNECTING:
+                    self.trouble = f"{self.destination}: {error}"
+                    self._turn += 1
+                    self._leave(ReplicaState.CONNECTING, JOIN_S / 4)
+
+        self._messenger.send_message(connection, encode(join), self._on_message, on_error=on_refused, timeout=JOIN_S)
+
+    def _connect(self) -> Connection:
+        destination = self._destinations[self._turn % len(self._destinations)]
+        key = str(destination)
+        connection = self._connections.get(key)
+        if connection is None:
+            connection = self._messenger.make_connection(destination, callback=self._on_message)
+            with self._lock:
+                self._connections[key] = connection
+        return connection
+
+    def _note_trouble(self, text: str) -> None:
+        if text != self.trouble:
+            logger.error("! %s: %s", self._name, text)
+        self.trouble = text
+
+    # Messages, on the messenger's thread.
+
+    def _on_message(self, message: Message) -> None:
+        try:
+            record = decode_from_primary(message.contents)
+        except MalformedRecord as error:
+            self.malformed_count += 1
+            logger.debug("! dropped a message of %s: %s", message.sender, error)
+            return
+        if isinstance(record, Entries):
+            self._take_entries(record, message)
+        else:
+            self._take(record, message)
+
+    def _take_entries(self, record: Entries, message: Message) -> None:
+        size_bytes = sum(len(entry.body) for entry in record.entries)
+        with self._lock:
+            first = record.entries[0].lsn if record.entries else 0
+            if not self._stream or first != self._received + 1:
+                self.malformed_count += bool(self._stream)
+                return
+            if self._queued_bytes + size_bytes > 2 * (self._limits.in_flight_bytes_max + len(message.contents)):
+                self.malformed_count += 1  # The primary keeps to its limit; whoever does not is not listened to.
+                return
+            self.contact_at = time.monotonic()
+            self._received = record.entries[-1].lsn
+            self.primary_lsn = max(self.primary_lsn, self._received)
+            self._queued_bytes += size_bytes
+            self._items.append(record.entries)
+            self._has_items.notify()
+            ack = self._make_ack() if record.must_answer else None
+        if ack is not None:
+            message.reply(encode(ack))
+
+    def _make_ack(self) -> Ack:
+        applier = self.applier
+        durable = applier.durable_lsn
+        return Ack(self._stream, max(self._received, durable), durable, durable, time.monotonic())
+
+    def _take(self, record: FromPrimary, message: Message) -> None:
+        if isinstance(record, NotPrimary | Welcome | Beat | SnapshotBegin | SnapshotPart | SnapshotEnd):
+            with self._lock:
+                if record.stream != self._stream:
+                    return
+                self.contact_at = time.monotonic()
+                if isinstance(record, NotPrimary):
+                    self.trouble = f"{self.destination} is no primary"
+                    self._turn += 1
+                    self._leave(ReplicaState.CONNECTING, JOIN_S / 4)
+                    return
+                if isinstance(record, Beat):
+                    self._note_beat(record)
+                    ack = self._make_ack()
+                else:
+                    self._items.append(record)
+                    self._has_items.notify()
+                    return
+            message.reply(encode(ack))
+            self._on_change()
+
+    def _note_beat(self, beat: Beat) -> None:
+        self.primary_lsn = max(self.primary_lsn, beat.lsn)
+        if beat.echo_s:
+            # When we said that, the primary had not more than it says now.
+            self._beats.append((beat.lsn, beat.echo_s))
+        self._note_fresh()
+        head_lsn = self.applier.head.lsn
+        if self.state is ReplicaState.CATCHING_UP and head_lsn >= beat.lsn:
+            self.state = ReplicaState.STREAMING
+
+    def _note_fresh(self) -> None:
+        lsn = self.applier.head.lsn
+        while self._beats and self._beats[0][0] <= lsn:
+            self.fresh_at = max(self.fresh_at or 0.0, self._beats.popleft()[1])
+
+    # The apply thread.
+
+    def _apply_all(self) -> None:
+        while (taken := self._next()) is not None:
+            stream, item = taken
+            try:
+                self._apply(stream, item)
+            except DivergenceFound as found:
+                self._note_diverged(stream, found.divergence)
+            except (MalformedRecord, NoCopy) as error:
+                self._retry(f"what the primary sent does not fit: {error}", JOIN_S)
+                self.malformed_count += 1
+            except (apsw.Error, OSError, DiskFailed) as error:
+                # The disk may be full, or another process in the way; nothing was acknowledged.
+                self._retry(f"{type(error).__name__}: {error}", JOIN_S)
+            except MessengerError as error:
+                self._retry(str(error), JOIN_S)
+
+    def _next(self) -> tuple[int, Item] | None:
+        """Return what comes next, entries together as far as they are there, and the join that it belongs to."""
+        with self._lock:
+            while not self._items:
+                if self._is_stopped.is_set():
+                    return None
+                self._has_items.wait()
+            item = self._items.popleft()
+            if isinstance(item, list):
+                size_bytes = sum(len(entry.body) for entry in item)
+                while self._items and isinstance(self._items[0], list):
+                    more = self._items[0]
+                    more_bytes = sum(len(entry.body) for entry in more)
+                    if len(item) + len(more) > 1_024 or size_bytes + more_bytes > 4 * 1024 * 1024:
+                        break
+                    item = item + more
+                    size_bytes += more_bytes
+                    self._items.popleft()
+                self._queued_bytes -= size_bytes
+            return self._stream, item
+
+    def _apply(self, stream: int, item: Item) -> None:
+        applier = self.applier
+        if isinstance(item, list):
+            applier.apply(item)
+            with self._lock:
+                self._note_fresh()
+            self._on_change()
+            applier.sync()
+            self._answer(stream)
+        elif isinstance(item, Welcome):
+            self._welcome(item)
+        elif isinstance(item, SnapshotBegin):
+            applier.begin_snapshot(item.bytes_total)
+            self.state = ReplicaState.SNAPSHOT
+        elif isinstance(item, SnapshotPart):
+            if applier.sink is None:
+                raise MalformedRecord("a part of a snapshot came without its beginning")
+            applier.sink.write(item)
+            self._send(stream, encode(SnapshotAck(stream, applier.sink.bytes_done)))
+            self._on_change()
+        else:
+            applier.install_snapshot(item.checksum)
+            self._note_installed(stream)
+
+    def _note_installed(self, stream: int) -> None:
+        with self._lock:
+            self.snapshot_count += 1
+            self.trouble = ""
+            self._wants_snapshot = False
+            self.state = ReplicaState.CATCHING_UP
+            self._received = max(self._received, self.applier.head.lsn)
+        logger.info("= %s installed a snapshot, it is at %s", self._name, self.applier.head.position)
+        self._answer(stream)
+        self._on_change()
+
+    def _answer(self, stream: int) -> None:
+        with self._lock:
+            ack = self._make_ack()
+        if ack.stream == stream:
+            self._send(stream, encode(ack))
+
+    def _send(self, stream: int, data: bytes) -> None:
+        connection = self._connect()
+        if self._stream == stream:
+            self._messenger.send_message(connection, data, timeout=CONTACT_S_MAX)
+
+    def _welcome(self, welcome: Welcome) -> None:
+        with self._lock:
+            self.primary_lsn = max(self.primary_lsn, welcome.lsn)
+            if welcome.mode == "log":
+                self.state = ReplicaState.CATCHING_UP
+                self.trouble = ""
+                self._received = max(self._received, self.applier.head.lsn)
+            elif welcome.mode == "snapshot":
+                self.state = ReplicaState.SNAPSHOT
+                self._received = 0
+            elif welcome.mode == "rejoin":
+                self._leave(ReplicaState.CONNECTING)
+        if welcome.mode == "diverged":
+            self._note_diverged(welcome.stream, Divergence(self.applier.head.lsn, "", "", welcome.reason))
+        elif welcome.mode == "refused":
+            self._retry(f"{self.destination} refuses: {welcome.reason}", JOIN_S)
+        self._on_change()
+
+    def _note_diverged(self, stream: int, divergence: Divergence) -> None:
+        logger.error("! %s has DIVERGED %s", self._name, divergence)
+        self.applier.note_diverged(divergence)
+        report = DivergedReport(stream, divergence.lsn, divergence.table, divergence.key, str(divergence))
+        self._send(stream, encode(report))
+        with self._lock:
+            self._leave(ReplicaState.DIVERGED)
+        self._on_change()
+
+    def _retry(self, why: str, after_s: float) -> None:
+        self._note_trouble(why)
+        self.applier.drop_snapshot()
+        with self._lock:
+            if not self._is_stopped.is_set():
+                self._leave(ReplicaState.CONNECTING, after_s)
+                self._turn += 1
+        self._on_change()

@@ -1,0 +1,288 @@
+"""The replicas of a primary: the listener that they join at, what is known of each, and who waits for them.
+
+Runs in three kinds of threads: the messenger's, where messages arrive; the thread that commits, which sends to the
+replicas that stream; and one feed per replica (`feed.py`). One lock guards what they share and is held for moments
+only; nothing is sent and no file is read under it.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from messenger import Destination, Message, Messenger, MessengerError
+
+from .confirm import Confirmations, Level, Waiter
+from .feed import CATCHING_UP, DIVERGED, DOWN, STREAMING, Feed, Peer
+from .limits import ReplicationLimits
+from .records import (
+    PROTOCOL_VERSION,
+    Ack,
+    Claim,
+    DivergedReport,
+    Entries,
+    Entry,
+    FromReplica,
+    Head,
+    Join,
+    MalformedRecord,
+    NotPrimary,
+    SnapshotAck,
+    StatusQuery,
+    Welcome,
+    decode_from_replica,
+    encode,
+)
+from .status import ReplicaStatus
+from .writer import Written
+
+logger = logging.getLogger("messenger.replication")
+
+
+class Hub:
+    """The replicas of one primary.
+
+    Args:
+        messenger: Listens, and stays the caller's.
+        destination: Where replicas join.
+        path, database, head: The primary's file, the random name of its database, and where its history ends.
+        on_claim: Called on the messenger's thread with the (higher) term and the destinations of another primary.
+        make_status: Returns the status, as a structure, for whoever asks.
+
+    Attributes:
+        malformed_count: Messages that could not be read.
+    """
+
+    def __init__(
+        self,
+        messenger: Messenger,
+        destination: Destination | str | int,
+        path: str,
+        database: str,
+        head: Head,
+        limits: ReplicationLimits,
+        on_claim: Callable[[int, tuple[str, ...]], None],
+        make_status: Callable[[], msgspec.Struct],
+    ) -> None:
+        self.messenger = messenger
+        self.path = path
+        self.database = database
+        self.head = head
+        self.limits = limits
+        self.lock = threading.Lock()
+        self.snapshot_count = 0
+        self.snapshot_lock = threading.Lock()
+        self.malformed_count = 0
+        self.peers: dict[str, Peer] = {}
+        self.confirmations = Confirmations()
+        self.is_closed = False
+        self._on_claim = on_claim
+        self._make_status = make_status
+        self._by_stream: dict[int, Peer] = {}
+        self.listener = messenger.listen_for_connection(destination, self._on_message)
+
+    def close(self) -> None:
+        """Serve nobody any more, and tell those who wait."""
+        with self.lock:
+            self.is_closed = True
+            feeds = [peer.feed for peer in self.peers.values() if peer.feed is not None]
+            self.confirmations.wake_all()
+        for feed in feeds:
+            feed.stop()
+        for feed in feeds:
+            feed.thread.join()
+        self.listener.close()
+
+    # Commits.
+
+    def publish(self, written: Written) -> None:
+        """Let transactions wait, and send them to the replicas that stream. Called in the order of LSNs."""
+        entries = written.entries
+        targets: list[Feed] = []
+        with self.lock:
+            if entries:
+                last = entries[-1]
+                self.head = Head(last.term, last.lsn, last.checksum)
+                for peer in self.peers.values():
+                    if peer.state is STREAMING and peer.feed is not None and self._may_stream(peer, entries):
+                        targets.append(peer.feed)
+            for waiter, level, count in written.waiters:
+                self.confirmations.add(waiter, level, count)
+        if targets:
+            must_answer = any(level is Level.RECEIVED for _, level, _ in written.waiters)
+            data = encode(Entries(entries, must_answer))
+            for feed in targets:
+                try:
+                    feed.send_bytes(data)
+                except MessengerError as error:
+                    feed.stop()
+                    self.handle_down(feed, str(error))
+
+    def _may_stream(self, peer: Peer, entries: list[Entry]) -> bool:
+        if peer.sent + 1 == entries[0].lsn and peer.has_room(self.limits):
+            for entry in entries:
+                peer.note_sent(entry)
+            return True
+        if peer.sent < entries[-1].lsn:
+            peer.state = CATCHING_UP
+            if peer.feed is not None:
+                peer.feed.news.set()
+        return False
+
+    def note_durable(self, lsn: int) -> None:
+        """All up to an LSN is on the primary's own disk."""
+        with self.lock:
+            if lsn > self.confirmations.durable_lsn:
+                self.confirmations.durable_lsn = lsn
+                self.confirmations.settle(self.peers.values())
+
+    def wait_for(self, waiter: Waiter, level: Level, count: int) -> None:
+        """Let a transaction wait that was committed earlier."""
+        with self.lock:
+            self.confirmations.add_earlier(waiter, level, count)
+            self.confirmations.settle(self.peers.values())
+
+    def replicas(self) -> tuple[ReplicaStatus, ...]:
+        """Return how each replica stands."""
+        now = time.monotonic()
+        with self.lock:
+            return tuple(self._status_of(peer, now) for _, peer in sorted(self.peers.items()))
+
+    def _status_of(self, peer: Peer, now: float) -> ReplicaStatus:
+        return ReplicaStatus(
+            name=peer.name,
+            state=peer.state,
+            sent_lsn=peer.sent,
+            received_lsn=peer.received,
+            durable_lsn=peer.durable,
+            applied_lsn=peer.applied,
+            lag_transactions=self.head.lsn - peer.applied,
+            lag_s=0.0,
+            contact_s=None if peer.contact_at is None else now - peer.contact_at,
+            snapshot_bytes=peer.snapshot_bytes,
+            snapshot_bytes_total=peer.snapshot_bytes_total,
+            diverged=peer.diverged,
+        )
+
+    def forget(self, waiter: Waiter) -> None:
+        """A thread waits no longer."""
+        with self.lock:
+            self.confirmations.discard(waiter)
+
+    # Messages, on the messenger's thread.
+
+    def _on_message(self, message: Message) -> None:
+        try:
+            record = decode_from_replica(message.contents)
+        except MalformedRecord as error:
+            with self.lock:
+                self.malformed_count += 1
+            logger.debug("! dropped a message of %s: %s", message.sender, error)
+            return
+        self._handle(record, message)
+
+    def handle_answer(self, message: Message) -> None:
+        """Take the answer to a beat."""
+        self._on_message(message)
+
+    def _handle(self, record: FromReplica, message: Message) -> None:
+        if isinstance(record, Ack):
+            self._handle_ack(record, message)
+        elif isinstance(record, SnapshotAck):
+            self._handle_snapshot_ack(record)
+        elif isinstance(record, Join):
+            self._handle_join(record, message)
+        elif isinstance(record, DivergedReport):
+            self._handle_diverged(record)
+        elif isinstance(record, Claim):
+            if record.database == self.database and record.term > self.head.term:
+                self._on_claim(record.term, record.destinations)
+        elif isinstance(record, StatusQuery):
+            message.reply(msgspec.json.encode(self._make_status()))
+        else:
+            message.reply(msgspec.json.encode({"error": "this is the primary already"}))
+
+    def _handle_ack(self, ack: Ack, message: Message) -> None:
+        with self.lock:
+            peer = self._by_stream.get(ack.stream)
+            if peer is not None:
+                peer.contact_at = time.monotonic()
+                peer.echo_s = ack.at_s
+                peer.note_positions(ack.received, ack.durable, ack.applied)
+                self.confirmations.settle(self.peers.values())
+                if peer.state is CATCHING_UP and peer.feed is not None:
+                    peer.feed.news.set()
+        if peer is None:
+            # Of an earlier join, which we have given up.
+            message.reply(encode(Welcome(ack.stream, "rejoin", self.database, self.head.term, 0, b"")))
+
+    def _handle_snapshot_ack(self, ack: SnapshotAck) -> None:
+        with self.lock:
+            peer = self._by_stream.get(ack.stream)
+            if peer is None or peer.feed is None:
+                return
+            peer.contact_at = time.monotonic()
+            peer.snapshot_bytes = min(ack.bytes_done, peer.snapshot_bytes_total)
+            peer.feed.snapshot_acked = ack.bytes_done
+            peer.feed.news.set()
+
+    def _handle_diverged(self, report: DivergedReport) -> None:
+        with self.lock:
+            peer = self._by_stream.get(report.stream)
+            if peer is None:
+                return
+            peer.state = DIVERGED
+            peer.diverged = report.reason
+            if peer.feed is not None:
+                peer.feed.stop()
+        logger.error("! replica %s has DIVERGED: %s", peer.name, report.reason)
+
+    def _handle_join(self, join: Join, message: Message) -> None:
+        refusal = self._refusal(join)
+        if refusal:
+            message.reply(encode(Welcome(join.stream, "refused", self.database, self.head.term, 0, b"", refusal)))
+            return
+        if join.database == self.database and join.term > self.head.term:
+            self._on_claim(join.term, ())
+            message.reply(encode(NotPrimary(join.stream, join.term, ())))
+            return
+        with self.lock:
+            if self.is_closed:
+                return
+            peer = self.peers.setdefault(join.name, Peer(join.name))
+            old = peer.feed
+            if old is not None:
+                self._by_stream.pop(old.stream, None)
+                old.stop()
+            # What it had received and not on its disk may be lost with its process.
+            peer.received = peer.durable
+            peer.state = DOWN
+            peer.contact_at = time.monotonic()
+            self._by_stream[join.stream] = peer
+            peer.feed = Feed(self, peer, join, message)
+
+    def _refusal(self, join: Join) -> str:
+        if join.version != PROTOCOL_VERSION:
+            return f"it speaks version {join.version} of the protocol, this primary {PROTOCOL_VERSION}"
+        with self.lock:
+            if join.name not in self.peers and len(self.peers) >= self.limits.replicas_max:
+                return f"{len(self.peers)} replicas are known, that is replicas_max"
+        return ""
+
+    def handle_down(self, feed: Feed, why: str) -> None:
+        """A replica is gone, or its feed has ended."""
+        with self.lock:
+            peer = feed.peer
+            if peer.feed is not feed:
+                return
+            self._by_stream.pop(feed.stream, None)
+            peer.feed = None
+            if peer.state is not DIVERGED:
+                peer.state = DOWN
+            peer.received = peer.durable
+            peer.snapshot_bytes = peer.snapshot_bytes_total = 0
+            is_news = not self.is_closed
+        if is_news:
+            logger.warning("= replica %s is %s: %s", peer.name, peer.state, why or "its feed ended")

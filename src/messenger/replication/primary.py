@@ -1,0 +1,403 @@
+"""`Primary`: an SQLite file whose transactions are replicated.
+
+A commit goes through four hands: the `Writer` makes it an entry of the log in the transaction that makes its changes,
+the `Hub` sends it to the replicas, the caller's thread makes it durable (one fsync for all that wait), and the
+`Confirmations` wake the caller when enough replicas have said that they have it. Sending comes before the fsync, so
+that the disks here and there work at the same time.
+
+What must never happen here: a commit that returns without what its level promises.
+"""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import apsw
+import msgspec
+
+from messenger import Destination, Messenger
+
+from . import database
+from .capture import Capture, Kind, classify
+from .confirm import Level, Waiter
+from .errors import Fenced, NotConfirmed, StatementRefused
+from .hub import Hub
+from .limits import ReplicationLimits
+from .log import check_in_history
+from .records import Position
+from .rows import Rows
+from .snapshot import remove_leftovers
+from .status import PrimaryStatus, ReplicaStatus
+from .writer import Bindings, Operation, Writer, Written
+
+logger = logging.getLogger("messenger.replication")
+
+ACKNOWLEDGEMENTS_MAX = 64
+
+
+class Promise(NamedTuple):
+    """What a commit waits for."""
+
+    level: Level
+    count: int
+    timeout: float
+
+
+class Transaction:
+    """A transaction that is open, given by `with primary.transaction() as tx:`. Used on the thread that opened it.
+
+    Attributes:
+        position: Its (term, LSN), once it is committed.
+    """
+
+    def __init__(self, cursor_of: apsw.Connection, capture: Capture) -> None:
+        self.position: Position | None = None
+        self._connection = cursor_of
+        self._capture = capture
+        self._cursors: list[apsw.Cursor] = []
+
+    def execute(self, sql: str, bindings: Bindings = None) -> Rows:
+        """Run statements within the transaction; take the rows before it ends.
+
+        Args:
+            sql: One or more statements. Those that change the schema are replicated as they stand.
+            bindings: A sequence or mapping, as apsw takes them.
+
+        Raises:
+            StatementRefused: It cannot be replicated. apsw.Error: SQLite refused it.
+        """
+        cursor = self._cursor()
+        try:
+            return Rows(iter(cursor.execute(sql, bindings)))
+        except BaseException:
+            self._capture.forget_pending()
+            raise
+
+    def executemany(self, sql: str, bindings: Sequence[Bindings] | Iterator[Bindings]) -> Rows:
+        """Run a statement once for each of many bindings, as `execute` does."""
+        cursor = self._cursor()
+        try:
+            return Rows(iter(cursor.executemany(sql, bindings)))
+        except BaseException:
+            self._capture.forget_pending()
+            raise
+
+    def last_insert_rowid(self) -> int:
+        """Return the rowid of the row inserted last."""
+        return self._connection.last_insert_rowid()
+
+    def _cursor(self) -> apsw.Cursor:
+        if self.position is not None:
+            raise StatementRefused("the transaction has ended")
+        self._cursors = [cursor for cursor in self._cursors if cursor.has_vdbe]
+        cursor = self._connection.cursor()
+        cursor.exec_trace = self._capture.on_statement
+        self._cursors.append(cursor)
+        return cursor
+
+    def finish(self) -> None:
+        """Run what was not taken yet of statements that are under way. For `Primary`."""
+        for cursor in self._cursors:
+            for _ in cursor:
+                pass
+
+    def end(self) -> None:
+        """Let go of all statements. For `Primary`."""
+        for cursor in self._cursors:
+            cursor.close(force=True)
+
+
+class Primary:
+    """The primary of a replicated SQLite database. A context manager; open from the start.
+
+    Args:
+        path: The file. It is made if there is none; one that was never replicated is adopted as it is.
+        messenger: Carries the messages; stays yours, close it after the primary.
+        destination: Where replicas join, as `listen_for_connection` takes it.
+        commit: The level that a commit waits for: `local` (on this disk), `received` (in a replica's memory),
+            `durable` (on its disk too), `applied` (readable there too). Each includes those before it.
+        acknowledgements: How many replicas must confirm it, 1 to 64.
+        timeout: Seconds, > 0, that a commit waits for them.
+        limits: What the log may hold, and what may be under way.
+
+    Raises:
+        DatabaseRefused: The file is in use, or belongs to a replica. Fenced: Another primary was promoted over it.
+        DestinationInUse, DestinationInvalid, apsw.Error.
+
+    Source: docs/replication.md.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        messenger: Messenger,
+        destination: Destination | str | int = 15445,
+        *,
+        commit: str = "local",
+        acknowledgements: int = 1,
+        timeout: float = 5.0,
+        limits: ReplicationLimits | None = None,
+    ) -> None:
+        self.path = database.resolve(path)
+        self.messenger = messenger
+        self._promise = self._check(commit, acknowledgements, timeout)
+        self._not_confirmed_count = 0
+        self._is_closed = False
+        limits = limits or ReplicationLimits()
+        self._writer = writer = Writer(self.path, limits, self._publish)
+        try:
+            if writer.state.fenced_term > writer.log.head.term:
+                by = msgspec.json.decode(writer.state.fenced_by, type=tuple[str, ...])
+                raise _make_fenced(self.path, writer.state.fenced_term, by)
+            remove_leftovers(self.path)
+            self._readers = database.Readers(self.path)
+            self._hub = Hub(
+                messenger,
+                destination,
+                self.path,
+                writer.state.database,
+                writer.log.head,
+                limits,
+                self._on_claim,
+                self.status,
+            )
+            self._sync(writer.log.head.lsn)
+        except BaseException:
+            writer.close()
+            raise
+
+    # Transactions.
+
+    @contextlib.contextmanager
+    def transaction(
+        self, *, commit: str | None = None, acknowledgements: int | None = None, timeout: float | None = None
+    ) -> Iterator[Transaction]:
+        """Run a block as one transaction; an exception out of it rolls it back. One at a time, others wait.
+
+        Args:
+            commit, acknowledgements, timeout: Of this transaction, if not the primary's own. The timeout bounds the
+                wait for other transactions, and that for the replicas.
+
+        Raises:
+            NotConfirmed: Committed here, but not confirmed by enough replicas in time.
+            WriterBusy, StatementRefused, Fenced, ReplicationClosed, apsw.Error: Nothing was committed.
+
+        Thread: any.
+        """
+        promise = self._override(commit, acknowledgements, timeout)
+        writer = self._writer
+        waiter = Waiter()
+        writer.acquire(time.monotonic() + promise.timeout)
+        try:
+            writer.begin()
+            capture = writer.capture()
+            tx = Transaction(writer.connection, capture)
+            try:
+                yield tx
+                tx.finish()
+                parts = capture.finish()
+                tx.end()
+                writer.commit(parts, waiter, promise.level, promise.count)
+            except BaseException:
+                tx.end()
+                writer.roll_back()
+                capture.undo()
+                raise
+            tx.position = waiter.position
+            writer.trim()
+        finally:
+            writer.release()
+        self._sync_for(waiter)
+        self._await(waiter, promise)
+
+    def execute(
+        self,
+        sql: str,
+        bindings: Bindings = None,
+        *,
+        commit: str | None = None,
+        acknowledgements: int | None = None,
+        timeout: float | None = None,
+    ) -> Rows:
+        """Run a statement as a transaction of its own; one that only reads runs beside transactions.
+
+        Transactions of this kind that wait at the same time share a commit, a message and an fsync.
+
+        Args:
+            sql: One or more statements; a SELECT first makes all of them only read.
+            bindings: A sequence or mapping, as apsw takes them.
+            commit, acknowledgements, timeout: As `transaction` takes them.
+
+        Raises:
+            As `transaction`.
+
+        Thread: any.
+        """
+        kind = classify(sql)
+        if kind is Kind.READ:
+            return Rows(iter(self._readers.get().execute(sql, bindings)))
+        promise = self._override(commit, acknowledgements, timeout)
+        deadline_at = time.monotonic() + promise.timeout
+        if kind is Kind.SETTING or kind is Kind.TEMPORARY:
+            return self._set(sql, deadline_at)
+        operation = Operation(sql, bindings, promise.level, promise.count)
+        with self._writer.leading(operation, deadline_at) as leads:
+            if leads and operation.error is None:
+                self._sync_for(operation)
+        if operation.error is not None:
+            raise operation.error
+        self._await(operation, promise)
+        return Rows(iter(operation.rows))
+
+    def _set(self, sql: str, deadline_at: float) -> Rows:
+        self._writer.acquire(deadline_at)
+        try:
+            return Rows(iter(self._writer.connection.execute(sql).fetchall()))
+        finally:
+            self._writer.release()
+
+    def _publish(self, written: Written) -> None:
+        self._hub.publish(written)
+
+    def _sync_for(self, waiter: Waiter) -> None:
+        if waiter.position is not None:
+            self._sync(waiter.position.lsn)
+
+    def _sync(self, lsn: int) -> None:
+        hub = self._hub
+        hub.note_durable(self._writer.wal.sync(lsn, lambda: hub.head.lsn))
+
+    def _await(self, waiter: Waiter, promise: Promise) -> None:
+        """Return once a transaction is confirmed."""
+        if not waiter.is_confirmed and not waiter.wait(promise.timeout):
+            self._hub.forget(waiter)
+        if not waiter.is_confirmed:
+            self._not_confirmed_count += 1
+            position = waiter.position or Position(0, 0)
+            why = "it was closed" if self._is_closed else f"within {promise.timeout} s"
+            raise NotConfirmed(
+                f"transaction {position} is committed here, but fewer than {promise.count} replicas confirmed it as "
+                f"{promise.level.name.lower()} ({why}); it may be there, or come there",
+                position,
+            )
+
+    def wait_confirmed(
+        self,
+        position: tuple[int, int],
+        *,
+        commit: str | None = None,
+        acknowledgements: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Wait until a transaction that was committed earlier is confirmed, as after `NotConfirmed`.
+
+        Raises:
+            NotConfirmed: Not in time. Diverged: It is not in this database's history.
+        """
+        promise = self._override(commit, acknowledgements, timeout)
+        wanted = Position(*position)
+        if wanted > self.position:
+            raise ValueError(f"position {wanted} is ahead of {self.position}")
+        check_in_history(self._readers.get(), wanted)
+        waiter = Waiter(wanted)
+        self._hub.wait_for(waiter, promise.level, promise.count)
+        self._await(waiter, promise)
+
+    def _override(self, commit: str | None, acknowledgements: int | None, timeout: float | None) -> Promise:
+        own = self._promise
+        if commit is None and acknowledgements is None and timeout is None:
+            return own
+        return self._check(
+            own.level.name if commit is None else commit,
+            own.count if acknowledgements is None else acknowledgements,
+            own.timeout if timeout is None else timeout,
+        )
+
+    def _check(self, commit: str, acknowledgements: int, timeout: float) -> Promise:
+        if type(acknowledgements) is not int or not 1 <= acknowledgements <= ACKNOWLEDGEMENTS_MAX:
+            raise ValueError(f"acknowledgements is {acknowledgements!r}, it must be 1 to {ACKNOWLEDGEMENTS_MAX}")
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
+        return Promise(Level.parse(commit), acknowledgements, timeout)
+
+    # What is known.
+
+    @property
+    def position(self) -> Position:
+        """The (term, LSN) of the newest transaction committed here. Thread: any."""
+        return self._hub.head.position
+
+    @property
+    def destination(self) -> Destination:
+        """Where replicas join; a port of 0 has become the one that was free."""
+        return self._hub.listener.destination
+
+    def status(self) -> PrimaryStatus:
+        """Return how the primary and each replica that it knows stand. Thread: any."""
+        writer, hub = self._writer, self._hub
+        return PrimaryStatus(
+            path=self.path,
+            database=hub.database,
+            role="fenced" if writer.fence is not None else "primary",
+            term=hub.head.term,
+            lsn=hub.head.lsn,
+            durable_lsn=hub.confirmations.durable_lsn,
+            log_first_lsn=writer.log.first_lsn,
+            log_bytes=writer.log.bytes,
+            transaction_count=writer.transaction_count,
+            group_count=writer.group_count,
+            not_confirmed_count=self._not_confirmed_count,
+            foreign_write_count=writer.foreign_write_count,
+            snapshot_count=hub.snapshot_count,
+            malformed_count=hub.malformed_count,
+            replicas=self._replicas(),
+        )
+
+    def _replicas(self) -> tuple[ReplicaStatus, ...]:
+        return self._hub.replicas()
+
+    # Other primaries.
+
+    def _on_claim(self, term: int, destinations: tuple[str, ...]) -> None:
+        """Another primary leads this database under a higher term."""
+        self._writer.fence = _make_fenced(self.path, term, destinations)
+
+    # Life.
+
+    def close(self) -> None:
+        """Serve replicas no more, and close the file. Transactions that still wait end as `NotConfirmed`.
+
+        Thread: any, not within a transaction. Twice is fine.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._hub.close()
+        self._readers.close()
+        with self._writer.lock:
+            self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Primary of {self.path} at {self.position}>"
+
+
+def _make_fenced(path: str, term: int, destinations: tuple[str, ...]) -> Fenced:
+    where = f" at {', '.join(destinations)}" if destinations else ""
+    return Fenced(
+        f"{path}: another primary was promoted under term {term}{where}; nothing is committed here any more, open the "
+        "file as a Replica of that primary",
+        term,
+        destinations,
+    )
