@@ -12,14 +12,17 @@ passed over.
 
 import logging
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import apsw
 import msgspec
 
 from . import database
-from .errors import DatabaseRefused, Diverged
-from .limits import ReplicationLimits
-from .log import Log, begin_term
+from .errors import DatabaseRefused
+from .limits import CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, ReplicationLimits
+from .log import Log, begin_term, find_head, read_entries, read_term
+from .lost import save_lost
 from .records import Entry, Head, MalformedRecord, Part, PartKind, decode_parts, decode_sequences, does_follow
 from .snapshot import SnapshotSink, remove_leftovers
 
@@ -110,8 +113,6 @@ class Applier:
             )
         connection.config(apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0)
         state = database.read_state(connection)
-        with database.transaction(connection):
-            database.write_state(connection, role=database.REPLICA, fenced_term=0, fenced_by="[]")
         self._log = Log(connection, self._limits)
         self._wal = database.WalSync(self.path)
         self._tables = None
@@ -181,7 +182,7 @@ class Applier:
             with database.transaction(connection):
                 pending: list[bytes] = []
                 for entry, parts in batches:
-                    if entry.term > self.head.term and entry.term > log.head.term:
+                    if entry.term > self.head.term:
                         self._note_term(connection, entry)
                     for part in parts:
                         if part.kind is PartKind.CHANGES:
@@ -200,35 +201,41 @@ class Applier:
         self.head = log.head
 
     def _note_term(self, connection: apsw.Connection, entry: Entry) -> None:
-        rows = connection.execute("SELECT 1 FROM _messenger_terms WHERE term = ?", (entry.term,)).fetchall()
-        if not rows:
-            begin_term(connection, entry.term, entry.lsn)
+        if read_term(connection)[0] < entry.term:
+            begin_term(connection, entry)
 
     def _apply_changes(self, connection: apsw.Connection, pending: list[bytes], entry: Entry) -> None:
         """Apply joined changesets, and empty the list."""
         if not pending:
             return
-        self._found = None
         try:
             apsw.Changeset.apply(
                 b"".join(pending), connection, filter=self._is_known, conflict=self._on_conflict, flags=_FLAGS
             )
         except apsw.Error as error:
-            found = self._found
+            found = self._take_found(entry)
             if found is None and isinstance(error, (apsw.CorruptError, apsw.SchemaChangeError, apsw.MisuseError)):
-                found = Divergence(0, "", "", f"the changes cannot be read: {error}")
+                found = Divergence(entry.lsn, "", "", f"the changes cannot be read: {error}")
             if found is None:
                 raise
-            raise DivergenceFound(msgspec.structs.replace(found, lsn=entry.lsn)) from error
-        if self._found is not None:
-            raise DivergenceFound(msgspec.structs.replace(self._found, lsn=entry.lsn))
+            raise DivergenceFound(found) from error
+        found = self._take_found(entry)
+        if found is not None:
+            raise DivergenceFound(found)
         pending.clear()
+
+    def _take_found(self, entry: Entry) -> Divergence | None:
+        """Return what the callbacks of SQLite found, since the last time."""
+        found, self._found = self._found, None
+        return None if found is None else msgspec.structs.replace(found, lsn=entry.lsn)
 
     def _is_known(self, table: str) -> bool:
         """Refuse changes of our own tables, and of tables that are not here, which SQLite would pass over."""
         if self._tables is None:
             connection, _ = self._require_open()
-            rows = connection.execute("SELECT lower(name) FROM sqlite_schema WHERE type = 'table'").fetchall()
+            rows: list[Any] = connection.execute(
+                "SELECT lower(name) FROM sqlite_schema WHERE type = 'table'"
+            ).fetchall()
             self._tables = {name for (name,) in rows}
         name = table.lower()
         if name.startswith(database.OWN_PREFIX):
@@ -240,7 +247,7 @@ class Applier:
         return False
 
     def _on_conflict(self, reason: int, change: apsw.TableChange) -> int:
-        values = change.new if change.op == "INSERT" else change.old
+        values: Any = change.new if change.op == "INSERT" else change.old
         columns = sorted(change.pk_columns)
         shown = [values[column] for column in columns] if values is not None else []
         key = ", ".join("?" if value is apsw.no_change else repr(value) for value in shown)
@@ -273,6 +280,28 @@ class Applier:
         if self._wal is not None:
             self.durable_lsn = self._wal.sync(self.head.lsn, lambda: self.head.lsn)
         return self.durable_lsn
+
+    def become_replica(self) -> None:
+        """Mark the file as a replica's: it may have been a primary's before."""
+        connection, _ = self._require_open()
+        if database.read_state(connection).role != database.REPLICA:
+            with database.transaction(connection):
+                database.write_state(connection, role=database.REPLICA, fenced_term=0, fenced_by="[]")
+
+    def save_lost(self, end: Head) -> str:
+        """Save the entries that follow `end` in this history and not in the primary's, and return where.
+
+        Raises:
+            DivergenceFound: The histories part before `end` already. OSError: They cannot be saved.
+        """
+        connection, log = self._require_open()
+        known = find_head(connection, end.lsn)
+        if known is not None and end.checksum and known.checksum != end.checksum:
+            reason = f"its history up to LSN {end.lsn} is another one"
+            raise DivergenceFound(Divergence(end.lsn, "", "", reason))
+        path = f"{self.path}-lost-{log.head.term}-{log.head.lsn}.jsonl"
+        save_lost(path, _entries_after(connection, end.lsn))
+        return path
 
     def note_diverged(self, divergence: Divergence) -> None:
         """Take nothing more, also after a restart."""
@@ -339,3 +368,9 @@ class Applier:
             connection.pragma("wal_checkpoint", "passive")
         finally:
             copy.close(force=True)
+
+
+def _entries_after(connection: apsw.Connection, lsn: int) -> Iterator[Entry]:
+    while entries := read_entries(connection, lsn, CATCH_UP_TRANSACTIONS, CATCH_UP_BYTES):
+        yield from entries
+        lsn = entries[-1].lsn

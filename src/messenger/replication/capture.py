@@ -121,11 +121,14 @@ class Schema:
         """Return the values of AUTOINCREMENT counters, or None if there are no such tables."""
         if not self._connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'sqlite_sequence'").fetchall():
             return None
-        return dict(self._connection.execute("SELECT name, seq FROM sqlite_sequence WHERE seq IS NOT NULL").fetchall())
+        rows: list[Any] = self._connection.execute(
+            "SELECT name, seq FROM sqlite_sequence WHERE seq IS NOT NULL"
+        ).fetchall()
+        return dict(rows)
 
     def _nullable_keys(self) -> list[tuple[str, list[str]]]:
         """Return the tables whose primary key is no rowid and may hold NULL, with those columns."""
-        rows = self._connection.execute(
+        rows: list[Any] = self._connection.execute(
             "SELECT list.name, info.name FROM pragma_table_list AS list, pragma_table_info(list.name) AS info "
             "WHERE list.schema = 'main' AND list.type = 'table' AND NOT list.wr AND info.pk AND NOT info.\"notnull\" "
             "AND substr(list.name, 1, 7) <> 'sqlite_' AND substr(list.name, 1, 11) <> ? "

@@ -36,7 +36,8 @@ CREATE TABLE IF NOT EXISTS _messenger_state (
 CREATE TABLE IF NOT EXISTS _messenger_log (
     lsn INTEGER PRIMARY KEY, term INTEGER NOT NULL, at_us INTEGER NOT NULL, checksum BLOB NOT NULL,
     body BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS _messenger_terms (term INTEGER PRIMARY KEY, first_lsn INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS _messenger_terms (
+    term INTEGER PRIMARY KEY, first_lsn INTEGER NOT NULL, checksum BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS _messenger_replicas (
     name TEXT PRIMARY KEY, applied INTEGER NOT NULL, contact_at REAL NOT NULL, diverged TEXT NOT NULL DEFAULT '')
     WITHOUT ROWID;
@@ -117,7 +118,7 @@ def create_own_tables(connection: apsw.Connection, database: str, role: str) -> 
         "VALUES (0, ?, ?, ?, 1, 0, ?)",
         (FORMAT, database, role, NO_CHECKSUM),
     )
-    connection.execute("INSERT INTO _messenger_terms VALUES (1, 1)")
+    connection.execute("INSERT INTO _messenger_terms VALUES (1, 1, ?)", (NO_CHECKSUM,))
 
 
 def read_state(connection: apsw.Connection) -> State:
@@ -236,8 +237,7 @@ class Readers:
                         del self._open[key]
                 self._open[threading.get_ident()] = threading.current_thread(), connection
                 self._local.connection, self._local.generation = connection, self._generation
-        connection = self._local.connection
-        return connection  # type: ignore[no-any-return]
+        return self._local.connection  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Close them all, under whoever still reads."""

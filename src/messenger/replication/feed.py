@@ -17,8 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import apsw
 
@@ -92,9 +91,6 @@ class Source(Protocol):
     head: Head
     snapshot_count: int
     snapshot_lock: threading.Lock
-
-    def handle_answer(self, message: Message) -> None:
-        """Take what a replica answered."""
 
     def handle_down(self, feed: "Feed", why: str) -> None:
         """A replica is gone."""
@@ -231,9 +227,9 @@ class Feed:
         if contact_at is not None and now - contact_at > CONTACT_S_MAX:
             self._lose(f"it said nothing for {now - contact_at:.1f} s")
             return
-        on_answer: Callable[[Message], Any] = source.handle_answer
+        # The answer comes to the listener, as all that the replica says; here it is only missed.
         source.messenger.send_message(
-            self._message, encode(beat), on_answer, on_error=self._on_beat_lost, timeout=CONTACT_S_MAX
+            self._message, encode(beat), _ignore, on_error=self._on_beat_lost, timeout=CONTACT_S_MAX
         )
 
     def _on_beat_lost(self, error: DeliveryError) -> None:
@@ -275,3 +271,7 @@ class Feed:
             self._start(CATCHING_UP, 0)
             with self.source.lock:
                 self.peer.sent = head.lsn
+
+
+def _ignore(message: Message) -> None:
+    """Do nothing with a message that is handled elsewhere."""

@@ -17,20 +17,24 @@ from collections.abc import Callable, Sequence
 
 import apsw
 
-from messenger import Connection, DeliveryError, Destination, Message, Messenger, MessengerError
+from messenger import Connection, DeliveryError, Destination, DestinationInvalid, Message, Messenger, MessengerError
 
 from .applier import Applier, Divergence, DivergenceFound, NoCopy
 from .errors import DiskFailed
-from .limits import BEAT_S, CONTACT_S_MAX, JOIN_S, ReplicationLimits
+from .limits import BEAT_S, CONTACT_S_MAX, DESTINATIONS_MAX, JOIN_S, ReplicationLimits
 from .records import (
     PROTOCOL_VERSION,
     Ack,
     Beat,
+    Claim,
     DivergedReport,
     Entries,
     Entry,
     FromPrimary,
+    Head,
+    Hello,
     Join,
+    Knock,
     MalformedRecord,
     NotPrimary,
     SnapshotAck,
@@ -87,7 +91,7 @@ class Follower:
         self._name = name
         self._limits = limits
         self._on_change = on_change
-        self._destinations = list(destinations)
+        self._destinations = [Destination.parse(destination) for destination in destinations]
         self._turn = 0
         self._connections: dict[str, Connection] = {}
         self._lock = threading.Lock()
@@ -127,6 +131,18 @@ class Follower:
         return str(self._destinations[self._turn % len(self._destinations)])
 
     @property
+    def destinations(self) -> list[Destination]:
+        """All that are asked."""
+        return list(self._destinations)
+
+    def hear_claim(self, claim: Claim) -> None:
+        """Another primary says that it leads; follow it, if its term is higher than what is here."""
+        with self._lock:
+            if claim.database == self.applier.database and claim.term > self.applier.head.term:
+                self._add_destinations(claim.destinations)
+                self._leave(self.state if self.state is ReplicaState.DIVERGED else ReplicaState.CONNECTING)
+
+    @property
     def received_lsn(self) -> int:
         """Up to which LSN entries are here, applied or not."""
         return max(self._received, self.applier.head.lsn)
@@ -149,7 +165,7 @@ class Follower:
                 is_due = not self._stream and now >= self._join_at and self.state is not ReplicaState.DIVERGED
             if is_due:
                 try:
-                    self._join()
+                    self._knock()
                 except MessengerError as error:
                     self._note_trouble(f"{self.destination}: {error}")
                     self._ask_next()
@@ -168,24 +184,33 @@ class Follower:
             self._turn += 1
             self._leave(self.state, JOIN_S / 4)
 
-    def _join(self) -> None:
+    def _knock(self) -> None:
+        """Ask whether a primary is there; the answer makes us join."""
         connection = self._connect()
-        head, applier = self.applier.head, self.applier
         with self._lock:
             stream = self._stream = secrets.randbits(63) | 1
             self.contact_at = time.monotonic()
-            self._received = head.lsn
-            database = "" if self._wants_snapshot else applier.database
-        join = Join(stream, PROTOCOL_VERSION, self._name, database, head.term, head.lsn, head.checksum)
 
-        def on_refused(error: DeliveryError) -> None:
+        def on_silence(error: DeliveryError) -> None:
             with self._lock:
-                if self._stream == stream and self.state is ReplicaState.CONNECTING:
+                if self._stream == stream:
                     self.trouble = f"{self.destination}: {error}"
                     self._turn += 1
-                    self._leave(ReplicaState.CONNECTING, JOIN_S / 4)
+                    self._leave(self.state, JOIN_S / 4)
 
-        self._messenger.send_message(connection, encode(join), self._on_message, on_error=on_refused, timeout=JOIN_S)
+        # The answer comes to the connection's callback, as all that the primary says.
+        self._messenger.send_message(connection, encode(Knock(stream)), _ignore, on_error=on_silence, timeout=JOIN_S)
+
+    def _join(self, stream: int, message: Message) -> None:
+        """Say where we are. Sent without a callback, so that what is sent to us for it needs none either."""
+        head = self.applier.head
+        with self._lock:
+            if self._stream != stream:
+                return
+            self._received = head.lsn
+            database = "" if self._wants_snapshot else self.applier.database
+        join = Join(stream, PROTOCOL_VERSION, self._name, database, head.term, head.lsn, head.checksum)
+        message.reply(encode(join))
 
     def _connect(self) -> Connection:
         destination = self._destinations[self._turn % len(self._destinations)]
@@ -213,6 +238,8 @@ class Follower:
             return
         if isinstance(record, Entries):
             self._take_entries(record, message)
+        elif isinstance(record, Hello):
+            self._join(record.stream, message)
         else:
             self._take(record, message)
 
@@ -250,6 +277,7 @@ class Follower:
                 if isinstance(record, NotPrimary):
                     self.trouble = f"{self.destination} is no primary"
                     self._turn += 1
+                    self._add_destinations(record.destinations)
                     self._leave(ReplicaState.CONNECTING, JOIN_S / 4)
                     return
                 if isinstance(record, Beat):
@@ -261,6 +289,20 @@ class Follower:
                     return
             message.reply(encode(ack))
             self._on_change()
+
+    def _add_destinations(self, destinations: tuple[str, ...]) -> None:
+        """Ask these next. Called with the lock held."""
+        for text in destinations:
+            try:
+                place = Destination.parse(text)
+            except DestinationInvalid:
+                self.malformed_count += 1
+                continue
+            if place not in self._destinations:
+                if len(self._destinations) >= DESTINATIONS_MAX:
+                    return
+                self._destinations.append(place)
+            self._turn = self._destinations.index(place)
 
     def _note_beat(self, beat: Beat) -> None:
         self.primary_lsn = max(self.primary_lsn, beat.lsn)
@@ -362,7 +404,21 @@ class Follower:
         if self._stream == stream:
             self._messenger.send_message(connection, data, timeout=CONTACT_S_MAX)
 
+    def _leave_history(self, welcome: Welcome) -> None:
+        """Some of what is here was lost when another was promoted: save it, and take a snapshot."""
+        self.lost_path = self.applier.save_lost(Head(welcome.term, welcome.lsn, welcome.checksum))
+        logger.error(
+            "! %s: LSNs %d to %d are not in the history of term %d; they were saved to %s",
+            *(self._name, welcome.lsn + 1, self.applier.head.lsn, welcome.term, self.lost_path),
+        )
+        self.ask_snapshot()
+
     def _welcome(self, welcome: Welcome) -> None:
+        if welcome.term < self.applier.head.term:
+            self._retry(f"{self.destination} has term {welcome.term}, lower than {self.applier.head.term}", JOIN_S)
+            return
+        if welcome.mode == "log":
+            self.applier.become_replica()
         with self._lock:
             self.primary_lsn = max(self.primary_lsn, welcome.lsn)
             if welcome.mode == "log":
@@ -376,6 +432,8 @@ class Follower:
                 self._leave(ReplicaState.CONNECTING)
         if welcome.mode == "diverged":
             self._note_diverged(welcome.stream, Divergence(self.applier.head.lsn, "", "", welcome.reason))
+        elif welcome.mode == "rewind":
+            self._leave_history(welcome)
         elif welcome.mode == "refused":
             self._retry(f"{self.destination} refuses: {welcome.reason}", JOIN_S)
         self._on_change()
@@ -397,3 +455,7 @@ class Follower:
                 self._leave(ReplicaState.CONNECTING, after_s)
                 self._turn += 1
         self._on_change()
+
+
+def _ignore(message: Message) -> None:
+    """Do nothing with a message that is handled elsewhere."""

@@ -26,7 +26,9 @@ from .records import (
     Entry,
     FromReplica,
     Head,
+    Hello,
     Join,
+    Knock,
     MalformedRecord,
     NotPrimary,
     SnapshotAck,
@@ -48,7 +50,7 @@ class Hub:
         messenger: Listens, and stays the caller's.
         destination: Where replicas join.
         path, database, head: The primary's file, the random name of its database, and where its history ends.
-        on_claim: Called on the messenger's thread with the (higher) term and the destinations of another primary.
+        on_claim: Called on the messenger's thread with what another primary says; returns what it is to be told.
         make_status: Returns the status, as a structure, for whoever asks.
 
     Attributes:
@@ -63,7 +65,7 @@ class Hub:
         database: str,
         head: Head,
         limits: ReplicationLimits,
-        on_claim: Callable[[int, tuple[str, ...]], None],
+        on_claim: Callable[[Claim], Claim | None],
         make_status: Callable[[], msgspec.Struct],
     ) -> None:
         self.messenger = messenger
@@ -77,11 +79,32 @@ class Hub:
         self.malformed_count = 0
         self.peers: dict[str, Peer] = {}
         self.confirmations = Confirmations()
-        self.is_closed = False
+        self.is_closed = True
+        # The term and the destinations of the primary that was promoted over this one.
+        self.gone_to: tuple[int, tuple[str, ...]] | None = None
         self._on_claim = on_claim
         self._make_status = make_status
         self._by_stream: dict[int, Peer] = {}
         self.listener = messenger.listen_for_connection(destination, self._on_message)
+
+    def open(self, head: Head) -> None:
+        """Serve replicas from here on."""
+        with self.lock:
+            self.head = head
+            self.is_closed = False
+
+    def leave(self, term: int, destinations: tuple[str, ...]) -> None:
+        """Serve replicas no more, because another primary leads; tell them where."""
+        with self.lock:
+            self.gone_to = term, destinations
+            feeds = [peer.feed for peer in self.peers.values() if peer.feed is not None]
+            self.confirmations.wake_all()
+        for feed in feeds:
+            feed.stop()
+            try:
+                feed.send(NotPrimary(feed.stream, term, destinations))
+            except MessengerError as error:
+                logger.debug("! replica %s cannot be told of the new primary: %s", feed.peer.name, error)
 
     def close(self) -> None:
         """Serve nobody any more, and tell those who wait."""
@@ -105,9 +128,7 @@ class Hub:
             if entries:
                 last = entries[-1]
                 self.head = Head(last.term, last.lsn, last.checksum)
-                for peer in self.peers.values():
-                    if peer.state is STREAMING and peer.feed is not None and self._may_stream(peer, entries):
-                        targets.append(peer.feed)
+                targets += [peer.feed for peer in self.peers.values() if self._may_stream(peer, entries) and peer.feed]
             for waiter, level, count in written.waiters:
                 self.confirmations.add(waiter, level, count)
         if targets:
@@ -121,6 +142,8 @@ class Hub:
                     self.handle_down(feed, str(error))
 
     def _may_stream(self, peer: Peer, entries: list[Entry]) -> bool:
+        if peer.state is not STREAMING:
+            return False
         if peer.sent + 1 == entries[0].lsn and peer.has_room(self.limits):
             for entry in entries:
                 peer.note_sent(entry)
@@ -183,10 +206,6 @@ class Hub:
             return
         self._handle(record, message)
 
-    def handle_answer(self, message: Message) -> None:
-        """Take the answer to a beat."""
-        self._on_message(message)
-
     def _handle(self, record: FromReplica, message: Message) -> None:
         if isinstance(record, Ack):
             self._handle_ack(record, message)
@@ -194,11 +213,14 @@ class Hub:
             self._handle_snapshot_ack(record)
         elif isinstance(record, Join):
             self._handle_join(record, message)
+        elif isinstance(record, Knock):
+            self._handle_knock(record, message)
         elif isinstance(record, DivergedReport):
             self._handle_diverged(record)
         elif isinstance(record, Claim):
-            if record.database == self.database and record.term > self.head.term:
-                self._on_claim(record.term, record.destinations)
+            own = self._on_claim(record)
+            if own is not None:
+                message.reply(encode(own))
         elif isinstance(record, StatusQuery):
             message.reply(msgspec.json.encode(self._make_status()))
         else:
@@ -239,18 +261,29 @@ class Hub:
                 peer.feed.stop()
         logger.error("! replica %s has DIVERGED: %s", peer.name, report.reason)
 
+    def _handle_knock(self, knock: Knock, message: Message) -> None:
+        with self.lock:
+            gone_to, is_closed = self.gone_to, self.is_closed
+        if gone_to is not None:
+            message.reply(encode(NotPrimary(knock.stream, *gone_to)))
+        elif not is_closed:
+            message.reply(encode(Hello(knock.stream)))
+
     def _handle_join(self, join: Join, message: Message) -> None:
         refusal = self._refusal(join)
         if refusal:
             message.reply(encode(Welcome(join.stream, "refused", self.database, self.head.term, 0, b"", refusal)))
             return
         if join.database == self.database and join.term > self.head.term:
-            self._on_claim(join.term, ())
-            message.reply(encode(NotPrimary(join.stream, join.term, ())))
-            return
+            self._on_claim(Claim(join.database, join.term, b"", ()))
         with self.lock:
             if self.is_closed:
                 return
+            gone_to = self.gone_to
+        if gone_to is not None:
+            message.reply(encode(NotPrimary(join.stream, *gone_to)))
+            return
+        with self.lock:
             peer = self.peers.setdefault(join.name, Peer(join.name))
             old = peer.feed
             if old is not None:

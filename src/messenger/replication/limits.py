@@ -40,6 +40,10 @@ BEAT_S = 0.2
 CONTACT_S_MAX = 3.0
 # A replica asks the next destination if nobody answered its last question for so long.
 JOIN_S = 1.0
+# A primary tells other places so often that it leads, and waits so long for an answer.
+CLAIM_S = 1.0
+# Destinations that a replica asks in turn, those included that it was told of.
+DESTINATIONS_MAX = 16
 # Transactions that wait together are written together, at most so many: the first must not wait long for the last.
 GROUP_MAX = 64
 # One message to a replica that catches up holds at most about so much, and so many transactions.

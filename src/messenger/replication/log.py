@@ -32,7 +32,7 @@ class Log:
         self._limits = limits
         self.head = read_head(connection)
         self.first_lsn = read_state(connection).base.lsn + 1
-        rows: list[tuple[int]] = connection.execute(
+        rows: list[tuple[Any, ...]] = connection.execute(
             "SELECT coalesce(sum(length(body)), 0) FROM _messenger_log"
         ).fetchall()
         self.bytes = rows[0][0]
@@ -116,17 +116,25 @@ def find_head(connection: apsw.Connection, lsn: int) -> Head | None:
 # Terms.
 
 
-def begin_term(connection: apsw.Connection, term: int, first_lsn: int) -> None:
-    """Note where a term begins; within the transaction of its first entry."""
-    connection.execute("INSERT INTO _messenger_terms VALUES (?, ?)", (term, first_lsn))
+def begin_term(connection: apsw.Connection, entry: Entry) -> None:
+    """Note that a term begins with this entry; within its transaction."""
+    connection.execute("INSERT INTO _messenger_terms VALUES (?, ?, ?)", (entry.term, entry.lsn, entry.checksum))
+
+
+def read_term(connection: apsw.Connection) -> tuple[int, bytes]:
+    """Return the newest term and the checksum that it began with."""
+    rows: list[Any] = connection.execute(
+        "SELECT term, checksum FROM _messenger_terms ORDER BY term DESC LIMIT 1"
+    ).fetchall()
+    return rows[0][0], rows[0][1]
 
 
 def end_of_term(connection: apsw.Connection, term: int) -> int | None:
     """Return the last LSN of this history that is of this term or a lower one, or None if it goes on."""
-    rows: list[tuple[int | None]] = connection.execute(
+    rows: list[tuple[Any, ...]] = connection.execute(
         "SELECT min(first_lsn) - 1 FROM _messenger_terms WHERE term > ?", (term,)
     ).fetchall()
-    return rows[0][0]
+    return None if rows[0][0] is None else int(rows[0][0])
 
 
 def check_in_history(connection: apsw.Connection, position: Position) -> None:

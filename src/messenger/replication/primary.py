@@ -11,10 +11,11 @@ What must never happen here: a commit that returns without what its level promis
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import apsw
 import msgspec
@@ -23,12 +24,13 @@ from messenger import Destination, Messenger
 
 from . import database
 from .capture import Capture, Kind, classify
+from .claims import Claims
 from .confirm import Level, Waiter
 from .errors import Fenced, NotConfirmed, StatementRefused
 from .hub import Hub
 from .limits import ReplicationLimits
 from .log import check_in_history
-from .records import Position
+from .records import Claim, Position
 from .rows import Rows
 from .snapshot import remove_leftovers
 from .status import PrimaryStatus, ReplicaStatus
@@ -43,7 +45,7 @@ class Promise(NamedTuple):
     """What a commit waits for."""
 
     level: Level
-    count: int
+    replicas: int
     timeout: float
 
 
@@ -93,7 +95,7 @@ class Transaction:
     def _cursor(self) -> apsw.Cursor:
         if self.position is not None:
             raise StatementRefused("the transaction has ended")
-        self._cursors = [cursor for cursor in self._cursors if cursor.has_vdbe]
+        self._cursors = [cursor for cursor in self._cursors if _is_under_way(cursor)]
         cursor = self._connection.cursor()
         cursor.exec_trace = self._capture.on_statement
         self._cursors.append(cursor)
@@ -122,6 +124,9 @@ class Primary:
             `durable` (on its disk too), `applied` (readable there too). Each includes those before it.
         acknowledgements: How many replicas must confirm it, 1 to 64.
         timeout: Seconds, > 0, that a commit waits for them.
+        others: Other places where a primary of this database may be. They are asked first, for up to a second, and
+            told again and again; whoever has the lower term is fenced.
+        promote: Make the file of a replica, or of a fenced primary, the primary under the next term.
         limits: What the log may hold, and what may be under way.
 
     Raises:
@@ -140,17 +145,21 @@ class Primary:
         commit: str = "local",
         acknowledgements: int = 1,
         timeout: float = 5.0,
+        others: Sequence[Destination | str | int] = (),
+        promote: bool = False,
         limits: ReplicationLimits | None = None,
     ) -> None:
         self.path = database.resolve(path)
         self.messenger = messenger
+        self._claims: Claims | None = None
+        self._keeper: threading.Thread | None = None
         self._promise = self._check(commit, acknowledgements, timeout)
         self._not_confirmed_count = 0
         self._is_closed = False
         limits = limits or ReplicationLimits()
-        self._writer = writer = Writer(self.path, limits, self._publish)
+        self._writer = writer = Writer(self.path, limits, self._publish, promote=promote)
         try:
-            if writer.state.fenced_term > writer.log.head.term:
+            if writer.state.fenced_term and not promote:
                 by = msgspec.json.decode(writer.state.fenced_by, type=tuple[str, ...])
                 raise _make_fenced(self.path, writer.state.fenced_term, by)
             remove_leftovers(self.path)
@@ -165,10 +174,29 @@ class Primary:
                 self._on_claim,
                 self.status,
             )
-            self._sync(writer.log.head.lsn)
+            try:
+                self._begin(promote, others)
+            except BaseException:
+                self._hub.close()
+                raise
         except BaseException:
             writer.close()
             raise
+
+    def _begin(self, promote: bool, others: Sequence[Destination | str | int]) -> None:
+        """Lead, unless another primary is known to."""
+        if promote:
+            self._writer.promote()
+        own = Destination.parse(self.destination)
+        places = [place for place in map(Destination.parse, others) if place != own]
+        if places:
+            self._claims = Claims(self.messenger, places, self._make_claim, self._on_claim)
+            self._claims.wait_first()
+        if self._writer.fence is not None:
+            self._stop_claims()
+            raise self._writer.fence
+        self._hub.open(self._writer.log.head)
+        self._sync(self._writer.log.head.lsn)
 
     # Transactions.
 
@@ -201,7 +229,7 @@ class Primary:
                 tx.finish()
                 parts = capture.finish()
                 tx.end()
-                writer.commit(parts, waiter, promise.level, promise.count)
+                writer.commit(parts, waiter, promise.level, promise.replicas)
             except BaseException:
                 tx.end()
                 writer.roll_back()
@@ -244,7 +272,7 @@ class Primary:
         deadline_at = time.monotonic() + promise.timeout
         if kind is Kind.SETTING or kind is Kind.TEMPORARY:
             return self._set(sql, deadline_at)
-        operation = Operation(sql, bindings, promise.level, promise.count)
+        operation = Operation(sql, bindings, promise.level, promise.replicas)
         with self._writer.leading(operation, deadline_at) as leads:
             if leads and operation.error is None:
                 self._sync_for(operation)
@@ -280,7 +308,7 @@ class Primary:
             position = waiter.position or Position(0, 0)
             why = "it was closed" if self._is_closed else f"within {promise.timeout} s"
             raise NotConfirmed(
-                f"transaction {position} is committed here, but fewer than {promise.count} replicas confirmed it as "
+                f"transaction {position} is committed here, but fewer than {promise.replicas} replicas confirmed it as "
                 f"{promise.level.name.lower()} ({why}); it may be there, or come there",
                 position,
             )
@@ -304,7 +332,7 @@ class Primary:
             raise ValueError(f"position {wanted} is ahead of {self.position}")
         check_in_history(self._readers.get(), wanted)
         waiter = Waiter(wanted)
-        self._hub.wait_for(waiter, promise.level, promise.count)
+        self._hub.wait_for(waiter, promise.level, promise.replicas)
         self._await(waiter, promise)
 
     def _override(self, commit: str | None, acknowledgements: int | None, timeout: float | None) -> Promise:
@@ -313,7 +341,7 @@ class Primary:
             return own
         return self._check(
             own.level.name if commit is None else commit,
-            own.count if acknowledgements is None else acknowledgements,
+            own.replicas if acknowledgements is None else acknowledgements,
             own.timeout if timeout is None else timeout,
         )
 
@@ -362,9 +390,33 @@ class Primary:
 
     # Other primaries.
 
-    def _on_claim(self, term: int, destinations: tuple[str, ...]) -> None:
-        """Another primary leads this database under a higher term."""
-        self._writer.fence = _make_fenced(self.path, term, destinations)
+    def _make_claim(self) -> Claim:
+        writer = self._writer
+        return Claim(self._hub.database, writer.term, writer.term_checksum, (str(self.destination),))
+
+    def _on_claim(self, claim: Claim) -> Claim | None:
+        """Another primary says that it leads; on the messenger's thread. Return what it is to be told."""
+        writer = self._writer
+        if claim.database != self._hub.database:
+            return None
+        own, other = (writer.term, writer.term_checksum), (claim.term, claim.checksum)
+        if other < own:
+            return self._make_claim()
+        if other > own and writer.fence is None:
+            fence = writer.fence = _make_fenced(self.path, claim.term, claim.destinations)
+            logger.error("! %s", fence)
+            self._hub.leave(claim.term, claim.destinations)
+            encoded = msgspec.json.encode(claim.destinations).decode()
+            # The file may be busy, and the messenger's thread must not wait for it.
+            self._keeper = threading.Thread(target=writer.keep_fence, args=(fence, encoded), daemon=True)
+            self._keeper.start()
+        return None
+
+    def _stop_claims(self) -> None:
+        if self._claims is not None:
+            self._claims.stop()
+        if self._keeper is not None:
+            self._keeper.join()
 
     # Life.
 
@@ -376,6 +428,7 @@ class Primary:
         if self._is_closed:
             return
         self._is_closed = True
+        self._stop_claims()
         self._hub.close()
         self._readers.close()
         with self._writer.lock:
@@ -391,6 +444,13 @@ class Primary:
 
     def __repr__(self) -> str:
         return f"<Primary of {self.path} at {self.position}>"
+
+
+def _is_under_way(cursor: apsw.Cursor) -> bool:
+    try:
+        return bool(cursor.has_vdbe)
+    except apsw.ExecutionCompleteError:
+        return False
 
 
 def _make_fenced(path: str, term: int, destinations: tuple[str, ...]) -> Fenced:

@@ -107,6 +107,18 @@ def _checksum(head: Head, term: int, at_us: int, body: bytes) -> bytes:
 # earlier life or attempt of it is known and dropped.
 
 
+class Knock(msgspec.Struct, array_like=True, frozen=True, tag="knock"):
+    """Replica: are you a primary? Answered with Hello or NotPrimary."""
+
+    stream: int
+
+
+class Hello(msgspec.Struct, array_like=True, frozen=True, tag="hello"):
+    """Primary: I am, you may join."""
+
+    stream: int
+
+
 class Join(msgspec.Struct, array_like=True, frozen=True, tag="join"):
     """Replica: send me what follows this position. An empty `database` means that there is none yet."""
 
@@ -205,10 +217,11 @@ class DivergedReport(msgspec.Struct, array_like=True, frozen=True, tag="diverged
 
 
 class Claim(msgspec.Struct, array_like=True, frozen=True, tag="claim"):
-    """Primary, to who may have been one: this database has this term now, and I lead it."""
+    """Primary, to who may think to be one: I lead this database, under this term, which began with this checksum."""
 
     database: str
     term: int
+    checksum: bytes
     destinations: tuple[str, ...]
 
 
@@ -220,12 +233,12 @@ class PromoteQuery(msgspec.Struct, array_like=True, frozen=True, tag="promote"):
     """Anybody: become the primary. Answered with JSON."""
 
 
-FromReplica = Join | Ack | SnapshotAck | DivergedReport | Claim | StatusQuery | PromoteQuery
-FromPrimary = Welcome | NotPrimary | Entries | Beat | SnapshotBegin | SnapshotPart | SnapshotEnd
+FromReplica = Knock | Join | Ack | SnapshotAck | DivergedReport | Claim | StatusQuery | PromoteQuery
+FromPrimary = Hello | Welcome | NotPrimary | Entries | Beat | SnapshotBegin | SnapshotPart | SnapshotEnd
 
 _encoder = msgspec.msgpack.Encoder()
-_from_replica = msgspec.msgpack.Decoder(FromReplica)
-_from_primary = msgspec.msgpack.Decoder(FromPrimary)
+_from_replica: msgspec.msgpack.Decoder[FromReplica] = msgspec.msgpack.Decoder(FromReplica)
+_from_primary: msgspec.msgpack.Decoder[FromPrimary] = msgspec.msgpack.Decoder(FromPrimary)
 _parts = msgspec.msgpack.Decoder(list[Part])
 _sequences = msgspec.msgpack.Decoder(list[tuple[str, int]])
 

@@ -11,15 +11,29 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from messenger import Destination, Messenger
+import msgspec
+
+from messenger import Destination, Listener, Message, Messenger
 
 from . import database
 from .applier import Applier
-from .errors import Diverged, ReplicationClosed, Stale
+from .errors import DatabaseRefused, Diverged, ReplicationClosed, Stale
 from .follower import Follower
 from .limits import ReplicationLimits
 from .log import check_in_history
-from .records import Position
+from .primary import Primary
+from .records import (
+    Claim,
+    Join,
+    Knock,
+    MalformedRecord,
+    NotPrimary,
+    Position,
+    PromoteQuery,
+    StatusQuery,
+    decode_from_replica,
+    encode,
+)
 from .rows import Rows
 from .status import ReplicaSelfStatus, ReplicaState
 
@@ -33,10 +47,14 @@ class Replica:
         messenger: Carries the messages; stays yours, close it after the replica.
         destination: Where the primary is, or several places where it may be.
         name: What the primary calls this replica, and keeps its place by; by default the messenger's identity.
+        listen: Where this replica answers who asks for its status or for the primary, and where it becomes the primary
+            if it is promoted; list it among the destinations of the other replicas.
         max_lag: Seconds, > 0; `execute` raises `Stale` if the copy may be older.
         resync: Throw away what is here for a snapshot of the primary, as after `Diverged`.
         on_progress: Called with the status, on threads of the replica, while a snapshot or catching up goes on; it
             must not block.
+        on_promote: Called on a thread of its own when somebody asks over `listen` that this replica be promoted; it
+            should call `promote`. Without it that is refused.
 
     Raises:
         DatabaseRefused: The file is in use, or holds a database that is no replica.
@@ -51,9 +69,11 @@ class Replica:
         destination: Destination | str | int | Sequence[Destination | str | int] = 15445,
         *,
         name: str | None = None,
+        listen: Destination | str | int | None = None,
         max_lag: float | None = None,
         resync: bool = False,
         on_progress: Callable[[ReplicaSelfStatus], object] | None = None,
+        on_promote: Callable[[], object] | None = None,
         limits: ReplicationLimits | None = None,
     ) -> None:
         if max_lag is not None and not max_lag > 0:
@@ -65,7 +85,7 @@ class Replica:
         self._on_progress = on_progress
         self._changed = threading.Condition()
         self._is_closed = False
-        limits = limits or ReplicationLimits()
+        self._limits = limits = limits or ReplicationLimits()
         is_one = isinstance(destination, Destination | str | int)
         destinations: Any = [destination] if is_one else list(destination)  # type: ignore[arg-type]  # A sequence.
         if not destinations:
@@ -75,6 +95,14 @@ class Replica:
         self._follower = Follower(self._applier, messenger, destinations, self.name, limits, self._on_change)
         if resync:
             self.resync()
+        self._on_promote = on_promote
+        self._listener: Listener | None = None
+        if listen is not None:
+            try:
+                self._listener = messenger.listen_for_connection(listen, self._on_question)
+            except BaseException:
+                self.close()
+                raise
 
     # Reading.
 
@@ -173,9 +201,75 @@ class Replica:
     # Changing.
 
     def resync(self) -> None:
-        """Throw away what is here for a snapshot of the primary; returns at once. What is here can be read meanwhile."""
+        """Throw away what is here for a snapshot of the primary; returns at once, and it can be read meanwhile."""
         self._check_open()
         self._follower.ask_snapshot()
+
+    def promote(
+        self,
+        destination: Destination | str | int | None = None,
+        *,
+        commit: str = "local",
+        acknowledgements: int = 1,
+        timeout: float = 5.0,
+    ) -> Primary:
+        """Make this replica the primary, under the next term; the replica is closed then.
+
+        What was not replicated to here is lost, as far as nobody else has it: promote the one that is furthest. Only
+        one may be promoted. The places that this replica followed are told, so that an old primary there is fenced.
+
+        Args:
+            destination: Where to listen; by default `listen`, or else the place that was followed.
+            commit, acknowledgements, timeout: Of the primary.
+
+        Returns:
+            The primary; close it in the end.
+
+        Raises:
+            DatabaseRefused: There is no copy yet, or it has diverged; the replica stays as it is. DestinationInUse: The
+            old primary is still there, say; the file can be opened again as a replica.
+        """
+        self._check_open()
+        if not self._applier.database or self._applier.diverged is not None:
+            what = self._applier.diverged or "there is no copy yet"
+            raise DatabaseRefused(f"{self.path} cannot be promoted: {what}")
+        places = self._follower.destinations
+        if destination is None:
+            destination = places[0] if self._listener is None else self._listener.destination
+        self.close()
+        return Primary(
+            self.path,
+            self.messenger,
+            destination,
+            commit=commit,
+            acknowledgements=acknowledgements,
+            timeout=timeout,
+            others=places,
+            promote=True,
+            limits=self._limits,
+        )
+
+    def _on_question(self, message: Message) -> None:
+        """Answer who asks this replica, on the messenger's thread."""
+        try:
+            record = decode_from_replica(message.contents)
+        except MalformedRecord:
+            self._follower.malformed_count += 1
+            return
+        if isinstance(record, Knock | Join):
+            term, primary = self._applier.head.term, (self._follower.destination,)
+            message.reply(encode(NotPrimary(record.stream, term, primary)))
+        elif isinstance(record, Claim):
+            self._follower.hear_claim(record)
+        elif isinstance(record, StatusQuery):
+            message.reply(msgspec.json.encode(self.status()))
+        elif isinstance(record, PromoteQuery) and self._on_promote is None:
+            message.reply(msgspec.json.encode({"error": "this replica does not let itself be promoted from outside"}))
+        elif isinstance(record, PromoteQuery) and self._on_promote is not None:
+            threading.Thread(target=self._on_promote, name="replication-promote", daemon=True).start()
+            message.reply(msgspec.json.encode({"promoting": self.path}))
+        else:
+            self._follower.malformed_count += 1
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -188,6 +282,8 @@ class Replica:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._listener is not None:
+            self._listener.close()
         self._follower.stop()
         self._readers.close()
         self._applier.close()

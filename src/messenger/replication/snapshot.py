@@ -48,7 +48,7 @@ def _escape(name: str) -> str:
 
 
 class SnapshotSource:
-    """Makes and sends one snapshot, on the feed's thread. One is made at a time: each takes the disk's time and room."""
+    """Makes and sends one snapshot, on the feed's thread. One is made at a time: each takes the disk's time."""
 
     def __init__(self, feed: "Feed") -> None:
         self._feed = feed

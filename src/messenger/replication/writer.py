@@ -23,7 +23,7 @@ from .capture import Capture, Schema
 from .confirm import Level, Waiter
 from .errors import DatabaseRefused, Fenced, ReplicationError, StatementRefused
 from .limits import GROUP_MAX, ReplicationLimits
-from .log import Log, begin_term
+from .log import Log, begin_term, read_term
 from .records import Entry, Head, Part, Position, encode, follow
 
 logger = logging.getLogger("messenger.replication")
@@ -66,13 +66,16 @@ class Writer:
     Args:
         path: The file; made if there is none, adopted if it was never replicated.
         limits: What the log may hold.
+        promote: Whether the file may be a replica's; `promote` is to be called then.
         publish: Called under the lock with what each commit brought, in the order of LSNs; it must not wait.
 
     Raises:
         DatabaseRefused: The file is in use, or belongs to a replica.
     """
 
-    def __init__(self, path: str, limits: ReplicationLimits, publish: Callable[[Written], None]) -> None:
+    def __init__(
+        self, path: str, limits: ReplicationLimits, publish: Callable[[Written], None], *, promote: bool = False
+    ) -> None:
         self.path = path
         self.lock = threading.Lock()
         self.owner = 0
@@ -93,10 +96,14 @@ class Writer:
                 with database.transaction(connection):
                     database.create_own_tables(connection, secrets.token_hex(16), database.PRIMARY)
             self.state = database.read_state(connection)
-            if self.state.role != database.PRIMARY:
+            if self.state.role != database.PRIMARY and not promote:
                 raise DatabaseRefused(f"{path} is a replica's; promote it to make it a primary")
+            if self.state.diverged:
+                raise DatabaseRefused(
+                    f"{path} has diverged from its primary, so it cannot follow it: {self.state.diverged}"
+                )
             self.log = Log(connection, limits)
-            self.term = self.log.head.term
+            self.term, self.term_checksum = read_term(connection)
             self._schema = Schema(connection)
             self._cursor = connection.cursor()
             self._data_version = connection.pragma("data_version")
@@ -206,22 +213,24 @@ class Writer:
             except apsw.Error as error:
                 logger.error("! the log of %s cannot be trimmed: %s", self.path, error)
 
-    def begin_term(self, term: int) -> None:
-        """Begin a term with an entry of its own."""
+    def promote(self) -> None:
+        """Lead from here on, under the next term, which begins with an entry of its own."""
         with self.lock:
+            term = max(self.term, self.state.fenced_term) + 1
             entry = follow(self.log.head, term, time.time_ns() // 1_000, encode([]))
             with database.transaction(self.connection):
-                begin_term(self.connection, term, entry.lsn)
+                begin_term(self.connection, entry)
                 self.log.append([entry])
+                database.write_state(self.connection, role=database.PRIMARY, fenced_term=0, fenced_by="[]")
             self.log.note_committed([entry])
-            self.term = term
+            self.term, self.term_checksum = term, entry.checksum
 
-    def set_fence(self, fence: Fenced, encoded_destinations: str) -> None:
-        """Commit nothing more, also after a restart."""
+    def keep_fence(self, fence: Fenced, encoded_destinations: str) -> None:
+        """Commit nothing more after a restart, either."""
         with self.lock:
-            self.fence = fence
-            with database.transaction(self.connection):
-                database.write_state(self.connection, fenced_term=fence.term, fenced_by=encoded_destinations)
+            if self._connection is not None:
+                with database.transaction(self._connection):
+                    database.write_state(self._connection, fenced_term=fence.term, fenced_by=encoded_destinations)
 
     # Groups.
 
