@@ -1,5 +1,6 @@
 """Replication: an SQLite database and its live replicas, inside the processes that use it (docs/replication.md)."""
 
+from .compare import Comparison, Difference, verify
 from .errors import (
     DatabaseRefused,
     DiskFailed,
@@ -14,13 +15,16 @@ from .errors import (
 from .limits import ReplicationLimits
 from .primary import Primary, Transaction
 from .records import Position
+from .remote import query_status, request_promotion
 from .replica import Replica
 from .rows import Rows
 from .status import PrimaryStatus, ReplicaSelfStatus, ReplicaState, ReplicaStatus
 from .writer import WriterBusy
 
 __all__ = [
+    "Comparison",
     "DatabaseRefused",
+    "Difference",
     "DiskFailed",
     "Diverged",
     "Fenced",
@@ -40,4 +44,7 @@ __all__ = [
     "StatementRefused",
     "Transaction",
     "WriterBusy",
+    "query_status",
+    "request_promotion",
+    "verify",
 ]
