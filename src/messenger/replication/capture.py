@@ -46,6 +46,20 @@ _REFUSED = {
 # Settings that live in the file's first page and travel as SQL; those of the connection; all others are refused.
 _TRAVELLING_PRAGMAS = {"user_version", "application_id"}
 _LOCAL_PRAGMAS = {"foreign_keys", "cache_size", "recursive_triggers", "case_sensitive_like", "defer_foreign_keys"}
+# Of those that take an argument, these only ask.
+_ASKING_PRAGMAS = {
+    *("table_info", "table_xinfo", "table_list", "index_info", "index_xinfo", "index_list", "foreign_key_list"),
+    *("foreign_key_check", "integrity_check", "quick_check"),
+}
+_DENIED_ACTIONS = {
+    apsw.SQLITE_ATTACH: "ATTACH",
+    apsw.SQLITE_DETACH: "DETACH",
+}
+_WRITING_ACTIONS = {
+    *(apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE, apsw.SQLITE_DROP_TABLE, apsw.SQLITE_ALTER_TABLE),
+    *(apsw.SQLITE_CREATE_TABLE, apsw.SQLITE_CREATE_VTABLE, apsw.SQLITE_CREATE_VIEW, apsw.SQLITE_CREATE_TRIGGER),
+    apsw.SQLITE_CREATE_INDEX,
+}
 _BLANK = re.compile(r"(?:\s|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$)|;)+", re.DOTALL)
 _WORD = re.compile(r"\w+")
 _TEMPORARY = re.compile(r"(?:CREATE|DROP)\s+(?:TEMP|TEMPORARY)\b|CREATE\s+\w+\s+(?:IF\s+NOT\s+EXISTS\s+)?temp\.", re.I)
@@ -71,8 +85,6 @@ def classify(sql: str) -> Kind:
     kind = _WORDS.get(first, Kind.DATA)
     if first == "PRAGMA":
         kind = _classify_pragma(text, shown)
-    if kind is not Kind.READ and OWN_PREFIX in text.lower():
-        raise StatementRefused(f"{shown!r} is refused: names that begin with {OWN_PREFIX} are replication's own")
     if kind is Kind.SCHEMA and _TEMPORARY.match(text):
         return Kind.TEMPORARY
     if first == "CREATE" and _AS_SELECT.match(text):
@@ -87,8 +99,7 @@ def _classify_pragma(text: str, shown: str) -> Kind:
         return Kind.SCHEMA
     if name in _LOCAL_PRAGMAS and sets:
         return Kind.SETTING
-    # With parentheses these ask; with an equals sign, and any other, they set something.
-    if not sets or (sets == "(" and re.search(r"_(?:info|list|xinfo|check)$|_check\b", name)):
+    if not sets or name in _ASKING_PRAGMAS:
         return Kind.READ
     raise StatementRefused(
         f"{shown!r} is refused: of what PRAGMA can set, {', '.join(sorted(_TRAVELLING_PRAGMAS | _LOCAL_PRAGMAS))} "
@@ -96,11 +107,38 @@ def _classify_pragma(text: str, shown: str) -> Kind:
     )
 
 
+class Guard:
+    """Refuses, while a user's statement is prepared, what may not even be begun: some PRAGMAs act already then.
+
+    Attributes:
+        is_on: Whether what is prepared is a user's.
+    """
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self.is_on = False
+        connection.authorizer = self._authorize
+
+    def _authorize(self, action: int, name: str | None, value: str | None, schema: str | None, _: str | None) -> int:
+        if self.is_on:
+            if action in _DENIED_ACTIONS:
+                classify(_DENIED_ACTIONS[action])
+            elif action == apsw.SQLITE_PRAGMA and value is not None:
+                classify(f"PRAGMA {name}({value})" if name in _ASKING_PRAGMAS else f"PRAGMA {name} = {value}")
+            elif action in _WRITING_ACTIONS and schema == "main":
+                for table in (name, value):
+                    if table is not None and table.lower().startswith(OWN_PREFIX):
+                        raise StatementRefused(
+                            f"{table} is refused: names that begin with {OWN_PREFIX} are replication's"
+                        )
+        return apsw.SQLITE_OK
+
+
 class Schema:
     """What must be known of the tables to record their changes; read anew after each change of the schema."""
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
+        self.guard = Guard(connection)
         self.has_virtual_tables = False
         self.sequences: dict[str, int] | None = None
         self.refresh()
@@ -164,6 +202,7 @@ class Capture:
         self._pending: Part | None = None
         self.changed_schema = False
         self._session = self._open_session()
+        schema.guard.is_on = True
 
     def _open_session(self) -> apsw.Session:
         session = apsw.Session(self._connection, "main")
@@ -195,6 +234,7 @@ class Capture:
 
     def finish(self) -> list[Part]:
         """Return the parts of the transaction, none if it changed nothing; the capture is closed then."""
+        self._schema.guard.is_on = False
         if self._pending is not None:
             self._note_schema_done()
         if self._schema.has_virtual_tables:
@@ -208,6 +248,7 @@ class Capture:
 
     def close(self) -> None:
         """Record no more."""
+        self._schema.guard.is_on = False
         self._session.close()
 
     def undo(self) -> None:
@@ -239,7 +280,7 @@ class Capture:
 
 
 def _is_users(table: str) -> bool:
-    return not table.startswith(OWN_PREFIX)
+    return not table.lower().startswith((OWN_PREFIX, "sqlite_"))
 
 
 def quote(name: str) -> str:

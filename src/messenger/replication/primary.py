@@ -232,6 +232,7 @@ class Primary:
                 writer.commit(parts, waiter, promise.level, promise.replicas)
             except BaseException:
                 tx.end()
+                capture.close()
                 writer.roll_back()
                 capture.undo()
                 raise
