@@ -1,8 +1,6 @@
 """Replication: an SQLite database and its live replicas, inside the processes that use it (docs/replication.md)."""
 
-from .ask import promote, status
 from .compare import Comparison, Difference, verify
-from .content import Difference, Verdict, verify
 from .errors import (
     DatabaseRefused,
     DiskFailed,
@@ -45,11 +43,8 @@ __all__ = [
     "Stale",
     "StatementRefused",
     "Transaction",
-    "Verdict",
     "WriterBusy",
-    "promote",
     "query_status",
     "request_promotion",
-    "status",
     "verify",
 ]

@@ -6,7 +6,6 @@ and what must be compared is small. Where a bucket differs, its rows are compare
 AUTOINCREMENT counters are compared as tables; replication's own tables are not.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -15,13 +14,11 @@ import apsw
 import msgspec
 
 from .capture import quote
-from .database import OWN_PREFIX, open_reader
+from .database import OWN_PREFIX
 
 BUCKET_COUNT = 1_024
 _SUM_BYTES = 16
 _SUM_MODULUS = 1 << (8 * _SUM_BYTES)
-# Differences that `verify` returns at most; one more or less says nothing more.
-DIFFERENCES_MAX = 100
 _PROGRESS_ROWS = 10_000
 
 Sums = dict[str, dict[int, bytes]]
@@ -129,55 +126,3 @@ def compare_buckets(table: str, here: dict[str, bytes], there: dict[str, bytes])
             yield Difference(table, key, "missing there")
         elif here[key] != there[key]:
             yield Difference(table, key, "differs")
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """What `verify` found.
-
-    Attributes:
-        is_equal: Whether the contents are alike.
-        here, there: The files.
-        differences: Up to 100 rows that are not alike; "here" is the first file.
-    """
-
-    is_equal: bool
-    here: str
-    there: str
-    differences: tuple[Difference, ...]
-
-    def __str__(self) -> str:
-        if self.is_equal:
-            return f"{self.here} and {self.there} hold the same"
-        shown = "".join(f"\n  {difference}" for difference in self.differences)
-        return f"{self.here} and {self.there} differ:{shown}"
-
-
-def verify(
-    here: str | os.PathLike[str], there: str | os.PathLike[str], on_rows: Callable[[int], object] | None = None
-) -> Verdict:
-    """Compare the contents of two databases, each as it stands at one moment, also while they are in use.
-
-    A primary and a replica that write meanwhile are compared by `Primary.check`, which knows where each stands.
-
-    Args:
-        here, there: The files.
-        on_rows: Called now and then with the number of rows read since the last time.
-
-    Raises:
-        apsw.Error: One cannot be read.
-    """
-    names = os.fspath(here), os.fspath(there)
-    first, second = open_reader(names[0]), open_reader(names[1])
-    try:
-        first.execute("BEGIN")
-        second.execute("BEGIN")
-        sums = sum_content(first, on_rows), sum_content(second, on_rows)
-        differences: list[Difference] = []
-        for table, bucket in different_buckets(*sums):
-            differences += compare_buckets(table, read_bucket(first, table, bucket), read_bucket(second, table, bucket))
-            if len(differences) >= DIFFERENCES_MAX:
-                break
-        return Verdict(not differences, *names, tuple(differences[:DIFFERENCES_MAX]))
-    finally:
-        first.close(force=True)
-        second.close(force=True)
