@@ -129,7 +129,7 @@ class Applier:
 
     def _close_file(self) -> None:
         if self._connection is not None:
-            self._connection.close(force=True)
+            database.close_connection(self._connection)
             self._connection = None
         if self._wal is not None:
             self._wal.close()

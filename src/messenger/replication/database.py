@@ -12,6 +12,7 @@ the database file itself, whose close would drop SQLite's locks.
 
 import contextlib
 import fcntl
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ import msgspec
 from .errors import DatabaseRefused, DiskFailed, ReplicationClosed
 from .limits import BUSY_MS
 from .records import NO_CHECKSUM, Head
+
+logger = logging.getLogger("messenger.replication")
 
 OWN_PREFIX = "_messenger_"
 PRIMARY, REPLICA = "primary", "replica"
@@ -145,6 +148,15 @@ def write_state(connection: apsw.Connection, **values: str | int) -> None:
         connection.execute(f"UPDATE _messenger_state SET {column} = ?", (value,))  # noqa: S608  # A name from above.
 
 
+def close_connection(connection: apsw.Connection) -> None:
+    """Close a connection. What fails then, as moving the WAL into the file, was committed and is done the next time."""
+    path = connection.filename
+    try:
+        connection.close(force=True)
+    except apsw.Error as error:
+        logger.warning("! %s is closed, but: %s: %s", path, type(error).__name__, error)
+
+
 class WalSync:
     """Makes commits durable, one `fdatasync` for all that wait.
 
@@ -233,7 +245,7 @@ class Readers:
                 # Of threads that have ended, nobody else would close them.
                 for key, (thread, gone) in list(self._open.items()):
                     if not thread.is_alive():
-                        gone.close(force=True)
+                        close_connection(gone)
                         del self._open[key]
                 self._open[threading.get_ident()] = threading.current_thread(), connection
                 self._local.connection, self._local.generation = connection, self._generation
@@ -244,7 +256,7 @@ class Readers:
         with self._lock:
             self._generation += 1
             for _, connection in self._open.values():
-                connection.close(force=True)
+                close_connection(connection)
             self._open.clear()
 
     def __enter__(self) -> Self:

@@ -49,6 +49,9 @@ from .status import ReplicaState
 
 logger = logging.getLogger("messenger.replication")
 
+# What was received, while what comes does not build on what is here.
+NOTHING = -2
+
 Item = list[Entry] | SnapshotBegin | SnapshotPart | SnapshotEnd | Welcome
 
 
@@ -249,6 +252,8 @@ class Follower:
             first = record.entries[0].lsn if record.entries else 0
             if not self._stream or first != self._received + 1:
                 self.malformed_count += bool(self._stream)
+                if self._stream and first > self._received + 1 and self._received != NOTHING:
+                    self._leave(ReplicaState.CONNECTING)  # Something is missing; ask for it.
                 return
             if self._queued_bytes + size_bytes > 2 * (self._limits.in_flight_bytes_max + len(message.contents)):
                 self.malformed_count += 1  # The primary keeps to its limit; whoever does not is not listened to.
@@ -284,6 +289,10 @@ class Follower:
                     self._note_beat(record)
                     ack = self._make_ack()
                 else:
+                    if isinstance(record, Welcome) and record.mode == "snapshot":
+                        self._received = NOTHING  # Entries count again behind the snapshot.
+                    elif isinstance(record, SnapshotEnd):
+                        self._received = record.lsn
                     self._items.append(record)
                     self._has_items.notify()
                     return
@@ -388,7 +397,6 @@ class Follower:
             self.trouble = ""
             self._wants_snapshot = False
             self.state = ReplicaState.CATCHING_UP
-            self._received = max(self._received, self.applier.head.lsn)
         logger.info("= %s installed a snapshot, it is at %s", self._name, self.applier.head.position)
         self._answer(stream)
         self._on_change()
@@ -424,10 +432,8 @@ class Follower:
             if welcome.mode == "log":
                 self.state = ReplicaState.CATCHING_UP
                 self.trouble = ""
-                self._received = max(self._received, self.applier.head.lsn)
             elif welcome.mode == "snapshot":
                 self.state = ReplicaState.SNAPSHOT
-                self._received = 0
             elif welcome.mode == "rejoin":
                 self._leave(ReplicaState.CONNECTING)
         if welcome.mode == "diverged":

@@ -8,7 +8,8 @@ only; nothing is sent and no file is read under it.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -16,7 +17,7 @@ from messenger import Destination, Message, Messenger, MessengerError
 
 from .confirm import Confirmations, Level, Waiter
 from .feed import CATCHING_UP, DIVERGED, DOWN, STREAMING, Feed, Peer
-from .limits import ReplicationLimits
+from .limits import COMMIT_SAMPLE_S, COMMIT_SAMPLES, ReplicationLimits
 from .records import (
     PROTOCOL_VERSION,
     Ack,
@@ -50,6 +51,7 @@ class Hub:
         messenger: Listens, and stays the caller's.
         destination: Where replicas join.
         path, database, head: The primary's file, the random name of its database, and where its history ends.
+        known: What was remembered of the replicas, as `kept_replicas` gave it.
         on_claim: Called on the messenger's thread with what another primary says; returns what it is to be told.
         make_status: Returns the status, as a structure, for whoever asks.
 
@@ -64,6 +66,7 @@ class Hub:
         path: str,
         database: str,
         head: Head,
+        known: Iterable[tuple[str, int, float, str]],
         limits: ReplicationLimits,
         on_claim: Callable[[Claim], Claim | None],
         make_status: Callable[[], msgspec.Struct],
@@ -78,6 +81,15 @@ class Hub:
         self.snapshot_lock = threading.Lock()
         self.malformed_count = 0
         self.peers: dict[str, Peer] = {}
+        for name, applied, _, diverged in known:
+            peer = self.peers[name] = Peer(name)
+            peer.begin(min(applied, head.lsn))
+            peer.diverged = diverged
+            peer.state = DIVERGED if diverged else DOWN
+        # When which LSN was committed, a sample now and then.
+        self._commits: deque[tuple[int, float]] = deque([(0, time.monotonic())], maxlen=COMMIT_SAMPLES)
+        # Whether what is remembered of the replicas has changed.
+        self.must_keep = False
         self.confirmations = Confirmations()
         self.is_closed = True
         # The term and the destinations of the primary that was promoted over this one.
@@ -128,6 +140,9 @@ class Hub:
             if entries:
                 last = entries[-1]
                 self.head = Head(last.term, last.lsn, last.checksum)
+                now = time.monotonic()
+                if now - self._commits[-1][1] > COMMIT_SAMPLE_S:
+                    self._commits.append((entries[0].lsn, now))
                 targets += [peer.feed for peer in self.peers.values() if self._may_stream(peer, entries) and peer.feed]
             for waiter, level, count in written.waiters:
                 self.confirmations.add(waiter, level, count)
@@ -173,6 +188,16 @@ class Hub:
         with self.lock:
             return tuple(self._status_of(peer, now) for _, peer in sorted(self.peers.items()))
 
+    def kept_replicas(self) -> list[tuple[str, int, float, str]]:
+        """Return what is to be remembered of each replica."""
+        ago = time.time() - time.monotonic()
+        with self.lock:
+            self.must_keep = False
+            return [
+                (peer.name, peer.durable, 0.0 if peer.contact_at is None else ago + peer.contact_at, peer.diverged)
+                for peer in self.peers.values()
+            ]
+
     def _status_of(self, peer: Peer, now: float) -> ReplicaStatus:
         return ReplicaStatus(
             name=peer.name,
@@ -182,12 +207,18 @@ class Hub:
             durable_lsn=peer.durable,
             applied_lsn=peer.applied,
             lag_transactions=self.head.lsn - peer.applied,
-            lag_s=0.0,
+            lag_s=self._lag_s(peer, now),
             contact_s=None if peer.contact_at is None else now - peer.contact_at,
             snapshot_bytes=peer.snapshot_bytes,
             snapshot_bytes_total=peer.snapshot_bytes_total,
             diverged=peer.diverged,
         )
+
+    def _lag_s(self, peer: Peer, now: float) -> float:
+        """Return for how long the oldest that it has not applied has been committed. Called with the lock held."""
+        if peer.applied >= self.head.lsn:
+            return 0.0
+        return now - next((at for lsn, at in reversed(self._commits) if lsn <= peer.applied + 1), self._commits[0][1])
 
     def forget(self, waiter: Waiter) -> None:
         """A thread waits no longer."""
@@ -294,6 +325,7 @@ class Hub:
             peer.state = DOWN
             peer.contact_at = time.monotonic()
             self._by_stream[join.stream] = peer
+            self.must_keep = True
             peer.feed = Feed(self, peer, join, message)
 
     def _refusal(self, join: Join) -> str:
@@ -312,6 +344,7 @@ class Hub:
                 return
             self._by_stream.pop(feed.stream, None)
             peer.feed = None
+            self.must_keep = True
             if peer.state is not DIVERGED:
                 peer.state = DOWN
             peer.received = peer.durable

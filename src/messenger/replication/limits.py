@@ -44,6 +44,9 @@ JOIN_S = 1.0
 CLAIM_S = 1.0
 # Destinations that a replica asks in turn, those included that it was told of.
 DESTINATIONS_MAX = 16
+# The lag in seconds is known to within the first, back to as many samples.
+COMMIT_SAMPLE_S = 0.05
+COMMIT_SAMPLES = 20_000
 # Transactions that wait together are written together, at most so many: the first must not wait long for the last.
 GROUP_MAX = 64
 # One message to a replica that catches up holds at most about so much, and so many transactions.

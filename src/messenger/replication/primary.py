@@ -170,6 +170,7 @@ class Primary:
                 self.path,
                 writer.state.database,
                 writer.log.head,
+                [] if promote else writer.known_replicas(),
                 limits,
                 self._on_claim,
                 self.status,
@@ -237,7 +238,7 @@ class Primary:
                 capture.undo()
                 raise
             tx.position = waiter.position
-            writer.trim()
+            self._tidy()
         finally:
             writer.release()
         self._sync_for(waiter)
@@ -274,13 +275,25 @@ class Primary:
         if kind is Kind.SETTING or kind is Kind.TEMPORARY:
             return self._set(sql, deadline_at)
         operation = Operation(sql, bindings, promise.level, promise.replicas)
-        with self._writer.leading(operation, deadline_at) as leads:
+        with self._writer.leading(operation, deadline_at, self._tidy) as leads:
             if leads and operation.error is None:
                 self._sync_for(operation)
         if operation.error is not None:
             raise operation.error
         self._await(operation, promise)
         return Rows(iter(operation.rows))
+
+    def _tidy(self) -> None:
+        """Do what a commit left to do, before the next one; the writer's lock is held."""
+        self._writer.trim()
+        if self._hub.must_keep:
+            self._keep_replicas()
+
+    def _keep_replicas(self) -> None:
+        try:
+            self._writer.keep_replicas(self._hub.kept_replicas())
+        except apsw.Error as error:
+            logger.error("! the replicas of %s cannot be remembered: %s", self.path, error)
 
     def _set(self, sql: str, deadline_at: float) -> Rows:
         self._writer.acquire(deadline_at)
@@ -433,6 +446,7 @@ class Primary:
         self._hub.close()
         self._readers.close()
         with self._writer.lock:
+            self._keep_replicas()
             self._writer.close()
 
     def __enter__(self) -> Self:

@@ -193,10 +193,11 @@ class SnapshotPart(msgspec.Struct, array_like=True, frozen=True, tag="part"):
 
 
 class SnapshotEnd(msgspec.Struct, array_like=True, frozen=True, tag="snapshot-end"):
-    """Primary: the copy is complete, this is its checksum."""
+    """Primary: the copy is complete, this is its checksum, and its history ends at this LSN."""
 
     stream: int
     checksum: bytes
+    lsn: int
 
 
 class SnapshotAck(msgspec.Struct, array_like=True, frozen=True, tag="snapshot-ack"):

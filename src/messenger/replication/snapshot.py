@@ -74,7 +74,7 @@ class SnapshotSource:
             head = self._copy()
         finally:
             self._source.snapshot_lock.release()
-        return head if head is not None and self._send_parts() else None
+        return head if head is not None and self._send_parts(head.lsn) else None
 
     def _copy(self) -> Head | None:
         reader = open_reader(self._source.path)
@@ -119,7 +119,7 @@ class SnapshotSource:
                     return False
         return True
 
-    def _send_parts(self) -> bool:
+    def _send_parts(self, lsn: int) -> bool:
         feed, peer, lock = self._feed, self._feed.peer, self._source.lock
         total = os.fstat(self._descriptor).st_size
         digest = blake2b(digest_size=CHECKSUM_BYTES)
@@ -139,7 +139,7 @@ class SnapshotSource:
             digest.update(data)
             feed.send(SnapshotPart(feed.stream, offset, data))
             offset += len(data)
-        feed.send(SnapshotEnd(feed.stream, digest.digest()))
+        feed.send(SnapshotEnd(feed.stream, digest.digest(), lsn))
         with lock:
             peer.snapshot_bytes = peer.snapshot_bytes_total = 0
         return True

@@ -115,7 +115,7 @@ class Writer:
     def close(self) -> None:
         """Close the file."""
         if self._connection is not None:
-            self._connection.close(force=True)
+            database.close_connection(self._connection)
             self._connection = None
         if hasattr(self, "wal"):
             self.wal.close()
@@ -205,6 +205,17 @@ class Writer:
         """Undo the transaction."""
         database.roll_back(self.connection)
 
+    def keep_replicas(self, replicas: Sequence[tuple[str, int, float, str]]) -> None:
+        """Remember the replicas: names, applied LSNs, times of the last contact, and why they have diverged."""
+        with database.transaction(self.connection):
+            self.connection.execute("DELETE FROM _messenger_replicas")
+            self.connection.executemany("INSERT INTO _messenger_replicas VALUES (?, ?, ?, ?)", replicas)
+
+    def known_replicas(self) -> list[tuple[str, int, float, str]]:
+        """Return what `keep_replicas` remembered."""
+        rows: list[Any] = self.connection.execute("SELECT * FROM _messenger_replicas").fetchall()
+        return rows
+
     def trim(self) -> None:
         """Forget the oldest entries, if there are too many."""
         if self.log.must_trim:
@@ -222,6 +233,7 @@ class Writer:
                 begin_term(self.connection, entry)
                 self.log.append([entry])
                 database.write_state(self.connection, role=database.PRIMARY, fenced_term=0, fenced_by="[]")
+                self.connection.execute("DELETE FROM _messenger_replicas")
             self.log.note_committed([entry])
             self.term, self.term_checksum = term, entry.checksum
 
@@ -235,10 +247,11 @@ class Writer:
     # Groups.
 
     @contextmanager
-    def leading(self, operation: Operation, deadline_at: float) -> Iterator[bool]:
+    def leading(self, operation: Operation, deadline_at: float, tidy: Callable[[], None]) -> Iterator[bool]:
         """Queue an operation; in the block, whether the calling thread wrote a group.
 
-        If so, it must make the group durable in the block, while the next thread leads already.
+        If so, it must make the group durable in the block, while the next thread leads already. `tidy` is called with
+        the lock held, after the commit.
 
         Raises:
             WriterBusy: It was not written by the deadline.
@@ -255,7 +268,7 @@ class Writer:
             leads = operation.leads
         if leads:
             try:
-                self._lead(deadline_at)
+                self._lead(deadline_at, tidy)
             finally:
                 self._pass_lead()
         yield leads
@@ -276,7 +289,7 @@ class Writer:
             else:
                 self._has_leader = False
 
-    def _lead(self, deadline_at: float) -> None:
+    def _lead(self, deadline_at: float, tidy: Callable[[], None]) -> None:
         """Write those that wait; each gets its position or its error, and with the error it is woken."""
         group: list[Operation] = []
         try:
@@ -286,7 +299,7 @@ class Writer:
                     while self._queue and len(group) < GROUP_MAX:
                         group.append(self._queue.popleft())
                 self._write_group(group)
-                self.trim()
+                tidy()
             finally:
                 self.release()
         except BaseException as error:
