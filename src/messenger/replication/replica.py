@@ -266,8 +266,8 @@ class Replica:
         elif isinstance(record, PromoteQuery) and self._on_promote is None:
             message.reply(msgspec.json.encode({"error": "this replica does not let itself be promoted from outside"}))
         elif isinstance(record, PromoteQuery) and self._on_promote is not None:
-            threading.Thread(target=self._on_promote, name="replication-promote", daemon=True).start()
             message.reply(msgspec.json.encode({"promoting": self.path}))
+            threading.Thread(target=self._on_promote, name="replication-promote", daemon=True).start()
         else:
             self._follower.malformed_count += 1
 
