@@ -1,5 +1,6 @@
 """Disks that fail, and processes that die: at the n-th call of the file system, or of a method of replication."""
 
+import errno
 import functools
 import importlib
 import os
@@ -148,15 +149,32 @@ class _File(apsw.VFSFile):
 
 
 class FaultyDisk(apsw.VFS):
-    """The real file system, but for one fault, as long as it is kept and not unregistered."""
+    """The real file system, but for one fault, until `remove`: for SQLite, and for who asks the disk past it."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__("faulty", REAL, makedefault=True)
         self.fault = fault
+        self._real = {name: getattr(os, name) for name in ("fsync", "fdatasync")}
+        for name, sync in self._real.items():
+            setattr(os, name, functools.partial(self._sync, sync))
+
+    def remove(self) -> None:
+        """Be the real file system again."""
+        for name, sync in self._real.items():
+            setattr(os, name, sync)
+        self.unregister()
+
+    def _sync(self, sync: Callable[[int], None], descriptor: int) -> None:
+        if self._concerns(os.readlink(f"/proc/self/fd/{descriptor}")):
+            try:
+                self.fault.note("sync")
+            except apsw.Error as error:
+                raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        sync(descriptor)
 
     def _concerns(self, name: Any) -> bool:
         text = name.filename() if isinstance(name, apsw.URIFilename) else name
-        return self.fault.only in (text or "")
+        return self.fault.only in (text or "")  # A temporary file has no name.
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802
         if not self._concerns(name):
