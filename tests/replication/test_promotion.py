@@ -178,6 +178,7 @@ def test_promotion_from_outside(cluster: Cluster) -> None:
     assert query_status(other, cluster.port).role == "primary"
     status = request_promotion(other, place, timeout=20)
     assert (status.role, status.term) == ("primary", 2)
+    wait_until(lambda: promoted)
     assert promoted[0].position == (2, 2)
 
 

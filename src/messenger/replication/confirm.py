@@ -116,10 +116,10 @@ class Confirmations:
             if waiter in waiters:
                 waiters.remove(waiter)
 
-    def wake_all(self) -> None:
-        """Wake everybody, unconfirmed, because nothing will be confirmed any more."""
-        for waiters in self._waiting.values():
-            while waiters:
+    def wake_all(self, level: Level = Level.RECEIVED) -> None:
+        """Wake who waits for a level or a higher one, unconfirmed, because that will not come any more."""
+        for (own_level, _), waiters in self._waiting.items():
+            while own_level >= level and waiters:
                 waiters.popleft().wake()
 
 

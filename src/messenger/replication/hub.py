@@ -92,6 +92,8 @@ class Hub:
         self.must_keep = False
         self.confirmations = Confirmations()
         self.is_closed = True
+        # Who asked for the status before it was known whether this is the primary; None from then on.
+        self._early: list[Message] | None = []
         # The term and the destinations of the primary that was promoted over this one.
         self.gone_to: tuple[int, tuple[str, ...]] | None = None
         self._on_claim = on_claim
@@ -104,6 +106,9 @@ class Hub:
         with self.lock:
             self.head = head
             self.is_closed = False
+            early, self._early = self._early or [], None
+        for message in early:
+            message.reply(msgspec.json.encode(self._make_status()))
 
     def leave(self, term: int, destinations: tuple[str, ...]) -> None:
         """Serve replicas no more, because another primary leads; tell them where."""
@@ -146,6 +151,8 @@ class Hub:
                 targets += [peer.feed for peer in self.peers.values() if self._may_stream(peer, entries) and peer.feed]
             for waiter, level, count in written.waiters:
                 self.confirmations.add(waiter, level, count)
+            if self.is_closed or self.gone_to is not None:
+                self.confirmations.wake_all()
         if targets:
             must_answer = any(level is Level.RECEIVED for _, level, _ in written.waiters)
             data = encode(Entries(entries, must_answer))
@@ -220,6 +227,11 @@ class Hub:
             return 0.0
         return now - next((at for lsn, at in reversed(self._commits) if lsn <= peer.applied + 1), self._commits[0][1])
 
+    def give_up(self) -> None:
+        """The primary's own disk failed, so nothing is confirmed any more."""
+        with self.lock:
+            self.confirmations.wake_all(Level.LOCAL)
+
     def forget(self, waiter: Waiter) -> None:
         """A thread waits no longer."""
         with self.lock:
@@ -253,7 +265,7 @@ class Hub:
             if own is not None:
                 message.reply(encode(own))
         elif isinstance(record, StatusQuery):
-            message.reply(msgspec.json.encode(self._make_status()))
+            self._handle_status_query(message)
         else:
             message.reply(msgspec.json.encode({"error": "this is the primary already"}))
 
@@ -291,6 +303,13 @@ class Hub:
             if peer.feed is not None:
                 peer.feed.stop()
         logger.error("! replica %s has DIVERGED: %s", peer.name, report.reason)
+
+    def _handle_status_query(self, message: Message) -> None:
+        with self.lock:
+            if self._early is not None and len(self._early) < self.limits.replicas_max:
+                self._early.append(message)
+                return
+        message.reply(msgspec.json.encode(self._make_status()))
 
     def _handle_knock(self, knock: Knock, message: Message) -> None:
         with self.lock:

@@ -26,7 +26,7 @@ from . import database
 from .capture import Capture, Kind, classify
 from .claims import Claims
 from .confirm import Level, Waiter
-from .errors import Fenced, NotConfirmed, StatementRefused
+from .errors import DiskFailed, Fenced, NotConfirmed, StatementRefused
 from .hub import Hub
 from .limits import ReplicationLimits
 from .log import check_in_history
@@ -311,16 +311,26 @@ class Primary:
 
     def _sync(self, lsn: int) -> None:
         hub = self._hub
-        hub.note_durable(self._writer.wal.sync(lsn, lambda: hub.head.lsn))
+        try:
+            hub.note_durable(self._writer.wal.sync(lsn, lambda: hub.head.lsn))
+        except DiskFailed:
+            hub.give_up()
+            raise
 
     def _await(self, waiter: Waiter, promise: Promise) -> None:
         """Return once a transaction is confirmed."""
         if not waiter.is_confirmed and not waiter.wait(promise.timeout):
             self._hub.forget(waiter)
         if not waiter.is_confirmed:
+            if self._writer.wal.failure is not None and not self._is_closed:
+                raise DiskFailed(f"the disk did not confirm {waiter.position}: {self._writer.wal.failure}")
             self._not_confirmed_count += 1
             position = waiter.position or Position(0, 0)
-            why = "it was closed" if self._is_closed else f"within {promise.timeout} s"
+            why = f"within {promise.timeout} s"
+            if self._is_closed:
+                why = "it was closed"
+            elif self._writer.fence is not None:
+                why = str(self._writer.fence)
             raise NotConfirmed(
                 f"transaction {position} is committed here, but fewer than {promise.replicas} replicas confirmed it as "
                 f"{promise.level.name.lower()} ({why}); it may be there, or come there",
@@ -422,8 +432,9 @@ class Primary:
             self._hub.leave(claim.term, claim.destinations)
             encoded = msgspec.json.encode(claim.destinations).decode()
             # The file may be busy, and the messenger's thread must not wait for it.
-            self._keeper = threading.Thread(target=writer.keep_fence, args=(fence, encoded), daemon=True)
-            self._keeper.start()
+            keeper = threading.Thread(target=writer.keep_fence, args=(fence, encoded), daemon=True)
+            keeper.start()
+            self._keeper = keeper
         return None
 
     def _stop_claims(self) -> None:

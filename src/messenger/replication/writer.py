@@ -21,7 +21,7 @@ import apsw
 from . import database
 from .capture import Capture, Schema
 from .confirm import Level, Waiter
-from .errors import DatabaseRefused, Fenced, ReplicationError, StatementRefused
+from .errors import DatabaseRefused, DiskFailed, Fenced, ReplicationError, StatementRefused
 from .limits import GROUP_MAX, ReplicationLimits
 from .log import Log, begin_term, read_term
 from .records import Entry, Head, Part, Position, encode, follow
@@ -154,11 +154,13 @@ class Writer:
         """Begin a transaction.
 
         Raises:
-            Fenced, ReplicationClosed.
+            Fenced, DiskFailed, ReplicationClosed.
         """
         if self.fence is not None:
             raise Fenced(str(self.fence), self.fence.term, self.fence.destinations)
         connection = self.connection
+        if self.wal.failure is not None:
+            raise DiskFailed(f"{self.path}: the disk failed before ({self.wal.failure}); nothing is committed any more")
         connection.execute("BEGIN IMMEDIATE")
         version = connection.pragma("data_version")
         if version != self._data_version:
