@@ -13,12 +13,13 @@ from .errors import (
     StatementRefused,
 )
 from .limits import ReplicationLimits
-from .primary import Primary, Transaction
+from .primary import Primary
 from .records import Position
 from .remote import query_status, request_promotion
 from .replica import Replica
 from .rows import Rows
 from .status import PrimaryStatus, ReplicaSelfStatus, ReplicaState, ReplicaStatus
+from .transaction import Transaction
 from .writer import WriterBusy
 
 __all__ = [

@@ -19,6 +19,7 @@ import apsw
 import msgspec
 
 from . import database
+from .check import pin
 from .errors import DatabaseRefused
 from .limits import CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, ReplicationLimits
 from .log import Log, begin_term, find_head, read_entries, read_term
@@ -29,6 +30,7 @@ from .snapshot import SnapshotSink, remove_leftovers
 logger = logging.getLogger("messenger.replication")
 
 _ABORT = apsw.SQLITE_CHANGESET_ABORT
+_ALONE = (PartKind.SQL, PartKind.SQL_FOREIGN_KEYS, PartKind.CHECK)
 _FLAGS = apsw.SQLITE_CHANGESETAPPLY_NOSAVEPOINT | apsw.SQLITE_CHANGESETAPPLY_FKNOACTION
 _REASONS = {
     apsw.SQLITE_CHANGESET_DATA: "the row is another one than at the primary",
@@ -90,6 +92,8 @@ class Applier:
         self.transaction_count = 0
         self.group_count = 0
         self.sink: SnapshotSink | None = None
+        # Of the last check: its LSN, and a connection that sees the database at it.
+        self.pinned: tuple[int, apsw.Connection] | None = None
         self._limits = limits
         self._connection: apsw.Connection | None = None
         self._log: Log | None = None
@@ -123,6 +127,8 @@ class Applier:
 
     def close(self) -> None:
         """Close the file, and let others have it."""
+        if (pinned := self.take_pinned()) is not None:
+            pinned[1].close(force=True)
         self._close_file()
         self.drop_snapshot()
         self._file_lock.release()
@@ -153,13 +159,25 @@ class Applier:
         batches = [(entry, decode_parts(entry.body)) for entry in entries]
         start = 0
         for number, (_, parts) in enumerate(batches):
-            # The schema changes in a transaction of its own, which may need other settings.
-            if any(part.kind in (PartKind.SQL, PartKind.SQL_FOREIGN_KEYS) for part in parts):
+            # The schema changes in a transaction of its own, as it may need other settings; a check must see its end.
+            if any(part.kind in _ALONE for part in parts):
                 self._apply_some(batches[start:number])
                 self._apply_some(batches[number : number + 1])
                 start = number + 1
+                if parts[0].kind is PartKind.CHECK:
+                    self._pin()
         self._apply_some(batches[start:])
         self._trim()
+
+    def _pin(self) -> None:
+        if self.pinned is not None:
+            self.pinned[1].close(force=True)
+        self.pinned = self.head.lsn, pin(self.path)
+
+    def take_pinned(self) -> tuple[int, apsw.Connection] | None:
+        """Return the last check that nobody took; the connection is the caller's then."""
+        pinned, self.pinned = self.pinned, None
+        return pinned
 
     def _apply_some(self, batches: list[tuple[Entry, list[Part]]]) -> None:
         if not batches:

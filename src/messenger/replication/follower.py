@@ -20,12 +20,15 @@ import apsw
 from messenger import Connection, DeliveryError, Destination, DestinationInvalid, Message, Messenger, MessengerError
 
 from .applier import Applier, Divergence, DivergenceFound, NoCopy
+from .check import ReplicaCheck
 from .errors import DiskFailed
 from .limits import BEAT_S, CONTACT_S_MAX, DESTINATIONS_MAX, JOIN_S, ReplicationLimits
 from .records import (
     PROTOCOL_VERSION,
     Ack,
+    AskBucket,
     Beat,
+    CheckEnd,
     Claim,
     DivergedReport,
     Entries,
@@ -52,7 +55,7 @@ logger = logging.getLogger("messenger.replication")
 # What was received, while what comes does not build on what is here.
 NOTHING = -2
 
-Item = list[Entry] | SnapshotBegin | SnapshotPart | SnapshotEnd | Welcome
+Item = list[Entry] | SnapshotBegin | SnapshotPart | SnapshotEnd | Welcome | CheckEnd
 
 
 class Follower:
@@ -107,6 +110,7 @@ class Follower:
         self._wants_snapshot = False
         # Beats whose LSN is not applied yet: (LSN, when the primary had no more).
         self._beats: deque[tuple[int, float]] = deque(maxlen=64)
+        self._check: ReplicaCheck | None = None
         self._is_stopped = threading.Event()
         self._threads = [
             threading.Thread(target=self._apply_all, name=f"replication-apply-{name}", daemon=True),
@@ -125,6 +129,7 @@ class Follower:
             connections = list(self._connections.values())
         for thread in self._threads:
             thread.join()
+        self._end_check()
         for connection in connections:
             connection.close()
 
@@ -274,7 +279,10 @@ class Follower:
         return Ack(self._stream, max(self._received, durable), durable, durable, time.monotonic())
 
     def _take(self, record: FromPrimary, message: Message) -> None:
-        if isinstance(record, NotPrimary | Welcome | Beat | SnapshotBegin | SnapshotPart | SnapshotEnd):
+        if isinstance(record, AskBucket):
+            if self._check is not None and self._check.lsn == record.lsn:
+                self._check.ask(record)
+        elif isinstance(record, NotPrimary | Welcome | Beat | SnapshotBegin | SnapshotPart | SnapshotEnd | CheckEnd):
             with self._lock:
                 if record.stream != self._stream:
                     return
@@ -345,6 +353,9 @@ class Follower:
                 self._retry(f"{type(error).__name__}: {error}", JOIN_S)
             except MessengerError as error:
                 self._retry(str(error), JOIN_S)
+            except Exception as error:  # Whatever it is, the replica must say so, and not stand still.
+                logger.exception("! %s: an error that nobody expected", self._name)
+                self._retry(f"{type(error).__name__}: {error}", JOIN_S)
 
     def _next(self) -> tuple[int, Item] | None:
         """Return what comes next, entries together as far as they are there, and the join that it belongs to."""
@@ -376,8 +387,14 @@ class Follower:
             self._on_change()
             applier.sync()
             self._answer(stream)
+            if applier.pinned is not None:
+                self._begin_check(stream)
         elif isinstance(item, Welcome):
             self._welcome(item)
+        elif isinstance(item, CheckEnd):
+            self._end_check()
+            if item.reason:
+                self._note_diverged(stream, Divergence(item.lsn, item.table, item.key, item.reason))
         elif isinstance(item, SnapshotBegin):
             applier.begin_snapshot(item.bytes_total)
             self.state = ReplicaState.SNAPSHOT
@@ -390,6 +407,17 @@ class Follower:
         else:
             applier.install_snapshot(item.checksum)
             self._note_installed(stream)
+
+    def _begin_check(self, stream: int) -> None:
+        pinned = self.applier.take_pinned()
+        if pinned is not None:
+            self._end_check()
+            self._check = ReplicaCheck(stream, *pinned, lambda record: self._send(stream, encode(record)), self._name)
+
+    def _end_check(self) -> None:
+        if self._check is not None:
+            self._check.end()
+            self._check = None
 
     def _note_installed(self, stream: int) -> None:
         with self._lock:

@@ -10,17 +10,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import msgspec
 
 from messenger import Destination, Message, Messenger, MessengerError
 
+from .check import PrimaryCheck
 from .confirm import Confirmations, Level, Waiter
 from .feed import CATCHING_UP, DIVERGED, DOWN, STREAMING, Feed, Peer
 from .limits import COMMIT_SAMPLE_S, COMMIT_SAMPLES, ReplicationLimits
 from .records import (
     PROTOCOL_VERSION,
     Ack,
+    AskBucket,
+    BucketRows,
+    CheckEnd,
+    CheckSums,
     Claim,
     DivergedReport,
     Entries,
@@ -88,6 +94,7 @@ class Hub:
             peer.state = DIVERGED if diverged else DOWN
         # When which LSN was committed, a sample now and then.
         self._commits: deque[tuple[int, float]] = deque([(0, time.monotonic())], maxlen=COMMIT_SAMPLES)
+        self.check: PrimaryCheck | None = None
         # Whether what is remembered of the replicas has changed.
         self.must_keep = False
         self.confirmations = Confirmations()
@@ -260,6 +267,8 @@ class Hub:
             self._handle_knock(record, message)
         elif isinstance(record, DivergedReport):
             self._handle_diverged(record)
+        elif isinstance(record, CheckSums | BucketRows):
+            self._handle_check(record)
         elif isinstance(record, Claim):
             own = self._on_claim(record)
             if own is not None:
@@ -292,6 +301,41 @@ class Hub:
             peer.snapshot_bytes = min(ack.bytes_done, peer.snapshot_bytes_total)
             peer.feed.snapshot_acked = ack.bytes_done
             peer.feed.news.set()
+
+    def _handle_check(self, record: CheckSums | BucketRows) -> None:
+        with self.lock:
+            peer, check = self._by_stream.get(record.stream), self.check
+        if peer is None or check is None or check.lsn != record.lsn:
+            return
+        if isinstance(record, CheckSums):
+            check.note_sums(peer.name, record.sums)
+        else:
+            check.note_rows(peer.name, record)
+
+    def compare(self, check: PrimaryCheck, deadline_at: float) -> dict[str, str]:
+        """Return what a check found at each replica that answers in time, empty if nothing; those are told."""
+        found: dict[str, str] = {}
+        for name in check.wait_sums(self._present, deadline_at):
+            with self.lock:
+                feed = self.peers[name].feed
+            if feed is None:
+                continue
+            stream, lsn = feed.stream, check.lsn
+            try:
+                difference = check.compare(name, partial(_ask_bucket, feed, lsn), deadline_at)
+                found[name] = "" if difference is None else str(difference)
+                if difference is None:
+                    feed.send(CheckEnd(stream, lsn))
+                else:
+                    feed.send(CheckEnd(stream, lsn, difference.table, difference.key, difference.what))
+            except MessengerError as error:
+                logger.warning("! replica %s is gone during a check: %s", name, error)
+        return found
+
+    def _present(self) -> set[str]:
+        """Return the names of the replicas that are there."""
+        with self.lock:
+            return {peer.name for peer in self.peers.values() if peer.feed is not None}
 
     def _handle_diverged(self, report: DivergedReport) -> None:
         with self.lock:
@@ -371,3 +415,7 @@ class Hub:
             is_news = not self.is_closed
         if is_news:
             logger.warning("= replica %s is %s: %s", peer.name, peer.state, why or "its feed ended")
+
+
+def _ask_bucket(feed: Feed, lsn: int, table: str, bucket: int) -> None:
+    feed.send(AskBucket(feed.stream, lsn, table, bucket))

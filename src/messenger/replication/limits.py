@@ -47,6 +47,8 @@ DESTINATIONS_MAX = 16
 # The lag in seconds is known to within the first, back to as many samples.
 COMMIT_SAMPLE_S = 0.05
 COMMIT_SAMPLES = 20_000
+# A replica keeps the moment of a check so long for questions of its primary; its WAL grows meanwhile.
+CHECK_PINNED_S = 30.0
 # Transactions that wait together are written together, at most so many: the first must not wait long for the last.
 GROUP_MAX = 64
 # One message to a replica that catches up holds at most about so much, and so many transactions.

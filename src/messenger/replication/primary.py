@@ -23,17 +23,19 @@ import msgspec
 from messenger import Destination, Messenger
 
 from . import database
-from .capture import Capture, Kind, classify
+from .capture import Kind, classify
+from .check import PrimaryCheck, pin
 from .claims import Claims
 from .confirm import Level, Waiter
-from .errors import DiskFailed, Fenced, NotConfirmed, StatementRefused
+from .errors import DiskFailed, Fenced, NotConfirmed
 from .hub import Hub
 from .limits import ReplicationLimits
 from .log import check_in_history
-from .records import Claim, Position
+from .records import Claim, Part, PartKind, Position
 from .rows import Rows
 from .snapshot import remove_leftovers
 from .status import PrimaryStatus, ReplicaStatus
+from .transaction import Transaction
 from .writer import Bindings, Operation, Writer, Written
 
 logger = logging.getLogger("messenger.replication")
@@ -47,70 +49,6 @@ class Promise(NamedTuple):
     level: Level
     replicas: int
     timeout: float
-
-
-class Transaction:
-    """A transaction that is open, given by `with primary.transaction() as tx:`. Used on the thread that opened it.
-
-    Attributes:
-        position: Its (term, LSN), once it is committed.
-    """
-
-    def __init__(self, cursor_of: apsw.Connection, capture: Capture) -> None:
-        self.position: Position | None = None
-        self._connection = cursor_of
-        self._capture = capture
-        self._cursors: list[apsw.Cursor] = []
-
-    def execute(self, sql: str, bindings: Bindings = None) -> Rows:
-        """Run statements within the transaction; take the rows before it ends.
-
-        Args:
-            sql: One or more statements. Those that change the schema are replicated as they stand.
-            bindings: A sequence or mapping, as apsw takes them.
-
-        Raises:
-            StatementRefused: It cannot be replicated. apsw.Error: SQLite refused it.
-        """
-        cursor = self._cursor()
-        try:
-            return Rows(iter(cursor.execute(sql, bindings)))
-        except BaseException:
-            self._capture.forget_pending()
-            raise
-
-    def executemany(self, sql: str, bindings: Sequence[Bindings] | Iterator[Bindings]) -> Rows:
-        """Run a statement once for each of many bindings, as `execute` does."""
-        cursor = self._cursor()
-        try:
-            return Rows(iter(cursor.executemany(sql, bindings)))
-        except BaseException:
-            self._capture.forget_pending()
-            raise
-
-    def last_insert_rowid(self) -> int:
-        """Return the rowid of the row inserted last."""
-        return self._connection.last_insert_rowid()
-
-    def _cursor(self) -> apsw.Cursor:
-        if self.position is not None:
-            raise StatementRefused("the transaction has ended")
-        self._cursors = [cursor for cursor in self._cursors if _is_under_way(cursor)]
-        cursor = self._connection.cursor()
-        cursor.exec_trace = self._capture.on_statement
-        self._cursors.append(cursor)
-        return cursor
-
-    def finish(self) -> None:
-        """Run what was not taken yet of statements that are under way. For `Primary`."""
-        for cursor in self._cursors:
-            for _ in cursor:
-                pass
-
-    def end(self) -> None:
-        """Let go of all statements. For `Primary`."""
-        for cursor in self._cursors:
-            cursor.close(force=True)
 
 
 class Primary:
@@ -155,6 +93,7 @@ class Primary:
         self._keeper: threading.Thread | None = None
         self._promise = self._check(commit, acknowledgements, timeout)
         self._not_confirmed_count = 0
+        self._check_lock = threading.Lock()
         self._is_closed = False
         limits = limits or ReplicationLimits()
         self._writer = writer = Writer(self.path, limits, self._publish, promote=promote)
@@ -359,6 +298,47 @@ class Primary:
         self._hub.wait_for(waiter, promise.level, promise.replicas)
         self._await(waiter, promise)
 
+    def check(self, timeout: float = 60.0) -> dict[str, str]:
+        """Compare the content of all replicas that are there with this one, while all go on.
+
+        All tables, the schema and the AUTOINCREMENT counters are read, here and there: about a second for a million
+        rows. A replica that differs is `DIVERGED` from then on.
+
+        Args:
+            timeout: Seconds, > 0, to wait for the replicas.
+
+        Returns:
+            For each replica that answered in time, the first row that differs, or an empty text.
+
+        Raises:
+            WriterBusy, Fenced, ReplicationClosed, apsw.Error.
+
+        Thread: any, not within a transaction.
+        """
+        deadline_at = time.monotonic() + timeout
+        with self._check_lock:
+            waiter = Waiter()
+            writer = self._writer
+            writer.acquire(deadline_at)
+            try:
+                writer.begin()
+                try:
+                    writer.commit([Part(PartKind.CHECK, b"")], waiter, Level.LOCAL, 0)
+                except BaseException:
+                    writer.roll_back()
+                    raise
+                reader = pin(self.path)
+                check = self._hub.check = PrimaryCheck(self.position.lsn, reader)
+            finally:
+                writer.release()
+            try:
+                self._sync_for(waiter)
+                check.sum()
+                return self._hub.compare(check, deadline_at)
+            finally:
+                self._hub.check = None
+                reader.close(force=True)
+
     def _override(self, commit: str | None, acknowledgements: int | None, timeout: float | None) -> Promise:
         own = self._promise
         if commit is None and acknowledgements is None and timeout is None:
@@ -470,13 +450,6 @@ class Primary:
 
     def __repr__(self) -> str:
         return f"<Primary of {self.path} at {self.position}>"
-
-
-def _is_under_way(cursor: apsw.Cursor) -> bool:
-    try:
-        return bool(cursor.has_vdbe)
-    except apsw.ExecutionCompleteError:
-        return False
 
 
 def _make_fenced(path: str, term: int, destinations: tuple[str, ...]) -> Fenced:

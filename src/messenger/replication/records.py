@@ -217,6 +217,43 @@ class DivergedReport(msgspec.Struct, array_like=True, frozen=True, tag="diverged
     reason: str
 
 
+class CheckSums(msgspec.Struct, array_like=True, frozen=True, tag="sums"):
+    """Replica: what I held at the check of this LSN: sums of the buckets of each table."""
+
+    stream: int
+    lsn: int
+    sums: dict[str, dict[int, bytes]]
+
+
+class AskBucket(msgspec.Struct, array_like=True, frozen=True, tag="ask-bucket"):
+    """Primary: which rows were in this bucket?"""
+
+    stream: int
+    lsn: int
+    table: str
+    bucket: int
+
+
+class BucketRows(msgspec.Struct, array_like=True, frozen=True, tag="bucket"):
+    """Replica: these, by their keys, with their checksums."""
+
+    stream: int
+    lsn: int
+    table: str
+    bucket: int
+    rows: dict[str, bytes]
+
+
+class CheckEnd(msgspec.Struct, array_like=True, frozen=True, tag="check-end"):
+    """Primary: the check of this LSN is over; with a reason, you have diverged."""
+
+    stream: int
+    lsn: int
+    table: str = ""
+    key: str = ""
+    reason: str = ""
+
+
 class Claim(msgspec.Struct, array_like=True, frozen=True, tag="claim"):
     """Primary, to who may think to be one: I lead this database, under this term, which began with this checksum."""
 
@@ -234,8 +271,12 @@ class PromoteQuery(msgspec.Struct, array_like=True, frozen=True, tag="promote"):
     """Anybody: become the primary. Answered with JSON."""
 
 
-FromReplica = Knock | Join | Ack | SnapshotAck | DivergedReport | Claim | StatusQuery | PromoteQuery
-FromPrimary = Hello | Welcome | NotPrimary | Entries | Beat | SnapshotBegin | SnapshotPart | SnapshotEnd
+FromReplica = (
+    Knock | Join | Ack | SnapshotAck | DivergedReport | CheckSums | BucketRows | Claim | StatusQuery | PromoteQuery
+)
+FromPrimary = (
+    Hello | Welcome | NotPrimary | Entries | Beat | SnapshotBegin | SnapshotPart | SnapshotEnd | AskBucket | CheckEnd
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_replica: msgspec.msgpack.Decoder[FromReplica] = msgspec.msgpack.Decoder(FromReplica)

@@ -142,7 +142,7 @@ class Replica:
                 head = self._applier.head
                 if head.lsn >= wanted.lsn and head.term >= wanted.term:
                     break
-                if self._applier.diverged is not None:
+                if self._follower.state is ReplicaState.DIVERGED:
                     raise Diverged(f"{self.path} has diverged {self._applier.diverged}")
                 left_s = deadline_at - time.monotonic()
                 if left_s <= 0:
