@@ -152,6 +152,8 @@ class Applier:
             apsw.Error: SQLite refused; nothing is applied.
         """
         head = self.head
+        # A join may have been answered from a place that was left behind since.
+        entries = [entry for entry in entries if entry.lsn > head.lsn]
         for entry in entries:
             if not does_follow(head, entry):
                 raise MalformedRecord(f"the entry for LSN {entry.lsn} does not follow {head.position}")

@@ -51,6 +51,9 @@ class ReplicaCheck:
         self._send = send
         self._questions: SimpleQueue[AskBucket | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"replication-check-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin. Questions must reach this check from then on."""
         self._thread.start()
 
     def ask(self, question: AskBucket) -> None:

@@ -24,7 +24,7 @@ import apsw
 from messenger import DeliveryError, Message, Messenger, MessengerError
 
 from .database import open_reader
-from .limits import BEAT_S, CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, CONTACT_S_MAX, ReplicationLimits
+from .limits import ANSWER_S, BEAT_S, CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, CONTACT_S_MAX, ReplicationLimits
 from .log import end_of_term, find_head, read_entries
 from .records import Beat, Entries, Entry, FromPrimary, Head, Join, Welcome, encode
 from .snapshot import SnapshotSource
@@ -128,16 +128,20 @@ class Feed:
         return self._is_stopped
 
     def send(self, record: FromPrimary) -> None:
-        """Send to the replica; no answer is waited for."""
-        self.send_bytes(encode(record))
+        """Send what the replica does not answer. MessengerError: it certainly does not arrive."""
+        self.source.messenger.send_message(self._message, encode(record), timeout=CONTACT_S_MAX)
 
-    def send_bytes(self, data: bytes) -> None:
-        """Send an encoded record. Whether it arrives, its position tells.
+    def ask(self, data: bytes, timeout: float = ANSWER_S) -> None:
+        """Send an encoded record that the replica answers, each by itself, once it has done what it says.
+
+        An answer carries the acknowledgements of the session, so both ways together take two frames; and that there
+        will be none is told at once when the replica is gone.
 
         Raises:
             MessengerError: It certainly does not arrive.
         """
-        self.source.messenger.send_message(self._message, data, timeout=CONTACT_S_MAX)
+        # The answer comes to the listener, as all that the replica says; here it is only missed.
+        self.source.messenger.send_message(self._message, data, _ignore, on_error=self._on_lost, timeout=timeout)
 
     # The thread.
 
@@ -227,12 +231,9 @@ class Feed:
         if contact_at is not None and now - contact_at > CONTACT_S_MAX:
             self._lose(f"it said nothing for {now - contact_at:.1f} s")
             return
-        # The answer comes to the listener, as all that the replica says; here it is only missed.
-        source.messenger.send_message(
-            self._message, encode(beat), _ignore, on_error=self._on_beat_lost, timeout=CONTACT_S_MAX
-        )
+        self.ask(encode(beat), CONTACT_S_MAX)
 
-    def _on_beat_lost(self, error: DeliveryError) -> None:
+    def _on_lost(self, error: DeliveryError) -> None:
         if not self._is_stopped:
             self._lose(str(error))
 
@@ -261,7 +262,7 @@ class Feed:
         with source.lock:
             for entry in entries:
                 peer.note_sent(entry)
-        self.send(Entries(entries))
+        self.ask(encode(Entries(entries)))
         return True
 
     def _send_snapshot(self) -> None:

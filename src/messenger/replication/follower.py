@@ -22,6 +22,7 @@ from messenger import Connection, DeliveryError, Destination, DestinationInvalid
 from .applier import Applier, Divergence, DivergenceFound, NoCopy
 from .check import ReplicaCheck
 from .errors import DiskFailed
+from .inbox import Batch, Inbox, Item, Part
 from .limits import BEAT_S, CONTACT_S_MAX, DESTINATIONS_MAX, JOIN_S, ReplicationLimits
 from .records import (
     PROTOCOL_VERSION,
@@ -32,7 +33,6 @@ from .records import (
     Claim,
     DivergedReport,
     Entries,
-    Entry,
     FromPrimary,
     Head,
     Hello,
@@ -54,8 +54,6 @@ logger = logging.getLogger("messenger.replication")
 
 # What was received, while what comes does not build on what is here.
 NOTHING = -2
-
-Item = list[Entry] | SnapshotBegin | SnapshotPart | SnapshotEnd | Welcome | CheckEnd
 
 
 class Follower:
@@ -101,9 +99,7 @@ class Follower:
         self._turn = 0
         self._connections: dict[str, Connection] = {}
         self._lock = threading.Lock()
-        self._items: deque[Item] = deque()
-        self._has_items = threading.Condition(self._lock)
-        self._queued_bytes = 0
+        self._inbox = Inbox()
         self._stream = 0
         self._join_at = 0.0
         self._received = 0
@@ -124,9 +120,8 @@ class Follower:
         self._is_stopped.set()
         with self._lock:
             self._stream = 0
-            self._items.clear()
-            self._has_items.notify_all()
             connections = list(self._connections.values())
+        self._inbox.close()
         for thread in self._threads:
             thread.join()
         self._end_check()
@@ -183,8 +178,7 @@ class Follower:
         self._stream = 0
         self._join_at = time.monotonic() + after_s
         self.state = state
-        self._items.clear()
-        self._queued_bytes = 0
+        self._inbox.clear()
         self._received = 0
 
     def _ask_next(self) -> None:
@@ -260,16 +254,14 @@ class Follower:
                 if self._stream and first > self._received + 1 and self._received != NOTHING:
                     self._leave(ReplicaState.CONNECTING)  # Something is missing; ask for it.
                 return
-            if self._queued_bytes + size_bytes > 2 * (self._limits.in_flight_bytes_max + len(message.contents)):
+            if self._inbox.bytes + size_bytes > 2 * (self._limits.in_flight_bytes_max + len(message.contents)):
                 self.malformed_count += 1  # The primary keeps to its limit; whoever does not is not listened to.
                 return
             self.contact_at = time.monotonic()
             self._received = record.entries[-1].lsn
             self.primary_lsn = max(self.primary_lsn, self._received)
-            self._queued_bytes += size_bytes
-            self._items.append(record.entries)
-            self._has_items.notify()
             ack = self._make_ack() if record.must_answer else None
+            self._inbox.put(self._stream, Batch(record.entries, message if ack is None else None, size_bytes))
         if ack is not None:
             message.reply(encode(ack))
 
@@ -301,8 +293,8 @@ class Follower:
                         self._received = NOTHING  # Entries count again behind the snapshot.
                     elif isinstance(record, SnapshotEnd):
                         self._received = record.lsn
-                    self._items.append(record)
-                    self._has_items.notify()
+                    item = Part(record, message) if isinstance(record, SnapshotPart) else record
+                    self._inbox.put(self._stream, item)
                     return
             message.reply(encode(ack))
             self._on_change()
@@ -339,7 +331,7 @@ class Follower:
     # The apply thread.
 
     def _apply_all(self) -> None:
-        while (taken := self._next()) is not None:
+        while (taken := self._inbox.take()) is not None:
             stream, item = taken
             try:
                 self._apply(stream, item)
@@ -357,36 +349,15 @@ class Follower:
                 logger.exception("! %s: an error that nobody expected", self._name)
                 self._retry(f"{type(error).__name__}: {error}", JOIN_S)
 
-    def _next(self) -> tuple[int, Item] | None:
-        """Return what comes next, entries together as far as they are there, and the join that it belongs to."""
-        with self._lock:
-            while not self._items:
-                if self._is_stopped.is_set():
-                    return None
-                self._has_items.wait()
-            item = self._items.popleft()
-            if isinstance(item, list):
-                size_bytes = sum(len(entry.body) for entry in item)
-                while self._items and isinstance(self._items[0], list):
-                    more = self._items[0]
-                    more_bytes = sum(len(entry.body) for entry in more)
-                    if len(item) + len(more) > 1_024 or size_bytes + more_bytes > 4 * 1024 * 1024:
-                        break
-                    item = item + more
-                    size_bytes += more_bytes
-                    self._items.popleft()
-                self._queued_bytes -= size_bytes
-            return self._stream, item
-
     def _apply(self, stream: int, item: Item) -> None:
         applier = self.applier
-        if isinstance(item, list):
-            applier.apply(item)
+        if isinstance(item, Batch):
+            applier.apply(item.entries)
             with self._lock:
                 self._note_fresh()
             self._on_change()
             applier.sync()
-            self._answer(stream)
+            self._answer(stream, item.messages)
             if applier.pinned is not None:
                 self._begin_check(stream)
         elif isinstance(item, Welcome):
@@ -398,11 +369,11 @@ class Follower:
         elif isinstance(item, SnapshotBegin):
             applier.begin_snapshot(item.bytes_total)
             self.state = ReplicaState.SNAPSHOT
-        elif isinstance(item, SnapshotPart):
+        elif isinstance(item, Part):
             if applier.sink is None:
                 raise MalformedRecord("a part of a snapshot came without its beginning")
-            applier.sink.write(item)
-            self._send(stream, encode(SnapshotAck(stream, applier.sink.bytes_done)))
+            applier.sink.write(item.part)
+            item.message.reply(encode(SnapshotAck(stream, applier.sink.bytes_done)))
             self._on_change()
         else:
             applier.install_snapshot(item.checksum)
@@ -413,6 +384,7 @@ class Follower:
         if pinned is not None:
             self._end_check()
             self._check = ReplicaCheck(stream, *pinned, lambda record: self._send(stream, encode(record)), self._name)
+            self._check.start()
 
     def _end_check(self) -> None:
         if self._check is not None:
@@ -429,10 +401,17 @@ class Follower:
         self._answer(stream)
         self._on_change()
 
-    def _answer(self, stream: int) -> None:
+    def _answer(self, stream: int, messages: Sequence[Message] = ()) -> None:
+        """Say how far this replica is: in the answer to the last of some messages, or in a message of its own."""
         with self._lock:
             ack = self._make_ack()
-        if ack.stream == stream:
+        if ack.stream != stream:
+            return
+        for message in messages[:-1]:
+            message.reply(b"")
+        if messages:
+            messages[-1].reply(encode(ack))
+        else:
             self._send(stream, encode(ack))
 
     def _send(self, stream: int, data: bytes) -> None:

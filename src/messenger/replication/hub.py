@@ -165,7 +165,7 @@ class Hub:
             data = encode(Entries(entries, must_answer))
             for feed in targets:
                 try:
-                    feed.send_bytes(data)
+                    feed.ask(data)
                 except MessengerError as error:
                     feed.stop()
                     self.handle_down(feed, str(error))
@@ -247,6 +247,8 @@ class Hub:
     # Messages, on the messenger's thread.
 
     def _on_message(self, message: Message) -> None:
+        if not message.contents and message.dest_callback_id:
+            return  # The answer to one of several, the last of which says all.
         try:
             record = decode_from_replica(message.contents)
         except MalformedRecord as error:

@@ -38,6 +38,8 @@ class ReplicationLimits(msgspec.Struct, frozen=True, kw_only=True):
 # and a replica that says nothing for it counts as down. A machine that is busy for a second loses nobody.
 BEAT_S = 0.2
 CONTACT_S_MAX = 3.0
+# Seconds for an answer that comes when the replica is done, however long that takes; one that is gone is told earlier.
+ANSWER_S = 86_400.0
 # A replica asks the next destination if nobody answered its last question for so long.
 JOIN_S = 1.0
 # A primary tells other places so often that it leads, and waits so long for an answer.
@@ -54,6 +56,9 @@ GROUP_MAX = 64
 # One message to a replica that catches up holds at most about so much, and so many transactions.
 CATCH_UP_BYTES = 256 * KIB
 CATCH_UP_TRANSACTIONS = 512
+# A replica applies together what is there, up to so much: readers see it all at once, and the answer waits for it.
+APPLY_TRANSACTIONS = 1_024
+APPLY_BYTES = 4 * MIB
 # The log is trimmed when it is so many transactions longer than it may be, so that not every commit pays for it.
 TRIM_TRANSACTIONS = 256
 # A snapshot travels in parts, at most so many bytes of it unanswered; it is copied in steps of pages.

@@ -22,7 +22,7 @@ import apsw
 from .database import open_reader
 from .limits import SNAPSHOT_IN_FLIGHT_BYTES, SNAPSHOT_PART_BYTES, SNAPSHOT_STEP_PAGES, SNAPSHOT_SYNC_BYTES
 from .log import read_head
-from .records import CHECKSUM_BYTES, Head, SnapshotBegin, SnapshotEnd, SnapshotPart
+from .records import CHECKSUM_BYTES, Head, SnapshotBegin, SnapshotEnd, SnapshotPart, encode
 
 if TYPE_CHECKING:
     from .feed import Feed
@@ -137,7 +137,7 @@ class SnapshotSource:
                 continue
             data = os.pread(self._descriptor, SNAPSHOT_PART_BYTES, offset)
             digest.update(data)
-            feed.send(SnapshotPart(feed.stream, offset, data))
+            feed.ask(encode(SnapshotPart(feed.stream, offset, data)))
             offset += len(data)
         feed.send(SnapshotEnd(feed.stream, digest.digest(), lsn))
         with lock:

@@ -268,12 +268,14 @@ class Writer:
             if not operation.wait(max(0.0, deadline_at - time.monotonic())):
                 self._give_up(operation)
             leads = operation.leads
-        if leads:
-            try:
-                self._lead(deadline_at, tidy)
-            finally:
-                self._pass_lead()
-        yield leads
+        if not leads:
+            yield False
+            return
+        try:
+            self._lead(deadline_at, tidy)
+            yield True
+        finally:
+            self._pass_lead()
 
     def _give_up(self, operation: Operation) -> None:
         """Take an operation out of the queue, or return if it is past that."""
