@@ -322,19 +322,22 @@ class Writer:
                     operation.wake()
 
     def _write_group(self, group: list[Operation]) -> None:
-        """Write operations in one transaction of SQLite."""
+        """Write operations in one transaction of SQLite.
+
+        Nearly always all of them succeed, so they first run without savepoints; if one fails, all are undone, and run
+        again with them.
+        """
         self.begin()
-        head = self.log.head
-        entries: list[Entry] = []
-        written: list[tuple[Operation, Position]] = []
         try:
-            for operation in group:
-                entry = self._run_in_group(operation, head) if len(group) > 1 else self._run(operation, head)
-                if entry is not None:
-                    entries.append(entry)
-                    head = Head(entry.term, entry.lsn, entry.checksum)
-                if operation.error is None:
-                    written.append((operation, head.position))
+            try:
+                entries, written = self._run_all(group, self._run)
+            except Exception:
+                if len(group) == 1:
+                    raise
+                self.roll_back()
+                self._schema.refresh()
+                self.begin()
+                entries, written = self._run_all(group, self._run_in_group)
             if entries:
                 self.log.append(entries)
             self.connection.execute("COMMIT")
@@ -345,6 +348,22 @@ class Writer:
         for operation, position in written:
             operation.position = position
         self._note_committed(entries, [(operation, operation.level, operation.count) for operation, _ in written])
+
+    def _run_all(
+        self, group: list[Operation], run: Callable[[Operation, Head], Entry | None]
+    ) -> tuple[list[Entry], list[tuple[Operation, Position]]]:
+        """Return the entries of operations, and the position of each that has no error."""
+        head = self.log.head
+        entries: list[Entry] = []
+        written: list[tuple[Operation, Position]] = []
+        for operation in group:
+            entry = run(operation, head)
+            if entry is not None:
+                entries.append(entry)
+                head = Head(entry.term, entry.lsn, entry.checksum)
+            if operation.error is None:
+                written.append((operation, head.position))
+        return entries, written
 
     def _run_in_group(self, operation: Operation, head: Head) -> Entry | None:
         """Run one of several; an error undoes this one only."""
