@@ -24,7 +24,15 @@ import apsw
 from messenger import DeliveryError, Message, Messenger, MessengerError
 
 from .database import open_reader
-from .limits import ANSWER_S, BEAT_S, CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, CONTACT_S_MAX, ReplicationLimits
+from .limits import (
+    ANSWER_S,
+    BEAT_S,
+    CATCH_UP_BYTES,
+    CATCH_UP_TRANSACTIONS,
+    CONTACT_S_MAX,
+    STREAM_MSGS,
+    ReplicationLimits,
+)
 from .log import end_of_term, find_head, read_entries
 from .records import Beat, Entries, Entry, FromPrimary, Head, Join, Welcome, encode
 from .snapshot import SnapshotSource
@@ -51,12 +59,52 @@ class Peer:
         # What was sent and is not applied: LSNs, and the bytes sent up to there since the join.
         self.under_way: deque[tuple[int, int]] = deque()
         self.sent_bytes = self.applied_bytes = 0
+        # While it streams: what is to be sent when nothing is under way any more.
+        self.pending: list[Entry] = []
+        self._pending_bytes = 0
+        # The last LSN of each message that is under way.
+        self._marks: deque[int] = deque()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is better to wait with more."""
+        return len(self._marks) >= STREAM_MSGS
 
     def begin(self, lsn: int) -> None:
         """It has all up to an LSN on its disk, and nothing is under way."""
         self.sent = self.received = self.durable = self.applied = lsn
         self.under_way.clear()
         self.sent_bytes = self.applied_bytes = 0
+        self.pending = []
+        self._pending_bytes = 0
+        self._marks.clear()
+
+    def take(self, entries: list[Entry], limits: ReplicationLimits) -> bool:
+        """Let entries wait that follow what it was sent; return False, and let none wait, if that is too much."""
+        after = self.pending[-1].lsn if self.pending else self.sent
+        news = [entry for entry in entries if entry.lsn > after]
+        self._pending_bytes += sum(len(entry.body) for entry in news)
+        self.pending += news
+        fits = (
+            len(self.under_way) + len(self.pending) <= limits.in_flight_transactions_max
+            and self.sent_bytes - self.applied_bytes + self._pending_bytes <= limits.in_flight_bytes_max
+        ) or len(self.under_way) + len(self.pending) <= 1
+        if not fits or (self.pending and self.pending[0].lsn != self.sent + 1):
+            self.pending = []
+            self._pending_bytes = 0
+            return False
+        return True
+
+    def take_ready(self, is_urgent: bool) -> list[Entry]:
+        """Return what is to be sent now, and note that it is."""
+        if not self.pending or (self.is_busy and not is_urgent):
+            return []
+        self._marks.append(self.pending[-1].lsn)
+        ready, self.pending = self.pending, []
+        self._pending_bytes = 0
+        for entry in ready:
+            self.note_sent(entry)
+        return ready
 
     def note_sent(self, entry: Entry) -> None:
         """An entry is about to be sent."""
@@ -69,6 +117,8 @@ class Peer:
         self.received = max(self.received, min(received, self.sent))
         self.durable = max(self.durable, min(durable, self.sent))
         self.applied = max(self.applied, min(applied, self.sent))
+        while self._marks and self._marks[0] <= self.applied:
+            self._marks.popleft()
         while self.under_way and self.under_way[0][0] <= self.applied:
             self.applied_bytes = self.under_way.popleft()[1]
 
@@ -113,6 +163,8 @@ class Feed:
         self._beat_at = 0.0
         # Set when there may be something to do before the next beat.
         self.news = threading.Event()
+        # Held while entries are taken and sent, so that they leave in order.
+        self.order = threading.Lock()
         self.snapshot_acked = 0
         self.thread = threading.Thread(target=self._run, name=f"replication-feed-{peer.name}", daemon=True)
         self.thread.start()

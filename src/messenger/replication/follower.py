@@ -178,7 +178,6 @@ class Follower:
         self._stream = 0
         self._join_at = time.monotonic() + after_s
         self.state = state
-        self._inbox.clear()
         self._received = 0
 
     def _ask_next(self) -> None:
@@ -333,6 +332,8 @@ class Follower:
     def _apply_all(self) -> None:
         while (taken := self._inbox.take()) is not None:
             stream, item = taken
+            if stream != self._stream:
+                continue  # Of a join that was left.
             try:
                 self._apply(stream, item)
             except DivergenceFound as found:
@@ -454,6 +455,7 @@ class Follower:
     def _note_diverged(self, stream: int, divergence: Divergence) -> None:
         logger.error("! %s has DIVERGED %s", self._name, divergence)
         self.applier.note_diverged(divergence)
+        self.state = ReplicaState.DIVERGED
         report = DivergedReport(stream, divergence.lsn, divergence.table, divergence.key, str(divergence))
         self._send(stream, encode(report))
         with self._lock:

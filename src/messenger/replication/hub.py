@@ -147,7 +147,7 @@ class Hub:
     def publish(self, written: Written) -> None:
         """Let transactions wait, and send them to the replicas that stream. Called in the order of LSNs."""
         entries = written.entries
-        targets: list[Feed] = []
+        streaming: list[Feed] = []
         with self.lock:
             if entries:
                 last = entries[-1]
@@ -155,33 +155,38 @@ class Hub:
                 now = time.monotonic()
                 if now - self._commits[-1][1] > COMMIT_SAMPLE_S:
                     self._commits.append((entries[0].lsn, now))
-                targets += [peer.feed for peer in self.peers.values() if self._may_stream(peer, entries) and peer.feed]
+                streaming += [peer.feed for peer in self.peers.values() if peer.feed and peer.state is STREAMING]
             for waiter, level, count in written.waiters:
                 self.confirmations.add(waiter, level, count)
             if self.is_closed or self.gone_to is not None:
                 self.confirmations.wake_all()
-        if targets:
+        if streaming:
             must_answer = any(level is Level.RECEIVED for _, level, _ in written.waiters)
-            data = encode(Entries(entries, must_answer))
-            for feed in targets:
+            for feed in streaming:
+                self._stream(feed, entries, must_answer)
+
+    def _stream(self, feed: Feed, entries: list[Entry], must_answer: bool = False) -> None:
+        """Send entries to a replica that streams, or keep them until it has applied what is under way to it.
+
+        So a replica that is busy gets, when it is done, all that came meanwhile in one message, which costs it, and us,
+        much less than one message each.
+        """
+        peer = feed.peer
+        with feed.order:
+            with self.lock:
+                if peer.feed is not feed or peer.state is not STREAMING:
+                    return
+                if not peer.take(entries, self.limits):
+                    peer.state = CATCHING_UP
+                    feed.news.set()
+                    return
+                ready = peer.take_ready(must_answer)
+            if ready:
                 try:
-                    feed.ask(data)
+                    feed.ask(encode(Entries(ready, must_answer)))
                 except MessengerError as error:
                     feed.stop()
                     self.handle_down(feed, str(error))
-
-    def _may_stream(self, peer: Peer, entries: list[Entry]) -> bool:
-        if peer.state is not STREAMING:
-            return False
-        if peer.sent + 1 == entries[0].lsn and peer.has_room(self.limits):
-            for entry in entries:
-                peer.note_sent(entry)
-            return True
-        if peer.sent < entries[-1].lsn:
-            peer.state = CATCHING_UP
-            if peer.feed is not None:
-                peer.feed.news.set()
-        return False
 
     def note_durable(self, lsn: int) -> None:
         """All up to an LSN is on the primary's own disk."""
@@ -281,6 +286,7 @@ class Hub:
             message.reply(msgspec.json.encode({"error": "this is the primary already"}))
 
     def _handle_ack(self, ack: Ack, message: Message) -> None:
+        idle: Feed | None = None
         with self.lock:
             peer = self._by_stream.get(ack.stream)
             if peer is not None:
@@ -290,6 +296,10 @@ class Hub:
                 self.confirmations.settle(self.peers.values())
                 if peer.state is CATCHING_UP and peer.feed is not None:
                     peer.feed.news.set()
+                elif peer.pending and not peer.is_busy:
+                    idle = peer.feed
+        if idle is not None:
+            self._stream(idle, [])
         if peer is None:
             # Of an earlier join, which we have given up.
             message.reply(encode(Welcome(ack.stream, "rejoin", self.database, self.head.term, 0, b"")))

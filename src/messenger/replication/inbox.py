@@ -1,7 +1,6 @@
 """What a replica has received and not applied: one queue, from the messenger's thread to the apply thread."""
 
-import threading
-from collections import deque
+from queue import SimpleQueue
 from typing import NamedTuple
 
 from messenger import Message
@@ -45,50 +44,45 @@ Item = Batch | SnapshotBegin | Part | SnapshotEnd | Welcome | CheckEnd
 
 
 class Inbox:
-    """Items in the order in which they came, each with the stream that it belongs to.
-
-    Attributes:
-        bytes: Of the entries that wait.
-    """
+    """Items in the order in which they came, each with the stream that it belongs to; one thread puts, one takes."""
 
     def __init__(self) -> None:
-        self.bytes = 0
-        self._items: deque[tuple[int, Item]] = deque()
-        self._has_items = threading.Condition()
-        self._is_closed = False
+        self._queue: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()
+        self._next: tuple[int, Item] | None = None
+        # Each is written by one thread only.
+        self._put_bytes = 0
+        self._taken_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of the entries that wait."""
+        return self._put_bytes - self._taken_bytes
 
     def put(self, stream: int, item: Item) -> None:
         """Append an item; does not wait."""
-        with self._has_items:
-            if isinstance(item, Batch):
-                self.bytes += item.size_bytes
-            self._items.append((stream, item))
-            self._has_items.notify()
+        if isinstance(item, Batch):
+            self._put_bytes += item.size_bytes
+        self._queue.put((stream, item))
 
     def take(self) -> tuple[int, Item] | None:
         """Wait for the oldest item, and return it; batches together, as far as they are there. None once closed."""
-        with self._has_items:
-            while not self._items:
-                if self._is_closed:
-                    return None
-                self._has_items.wait()
-            stream, item = self._items.popleft()
-            if isinstance(item, Batch):
-                while self._items and isinstance(more := self._items[0][1], Batch) and item.has_room_for(more):
-                    item.add(more)
-                    self._items.popleft()
-                self.bytes -= item.size_bytes
-            return stream, item
-
-    def clear(self) -> None:
-        """Forget what waits."""
-        with self._has_items:
-            self._items.clear()
-            self.bytes = 0
+        taken, self._next = self._next or self._queue.get(), None
+        if taken is None:
+            return None
+        stream, item = taken
+        if isinstance(item, Batch):
+            while not self._queue.empty():
+                more = self._queue.get()
+                if more is None:
+                    self._queue.put(None)
+                    break
+                if more[0] != stream or not isinstance(more[1], Batch) or not item.has_room_for(more[1]):
+                    self._next = more
+                    break
+                item.add(more[1])
+            self._taken_bytes += item.size_bytes
+        return stream, item
 
     def close(self) -> None:
-        """Forget what waits, and let `take` return."""
-        with self._has_items:
-            self._is_closed = True
-            self._items.clear()
-            self._has_items.notify_all()
+        """Let `take` return None behind what is there."""
+        self._queue.put(None)

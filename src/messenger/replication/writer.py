@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -299,9 +299,6 @@ class Writer:
         try:
             self.acquire(deadline_at)
             try:
-                with self._queue_lock:
-                    while self._queue and len(group) < GROUP_MAX:
-                        group.append(self._queue.popleft())
                 self._write_group(group)
                 tidy()
             finally:
@@ -321,8 +318,18 @@ class Writer:
                 if operation.error is not None:
                     operation.wake()
 
+    def _take_queued(self, group: list[Operation]) -> Iterator[Operation]:
+        """Take operations off the queue into a group, those too that come while the ones before them run."""
+        while len(group) < GROUP_MAX:
+            with self._queue_lock:
+                if not self._queue:
+                    return
+                operation = self._queue.popleft()
+            group.append(operation)
+            yield operation
+
     def _write_group(self, group: list[Operation]) -> None:
-        """Write operations in one transaction of SQLite.
+        """Write the operations that wait in one transaction of SQLite; the group is empty before.
 
         Nearly always all of them succeed, so they first run without savepoints; if one fails, all are undone, and run
         again with them.
@@ -330,7 +337,7 @@ class Writer:
         self.begin()
         try:
             try:
-                entries, written = self._run_all(group, self._run)
+                entries, written = self._run_all(self._take_queued(group), self._run)
             except Exception:
                 if len(group) == 1:
                     raise
@@ -350,7 +357,7 @@ class Writer:
         self._note_committed(entries, [(operation, operation.level, operation.count) for operation, _ in written])
 
     def _run_all(
-        self, group: list[Operation], run: Callable[[Operation, Head], Entry | None]
+        self, group: Iterable[Operation], run: Callable[[Operation, Head], Entry | None]
     ) -> tuple[list[Entry], list[tuple[Operation, Position]]]:
         """Return the entries of operations, and the position of each that has no error."""
         head = self.log.head
