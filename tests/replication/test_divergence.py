@@ -122,6 +122,16 @@ def test_a_check_compares_one_moment_while_writes_go_on(cluster: Cluster) -> Non
     assert primary.check(timeout=20) == {"second": ""}
 
 
+def test_checks_come_by_themselves(cluster: Cluster) -> None:
+    primary, replica = cluster.pair(check_every=0.1)
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+    before = primary.position.lsn
+    wait_until(lambda: primary.position.lsn > before + 2)
+    tamper(replica, "UPDATE books SET name = 'x'")
+    wait_until(lambda: state_of(primary, "replica") is ReplicaState.DIVERGED)
+    assert replica.status().diverged.endswith("in table books, key 1: differs")
+
+
 def test_changes_of_our_own_tables_are_refused(cluster: Cluster) -> None:
     primary, replica = filled(cluster)
     source = apsw.Connection(":memory:")

@@ -319,3 +319,19 @@ def test_a_failed_start_gives_everything_back(cluster: Cluster, tmp_path: Path) 
     with contextlib.suppress(Exception):
         Primary(tmp_path / "second.db", messenger, first.destination)
     Primary(tmp_path / "second.db", messenger, free_port()).close()
+
+
+def test_replicas_that_are_gone_make_room(cluster: Cluster) -> None:
+    primary = cluster.primary(limits=ReplicationLimits(replicas_max=2))
+    primary.execute(BOOKS)
+    for number in range(3):
+        replica = cluster.replica(f"r{number}")
+        replica.wait_for(primary.position, timeout=20)
+        replica.close()
+        wait_until(lambda: primary.status().replicas[-1].state is ReplicaState.DOWN)
+    assert [status.name for status in primary.status().replicas] == ["r1", "r2"]
+    present = [cluster.replica(name) for name in ("r1", "r2")]
+    for replica in present:
+        wait_streaming(primary, replica)
+    refused = cluster.replica("r3")
+    wait_until(lambda: "2 replicas are there, that is replicas_max" in refused.status().trouble)

@@ -14,6 +14,8 @@ from queue import Empty, SimpleQueue
 
 import apsw
 
+from messenger import MessengerError
+
 from .content import Difference, Sums, compare_buckets, different_buckets, read_bucket, sum_content
 from .database import open_reader
 from .limits import CHECK_PINNED_S
@@ -137,3 +139,33 @@ class PrimaryCheck:
         here = read_bucket(self._reader, table, bucket)
         # "Here" is the replica, for whoever reads it there.
         return next(compare_buckets(table, there, here), Difference(table, "", "differs"))
+
+
+class PeriodicCheck:
+    """Checks again and again, on a thread of its own, until `stop`.
+
+    Args:
+        interval_s: Seconds from the end of one to the beginning of the next.
+        check: Does it; what it raises is logged, and the next one tries again.
+    """
+
+    def __init__(self, interval_s: float, check: Callable[[], dict[str, str]]) -> None:
+        self._interval_s = interval_s
+        self._check = check
+        self._is_stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="replication-checks", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Check no more; waits for one that is under way."""
+        self._is_stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_stopped.wait(self._interval_s):
+            try:
+                found = self._check()
+            except (apsw.Error, OSError, MessengerError) as error:
+                logger.error("! a check of the content failed: %s: %s", type(error).__name__, error)
+            else:
+                logger.info("= checked the content of %d replicas", len(found))

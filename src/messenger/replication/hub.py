@@ -408,7 +408,11 @@ class Hub:
             return f"it speaks version {join.version} of the protocol, this primary {PROTOCOL_VERSION}"
         with self.lock:
             if join.name not in self.peers and len(self.peers) >= self.limits.replicas_max:
-                return f"{len(self.peers)} replicas are known, that is replicas_max"
+                gone = [peer for peer in self.peers.values() if peer.feed is None]
+                if not gone:
+                    return f"{len(self.peers)} replicas are there, that is replicas_max"
+                # One that came under another name each time must not keep the others out.
+                del self.peers[min(gone, key=lambda peer: peer.contact_at or 0.0).name]
         return ""
 
     def handle_down(self, feed: Feed, why: str) -> None:

@@ -24,7 +24,7 @@ from messenger import Destination, Messenger
 
 from . import database
 from .capture import Kind, classify
-from .check import PrimaryCheck, pin
+from .check import PeriodicCheck, PrimaryCheck, pin
 from .claims import Claims
 from .confirm import Level, Waiter
 from .errors import DiskFailed, Fenced, NotConfirmed
@@ -62,6 +62,8 @@ class Primary:
             `durable` (on its disk too), `applied` (readable there too). Each includes those before it.
         acknowledgements: How many replicas must confirm it, 1 to 64.
         timeout: Seconds, > 0, that a commit waits for them.
+        check_every: Seconds, > 0, between two checks of the content of all replicas (`check`); by default none are made
+            but those that you ask for.
         others: Other places where a primary of this database may be. They are asked first, for up to a second, and
             told again and again; whoever has the lower term is fenced.
         promote: Make the file of a replica, or of a fenced primary, the primary under the next term.
@@ -83,12 +85,16 @@ class Primary:
         commit: str = "local",
         acknowledgements: int = 1,
         timeout: float = 5.0,
+        check_every: float | None = None,
         others: Sequence[Destination | str | int] = (),
         promote: bool = False,
         limits: ReplicationLimits | None = None,
     ) -> None:
         self.path = database.resolve(path)
         self.messenger = messenger
+        if check_every is not None and not 0 < check_every < float("inf"):
+            raise ValueError(f"check_every is {check_every!r}, it must be a finite number of seconds above 0")
+        self._checks: PeriodicCheck | None = None
         self._claims: Claims | None = None
         self._keeper: threading.Thread | None = None
         self._promise = self._check(commit, acknowledgements, timeout)
@@ -116,6 +122,8 @@ class Primary:
             )
             try:
                 self._begin(promote, others)
+                if check_every is not None:
+                    self._checks = PeriodicCheck(check_every, self.check)
             except BaseException:
                 self._hub.close()
                 raise
@@ -433,6 +441,8 @@ class Primary:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._checks is not None:
+            self._checks.stop()
         self._stop_claims()
         self._hub.close()
         self._readers.close()
