@@ -31,7 +31,9 @@ logger = logging.getLogger("messenger.replication")
 
 _ABORT = apsw.SQLITE_CHANGESET_ABORT
 _ALONE = (PartKind.SQL, PartKind.SQL_FOREIGN_KEYS, PartKind.CHECK)
-_FLAGS = apsw.SQLITE_CHANGESETAPPLY_NOSAVEPOINT | apsw.SQLITE_CHANGESETAPPLY_FKNOACTION
+_FLAGS = apsw.SQLITE_CHANGESETAPPLY_NOSAVEPOINT
+# Makes SQLite read the schema anew each time, so only where foreign keys are on.
+_FLAGS_FOREIGN_KEYS = _FLAGS | apsw.SQLITE_CHANGESETAPPLY_FKNOACTION
 _REASONS = {
     apsw.SQLITE_CHANGESET_DATA: "the row is another one than at the primary",
     apsw.SQLITE_CHANGESET_NOTFOUND: "the row is missing",
@@ -100,6 +102,8 @@ class Applier:
         self._wal: database.WalSync | None = None
         self._tables: set[str] | None = None
         self._found: Divergence | None = None
+        # Off but for statements that change the schema and were run with them at the primary.
+        self._has_foreign_keys = False
         self._file_lock = database.FileLock(path)
         try:
             remove_leftovers(path)
@@ -116,6 +120,7 @@ class Applier:
                 f"{self.path} holds a database that is no replica, and would be overwritten; give a path that is free"
             )
         connection.config(apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0)
+        connection.pragma("foreign_keys", False)
         state = database.read_state(connection)
         self._log = Log(connection, self._limits)
         self._wal = database.WalSync(self.path)
@@ -198,6 +203,7 @@ class Applier:
         wants_foreign_keys = any(part.kind is PartKind.SQL_FOREIGN_KEYS for _, parts in batches for part in parts)
         if wants_foreign_keys:
             connection.pragma("foreign_keys", True)
+            self._has_foreign_keys = True
         try:
             with database.transaction(connection):
                 pending: list[bytes] = []
@@ -215,6 +221,7 @@ class Applier:
         finally:
             if wants_foreign_keys:
                 connection.pragma("foreign_keys", False)
+                self._has_foreign_keys = False
         log.note_committed(entries)
         self.transaction_count += len(entries)
         self.group_count += 1
@@ -228,9 +235,10 @@ class Applier:
         """Apply joined changesets, and empty the list."""
         if not pending:
             return
+        flags = _FLAGS_FOREIGN_KEYS if self._has_foreign_keys else _FLAGS
         try:
             apsw.Changeset.apply(
-                b"".join(pending), connection, filter=self._is_known, conflict=self._on_conflict, flags=_FLAGS
+                b"".join(pending), connection, filter=self._is_known, conflict=self._on_conflict, flags=flags
             )
         except apsw.Error as error:
             found = self._take_found(entry)

@@ -60,7 +60,7 @@ CATCH_UP_TRANSACTIONS = 512
 APPLY_TRANSACTIONS = 1_024
 APPLY_BYTES = 4 * MIB
 # So many messages of entries are under way to a replica that streams; what comes meanwhile waits for the next one.
-STREAM_MSGS = 2
+STREAM_MSGS = 4
 # The log is trimmed when it is so many transactions longer than it may be, so that not every commit pays for it.
 TRIM_TRANSACTIONS = 256
 # A snapshot travels in parts, at most so many bytes of it unanswered; it is copied in steps of pages.
