@@ -297,6 +297,28 @@ def test_readers_in_other_processes_see_a_resync_as_one_step(cluster: Cluster) -
     assert_equal(primary, replica)
 
 
+def test_nothing_is_confirmed_by_what_a_snapshot_replaces(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    primary, replica = cluster.pair()
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+    gate = threading.Event()
+    install = replica._applier.install_snapshot
+
+    def slow_install(checksum: bytes) -> None:
+        gate.wait(20)
+        install(checksum)
+
+    monkeypatch.setattr(replica._applier, "install_snapshot", slow_install)
+    replica.resync()
+    wait_until(lambda: primary.status().replicas[0].sent_lsn == 2 and primary.status().snapshot_count == 2)
+    contact_at = primary._hub.peers["replica"].contact_at
+    wait_until(lambda: (primary._hub.peers["replica"].contact_at or 0) > (contact_at or 0) + 0.5)  # It answers beats.
+    (status,) = primary.status().replicas
+    assert (status.received_lsn, status.durable_lsn, status.applied_lsn) == (0, 0, 0)
+    gate.set()
+    wait_streaming(primary, replica)
+    wait_until(lambda: primary.status().replicas[0].applied_lsn == 2)
+
+
 def test_leftovers_of_killed_processes_are_removed(cluster: Cluster) -> None:
     leftovers = [cluster.folder / "primary.db-snapshot-1234", cluster.folder / "replica.db-snapshot-5678"]
     other = cluster.folder / "primary.db.bak-snapshot-9"

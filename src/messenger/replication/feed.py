@@ -320,10 +320,18 @@ class Feed:
     def _send_snapshot(self) -> None:
         with SnapshotSource(self) as snapshot:
             head = snapshot.send()
-        if head is not None:
-            self._start(CATCHING_UP, 0)
-            with self.source.lock:
-                self.peer.sent = head.lsn
+        if head is None:
+            return
+        with self.source.lock:
+            self.peer.sent = head.lsn
+        while self.peer.applied < head.lsn and not self._is_stopped:
+            self.beat()  # Its answer tells when the snapshot is in place.
+            self.news.wait(BEAT_S / 4)
+            self.news.clear()
+        with self.source.lock:
+            if self.peer.state is SNAPSHOT:
+                self.peer.state = CATCHING_UP
+        logger.info("= replica %s has the snapshot of LSN %d", self.peer.name, head.lsn)
 
 
 def _ignore(message: Message) -> None:

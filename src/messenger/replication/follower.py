@@ -104,6 +104,7 @@ class Follower:
         self._join_at = 0.0
         self._received = 0
         self._wants_snapshot = False
+        self._is_replacing = False
         # Beats whose LSN is not applied yet: (LSN, when the primary had no more).
         self._beats: deque[tuple[int, float]] = deque(maxlen=64)
         self._check: ReplicaCheck | None = None
@@ -209,6 +210,7 @@ class Follower:
             if self._stream != stream:
                 return
             self._received = head.lsn
+            self._is_replacing = False
             database = "" if self._wants_snapshot else self.applier.database
         join = Join(stream, PROTOCOL_VERSION, self._name, database, head.term, head.lsn, head.checksum)
         message.reply(encode(join))
@@ -265,8 +267,10 @@ class Follower:
             message.reply(encode(ack))
 
     def _make_ack(self) -> Ack:
-        applier = self.applier
-        durable = applier.durable_lsn
+        if self._is_replacing:
+            # What is here is about to be thrown away, and need not be of the primary's history.
+            return Ack(self._stream, 0, 0, 0, time.monotonic())
+        durable = self.applier.durable_lsn
         return Ack(self._stream, max(self._received, durable), durable, durable, time.monotonic())
 
     def _take(self, record: FromPrimary, message: Message) -> None:
@@ -290,6 +294,7 @@ class Follower:
                 else:
                     if isinstance(record, Welcome) and record.mode == "snapshot":
                         self._received = NOTHING  # Entries count again behind the snapshot.
+                        self._is_replacing = True
                     elif isinstance(record, SnapshotEnd):
                         self._received = record.lsn
                     item = Part(record, message) if isinstance(record, SnapshotPart) else record
@@ -395,6 +400,7 @@ class Follower:
     def _note_installed(self, stream: int) -> None:
         with self._lock:
             self.snapshot_count += 1
+            self._is_replacing = False
             self.trouble = ""
             self._wants_snapshot = False
             self.state = ReplicaState.CATCHING_UP

@@ -294,7 +294,7 @@ class Hub:
                 peer.echo_s = ack.at_s
                 peer.note_positions(ack.received, ack.durable, ack.applied)
                 self.confirmations.settle(self.peers.values())
-                if peer.state is CATCHING_UP and peer.feed is not None:
+                if peer.state is not STREAMING and peer.feed is not None:
                     peer.feed.news.set()
                 elif peer.pending and not peer.is_busy:
                     idle = peer.feed
