@@ -25,19 +25,22 @@ class Measured(NamedTuple):
         total_s: From the first message to the last answer.
         each_s: With one message in flight, the time of each round trip.
         grown_bytes: Where memory is measured, by how much the process grew.
+        figure: Where the work has a unit of its own, the value in it.
     """
 
     total_s: float
     each_s: list[float]
     grown_bytes: int = 0
+    figure: float | None = None
 
 
 class Contender(NamedTuple):
     """A server and a client.
 
     Attributes:
-        transport: `tcp`: two processes. `inproc`: the server is a thread of the client's process. `none`: no server.
-        needs: Distributions that must be installed, beside what the package itself needs.
+        transport: `tcp`: two processes. `inproc`: the server is a thread of the client's process. `none`: no server, or
+            one that the client starts.
+        needs: Distributions that must be installed, beside what the package itself needs; `PostgreSQL` is its programs.
         share: Of a work's message count that it gets, so that a slow one takes about as long as the others.
     """
 
@@ -118,6 +121,14 @@ def measure_clients(
     started_at = time.perf_counter()
     barrier.wait(ANSWER_TIMEOUT_S)
     return Measured(time.perf_counter() - started_at, [])
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def port_of(endpoint: str) -> int:

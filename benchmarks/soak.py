@@ -16,10 +16,10 @@ from rich.progress import Progress
 
 from messenger import Messenger
 
-from .contender import resident_bytes
+from .contender import free_port, resident_bytes
 from .ours import pump_sessions, serve_echo
 from .report import RESULTS, describe_machine
-from .sample import ROOT, free_port
+from .sample import ROOT
 
 WINDOW = 1_000
 CHANGE_MAX = 0.05

@@ -2,10 +2,17 @@
 
 from typing import NamedTuple
 
-from . import models, ours, peers, plain
+from . import models, ours, peers, plain, postgresql, transactions
 from .contender import Contender
 
-CONTENDERS: dict[str, Contender] = {**ours.CONTENDERS, **plain.CONTENDERS, **peers.CONTENDERS, **models.CONTENDERS}
+CONTENDERS: dict[str, Contender] = {
+    **ours.CONTENDERS,
+    **plain.CONTENDERS,
+    **peers.CONTENDERS,
+    **transactions.CONTENDERS,
+    **postgresql.CONTENDERS,
+    **models.CONTENDERS,
+}
 
 
 class Target(NamedTuple):
@@ -28,10 +35,10 @@ class Work(NamedTuple):
     """One thing to measure.
 
     Attributes:
-        unit: `round trips/s`, `messages/s`, `calls/s`, `rows/s`, `GB/s`, `µs` (the median of each round trip) or
-            `bytes` (each message).
-        window: Messages in flight, of all sessions together.
-        message_count: Of a fast contender; slow ones make fewer.
+        unit: `GB/s`, `µs` (the median of each round trip or commit), `bytes` (each message), what a contender's own
+            figure is in, or else how many a second.
+        window: Messages in flight, of all sessions together, or threads that commit.
+        message_count: Of a fast contender; slow ones make fewer. Of transactions, too.
         baseline: The contender that the table shows ratios to.
         pinned: Whether all processes run on one CPU.
     """
@@ -49,7 +56,7 @@ class Work(NamedTuple):
     @property
     def less_is_better(self) -> bool:
         """Whether the figure is a cost."""
-        return self.unit in ("µs", "bytes")
+        return self.unit in ("µs", "bytes", "echoes", "× idle")
 
 
 PEERS = ("asyncio streams, uvloop", "zmq.asyncio", "nats-py", "RPyC", "grpc.aio")
@@ -90,6 +97,11 @@ MODELS = (
         baseline="FastAPI + uvicorn",
         targets=(Target("messenger models", SERVERS, 1.0, 3.0),),
     ),
+)
+DATABASES = (
+    "apsw alone",
+    *(f"messenger {level}" for level in transactions.LEVELS),
+    *(f"PostgreSQL {setting}" for setting in postgresql.LEVELS.values()),
 )
 
 WORKS = (
@@ -167,4 +179,43 @@ WORKS = (
         targets=(Target("messenger, outstanding MSC", (), 500, 300),),
     ),
     *MODELS,
+    Work(
+        *("replication: one row a transaction, 8 threads", "transactions/s", 64, 8, 10_000),
+        contenders=DATABASES,
+        baseline="apsw alone",
+        targets=(
+            Target("messenger applied", ("PostgreSQL remote_apply",), 1.0, 3.0),
+            Target("messenger applied", ("apsw alone",), 0.6, 0.9),
+        ),
+    ),
+    Work(
+        *("replication: one row a transaction, one thread", "µs", 64, 1, 2_000),
+        contenders=DATABASES,
+        baseline="apsw alone",
+        targets=(),
+    ),
+    Work(
+        *("replication: latency that `applied` adds to a commit, in round trips of an echo", "echoes", 64, 1, 2_000),
+        contenders=("messenger, added to a commit",),
+        baseline="messenger, added to a commit",
+        targets=(Target("messenger, added to a commit", (), 2.0, 1.0),),
+    ),
+    Work(
+        *("replication: speed of the replica, beside 8 threads that commit locally", "of the primary's", 64, 8, 20_000),
+        contenders=("messenger, replica keeps up", "PostgreSQL, standby keeps up"),
+        baseline="messenger, replica keeps up",
+        targets=(Target("messenger, replica keeps up", (), 0.95, 1.0),),
+    ),
+    Work(
+        *("replication: p99 of reads at the replica, beside 8 threads that commit", "× idle", 64, 8, 1_000),
+        contenders=(
+            *("messenger, reads at the replica", "messenger, reads in a third process"),
+            "PostgreSQL, reads at the standby",
+        ),
+        baseline="messenger, reads at the replica",
+        targets=(
+            Target("messenger, reads at the replica", (), 2.0, 1.0),
+            Target("messenger, reads in a third process", (), 2.0, 1.0),
+        ),
+    ),
 )

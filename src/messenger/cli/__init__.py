@@ -10,14 +10,21 @@ than is known.
 Source: docs/cli.md.
 """
 
+import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from messenger import DestinationInUse, DestinationInvalid, MessengerError, NotDelivered, OutcomeUnknown
 
 from .terminal import complain, end_on
 
+if TYPE_CHECKING:
+    import click
+
+# What each extra brings that the command line may find missing.
+EXTRAS = {"click": "cli", "rich": "cli", "apsw": "replication"}
 UNKNOWN, USAGE, NOT_DELIVERED, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 128 + 2, 128 + 13
 # For each error the exit status and what to do; the first that fits counts.
 OUTCOMES: tuple[tuple[type[Exception], int, str], ...] = (
@@ -30,6 +37,11 @@ OUTCOMES: tuple[tuple[type[Exception], int, str], ...] = (
     (OSError, FAILED, ""),
 )
 
+# The modules beside this one that need an extra, and what they are for.
+COMPONENTS = {
+    "replication": "Replicate an SQLite database: be its primary or a replica, ask how they stand.",
+    "models": "Train and serve models in supervised processes.",
+}
 HELP = "Send messages, answer them, see what arrives. DEST is a port, host:port, tcp://host:port or ipc://path."
 
 
@@ -41,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        if error.name not in ("click", "rich"):
+        if error.name not in EXTRAS:
             raise
-        complain(f"the command line needs {error.name}, which is not installed: pip install 'messenger-zmq[cli]'")
+        extra = EXTRAS[error.name]
+        what = "the command line" if extra == "cli" else f"messenger {extra}"
+        complain(f"{what} needs {error.name}, which is not installed: pip install 'messenger-zmq[{extra}]'")
         return FAILED
     except BrokenPipeError:
         return BROKEN_PIPE  # Whoever read our output has gone, as `head` does. That is no news to the user.
@@ -57,9 +71,9 @@ def _run(words: list[str]) -> int:
     import click
 
     from .messages import make_commands
-    from .models import make_group
 
-    commands = click.Group("messenger", commands=[*make_commands(), make_group()], help=HELP)
+    components = [_make_group(name, text) for name, text in COMPONENTS.items()]
+    commands = click.Group("messenger", commands=[*make_commands(), *components], help=HELP)
     try:
         # Not commands.main(), which has exit statuses of its own for a closed pipe and for Ctrl-C.
         with commands.make_context("messenger", words) as context:
@@ -69,3 +83,24 @@ def _run(words: list[str]) -> int:
     except click.UsageError as error:
         complain(f"{error.format_message()} See {error.ctx.command_path if error.ctx else 'messenger'} --help.")
         return USAGE
+
+
+def _make_group(component: str, text: str) -> "click.Group":
+    """Return the commands of a component, whose module is imported when one of them is asked for."""
+    import click
+
+    class Component(click.Group):
+        def list_commands(self, ctx: click.Context) -> list[str]:
+            self._load()
+            return super().list_commands(ctx)
+
+        def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+            self._load()
+            return super().get_command(ctx, cmd_name)
+
+        def _load(self) -> None:
+            if not self.commands:
+                module = importlib.import_module(f"{__name__}.{component}")
+                self.commands = {command.name: command for command in module.make_commands()}
+
+    return Component(component, help=text)

@@ -49,7 +49,7 @@ Exit status:
   130  Ctrl-C, or it was cancelled"""
 
 
-def make_group() -> "click.Group":
+def make_commands() -> "list[click.Command]":
     """Return the commands, whose help texts are the docstrings."""
     import click
 
@@ -101,10 +101,10 @@ def make_group() -> "click.Group":
         ("status", _guard(_status), client),
         ("cancel", _guard(_cancel), [click.Argument(["job"]), *client]),
     ]
-    group = click.Group("models", help="Train and serve models in supervised processes.")
-    for word, work, params in works:
-        group.add_command(click.Command(word, callback=work, params=params, help=work.__doc__, epilog=STATUSES))
-    return group
+    return [
+        click.Command(word, callback=work, params=params, help=work.__doc__, epilog=STATUSES)
+        for word, work, params in works
+    ]
 
 
 def _guard(command: Callable[..., int]) -> Callable[..., int]:

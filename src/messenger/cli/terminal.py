@@ -49,6 +49,20 @@ def show_progress(count: int, title: str) -> Iterator[Callable[[], None] | None]
         yield lambda: bar.advance(task)
 
 
+@contextlib.contextmanager
+def show_amount() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Give what shows, as a bar on stderr, a title, how much is done, and of how much; None without a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda title, done, total: bar.update(task, description=title, completed=done, total=total)
+
+
 def parse_place(text: str) -> Destination:
     """Return the destination that a user named."""
     place = Destination.parse(text)

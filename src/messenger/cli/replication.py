@@ -1,0 +1,425 @@
+"""The commands on replicated databases: primary, replica, status, promote, verify.
+
+A primary and a replica read SQL on standard input, a statement at a time, and go on when it ends, until a signal comes.
+Rows go to stdout; what becomes of the replica goes to stderr as lines, and on a terminal as progress bars.
+
+What must never happen here: a statement that is told to have failed and was committed, or the other way round.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import apsw
+import msgspec
+
+from messenger import Messenger, MessengerError, Security
+from messenger.replication import (
+    NotConfirmed,
+    Primary,
+    Replica,
+    ReplicaSelfStatus,
+    ReplicaState,
+    Transaction,
+    query_status,
+    request_promotion,
+    verify,
+)
+
+from .sql import Statement, show_row, split_statements
+from .terminal import complain, end_on, option, parse_place, printable, show_amount, wait, write
+
+if TYPE_CHECKING:
+    import click
+
+UNKNOWN, FAILED, DIFFERENT = 1, 4, 1
+PORT = 15_445
+SECONDS_MAX = 86_400
+# A load commits so many statements at a time, because one by one would wait as often for the disk.
+LOAD_STATEMENTS = 1_000
+POLL_S = 0.1
+# A replica that hears of no primary for so long lets its user read what it has.
+PATIENCE_S = 2.0
+
+
+class Failed(MessengerError):
+    """SQLite said no."""
+
+
+def make_commands() -> "list[click.Command]":
+    """Return the commands, whose help texts are the docstrings."""
+    import click
+
+    file = click.Argument(["path"], metavar="FILE", type=click.Path(dir_okay=False))
+    place = click.Argument(["destination"], metavar="DEST", default=str(PORT))
+    identity = option("--identity", metavar="NAME", help="Under which name others know it; by default a unique one.")
+    as_json = option("--json", "as_json", is_flag=True, help="Print JSON, a value a line.")
+    once = option("--once", is_flag=True, help="End when standard input ends.")
+    seconds = click.FloatRange(0, SECONDS_MAX, min_open=True)
+    timeout = option("--timeout", type=seconds, default=5.0, help="Seconds to wait for an answer.")
+    levels = click.Choice(["local", "received", "durable", "applied"])
+    primary = [
+        *(file, identity, as_json, once),
+        option("--at", "destination", metavar="DEST", default=str(PORT), help="Where replicas find it."),
+        option("--commit", type=levels, default="local", help="Where a transaction must be to be confirmed."),
+        option("--acknowledgements", type=click.IntRange(1), default=1, help="At how many replicas."),
+        option("--timeout", type=seconds, default=5.0, help="Seconds to wait for that."),
+        option("--load", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help="Run this SQL first."),
+        option("--insecure", is_flag=True, help="Allow a DEST that other machines reach; all of them can join."),
+    ]
+    replica = [
+        *(file, identity, as_json, once),
+        option(
+            *("--from", "destination"),
+            metavar="DEST",
+            multiple=True,
+            default=[str(PORT)],
+            help="Where its primary is, or may be; can be given several times.",
+        ),
+        option("--listen", metavar="DEST", help="Where it tells its status and lets itself be promoted."),
+        option("--resync", is_flag=True, help="Throw FILE's content away for a snapshot, as after a divergence."),
+    ]
+    verified = [click.Argument([name], metavar=name.upper(), type=click.Path(dir_okay=False)) for name in ("a", "b")]
+    return [
+        click.Command("primary", callback=_primary, params=primary, help=_primary.__doc__),
+        click.Command("replica", callback=_replica, params=replica, help=_replica.__doc__),
+        click.Command("status", callback=_status, params=[place, as_json, timeout], help=_status.__doc__),
+        click.Command("promote", callback=_promote, params=[place, as_json, timeout], help=_promote.__doc__),
+        click.Command("verify", callback=_verify, params=[*verified, as_json], help=_verify.__doc__),
+    ]
+
+
+def _primary(
+    path: str,
+    identity: str | None,
+    as_json: bool,
+    once: bool,
+    destination: str,
+    commit: str,
+    acknowledgements: int,
+    timeout: float,
+    load: str | None,
+    insecure: bool,
+) -> int:
+    """Be the primary of FILE, and run the SQL that comes on standard input.
+
+    FILE is made if there is none. When standard input ends, replicas are still served until Ctrl-C or SIGTERM; with
+    --once, and after Ctrl-D on a terminal, it ends.
+    """
+    place = parse_place(destination)
+    end_on(signal.SIGTERM)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        _told(),
+        Messenger(identity, security=Security(insecure=insecure)) as messenger,
+        Primary(path, messenger, place, commit=commit, acknowledgements=acknowledgements, timeout=timeout) as primary,
+    ):
+        complain(f"{messenger.identity!r} is the primary of {path} at {primary.destination}, {primary.position}")
+        if load is not None:
+            count = _load(primary, load)
+            complain(f"{load}: {count} statements were run, {primary.position}")
+        return _serve(lambda: primary, as_json, once)
+    return 0
+
+
+def _replica(
+    path: str,
+    identity: str | None,
+    as_json: bool,
+    once: bool,
+    destination: tuple[str, ...],
+    listen: str | None,
+    resync: bool,
+) -> int:
+    """Be a replica of the primary at DEST in FILE, and run SQL that only reads from standard input.
+
+    FILE is made if there is none. It catches up first, or reads what it has if no primary answers. When standard input
+    ends it goes on until Ctrl-C or SIGTERM; with --once, and after Ctrl-D on a terminal, it ends.
+    """
+    places = [parse_place(text) for text in destination]
+    end_on(signal.SIGTERM)
+    with contextlib.suppress(KeyboardInterrupt), _told(), Messenger(identity) as messenger:
+        node = _Node()
+        replica = Replica(
+            path,
+            messenger,
+            places,
+            listen=None if listen is None else parse_place(listen),
+            on_promote=node.promote,
+            resync=resync,
+        )
+        node.database = replica
+        with contextlib.closing(node):
+            watch = _Watch(node)
+            watch.wait_ready(replica)
+            threading.Thread(target=watch.run, daemon=True).start()
+            return _serve(lambda: node.database, as_json, once)
+    return 0
+
+
+def _serve(database: Callable[[], Primary | Replica], as_json: bool, once: bool) -> int:
+    """Run what comes on standard input, then serve until a signal comes."""
+    status = _Shell(database, as_json).run()
+    if not (status or once or _is_terminal()):
+        wait(SimpleQueue[None]())
+    return status
+
+
+class _Node:
+    """A replica, which becomes a primary if somebody asks for it."""
+
+    database: Primary | Replica
+
+    def promote(self) -> None:
+        """Promote it. Called on a thread of its own."""
+        if isinstance(self.database, Primary):
+            return
+        try:
+            self.database = self.database.promote()
+        except (apsw.Error, MessengerError) as error:
+            complain(f"it was not promoted: {error}")
+        else:
+            complain(f"promoted: this is the primary at {self.database.destination}, {self.database.position}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.database.close()
+
+
+def _status(destination: str, as_json: bool, timeout: float) -> int:
+    """Print what the primary, or the replica, at DEST says of itself; a primary tells of each replica that it knows.
+
+    Exit status: 0 if it answered, 1, 3 and 4 as for send.
+    """
+    with _told(), Messenger() as messenger:
+        told = query_status(messenger, parse_place(destination), timeout=timeout)
+    if as_json:
+        write(msgspec.json.encode(told) + b"\n")
+        return 0
+    values = msgspec.to_builtins(told)
+    replicas = values.pop("replicas", [])
+    for name, value in values.items():
+        write(f"{name:<20} {_show(value)}\n")
+    if replicas:
+        write("\n" + _table(replicas))
+    return 0
+
+
+def _promote(destination: str, as_json: bool, timeout: float) -> int:
+    """Make the replica at DEST the primary, under a higher term; the one before it is fenced when it hears of it.
+
+    What the old primary committed and this replica has not is lost to the database; the old primary saves it to a file
+    when it joins as a replica.
+    """
+    with _told(), Messenger() as messenger:
+        told = request_promotion(messenger, parse_place(destination), timeout=timeout)
+    if as_json:
+        write(msgspec.json.encode(told) + b"\n")
+    else:
+        write(f"{told.path} is the primary at ({told.term}, {told.lsn})\n")
+    return 0
+
+
+def _verify(a: str, b: str, as_json: bool) -> int:
+    """Compare the content of two files, both of which may be in use.
+
+    Exit status: 0 if they are equal, 1 if not, 4 if one cannot be read.
+    """
+    with _told():
+        verdict = verify(a, b)
+    if as_json:
+        write(msgspec.json.encode(verdict) + b"\n")
+    else:
+        write("equal" if verdict.is_equal else "different")
+        write(f": {verdict.table_count} tables, {verdict.row_count} equal rows; {a} {_show(verdict.position_a)}, ")
+        write(f"{b} {_show(verdict.position_b)}\n")
+        for difference in verdict.differences:
+            write(f"{printable(str(difference))}\n")
+    return 0 if verdict.is_equal else DIFFERENT
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Return rows of the same columns, aligned."""
+    columns = list(rows[0])
+    lines = [columns, *([_show(row[column]) for column in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines
+    )
+
+
+def _show(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "-" if value in (None, "") else printable(str(value))
+
+
+# SQL.
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _read_lines() -> Iterator[str]:
+    """Yield what comes on standard input, with a prompt if that is a terminal."""
+    if sys.stdin is None:
+        return
+    if not _is_terminal():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(EOFError):
+        import readline  # noqa: F401  # Its import makes `input` edit lines.
+
+        while True:
+            yield input("sql> ") + "\n"
+
+
+def _load(primary: Primary, path: str) -> int:
+    """Run the statements of a file, many in a transaction; return how many. BEGIN and COMMIT in it bound nothing."""
+    size_bytes = os.path.getsize(path)
+    count = 0
+    with open(path, encoding="utf-8") as file, show_amount() as show, contextlib.ExitStack() as stack:
+        done_chars = 0
+        tx: Transaction | None = None
+        for statement in split_statements(file):
+            done_chars += len(statement.text)
+            if show:
+                show("load", min(done_chars, size_bytes), size_bytes)
+            if statement.kind in ("begin", "commit"):
+                continue
+            try:
+                if _is_pragma(statement):
+                    stack.close()
+                    tx = None
+                    primary.execute(statement.text)
+                else:
+                    tx = tx or stack.enter_context(primary.transaction(commit="local"))
+                    tx.execute(statement.text)
+            except (apsw.Error, MessengerError) as error:
+                raise Failed(f"{path}, line {statement.line}: {error}") from error
+            count += 1
+            if count % LOAD_STATEMENTS == 0:
+                stack.close()
+                tx = None
+    return count
+
+
+class _Shell:
+    """Runs the statements of standard input at a primary or a replica, and prints rows."""
+
+    def __init__(self, database: Callable[[], Primary | Replica], as_json: bool) -> None:
+        self._database = database
+        self._as_json = as_json
+        self._open = contextlib.ExitStack()
+        self._tx: Transaction | None = None
+
+    def run(self) -> int:
+        """Run all; return the exit status. On a terminal an error is told and the next statement read, else it ends."""
+        with self._open:
+            for statement in split_statements(_read_lines()):
+                status = self._run_one(statement)
+                if status and not _is_terminal():
+                    # Nothing of a transaction that is still open counts.
+                    self._roll_back()
+                    return status
+            if self._tx is not None:
+                self._roll_back()
+                complain("the transaction that was still open is rolled back")
+        return 0
+
+    def _run_one(self, statement: Statement) -> int:
+        where = "" if _is_terminal() else f"line {statement.line}: "
+        try:
+            self._execute(statement)
+        except NotConfirmed as error:
+            complain(f"{where}{error}")
+            return UNKNOWN
+        except (apsw.Error, MessengerError) as error:
+            complain(f"{where}{error}")
+            return FAILED
+        return 0
+
+    def _execute(self, statement: Statement) -> None:
+        database = self._database()
+        if statement.kind == "begin" and isinstance(database, Primary) and self._tx is None:
+            self._tx = self._open.enter_context(database.transaction())
+        elif statement.kind == "commit" and self._tx is not None:
+            self._tx = None
+            self._open.close()
+        elif statement.kind == "rollback" and self._tx is not None:
+            self._roll_back()
+        else:
+            for row in (self._tx or database).execute(statement.text):
+                write(show_row(row, self._as_json))
+
+    def _roll_back(self) -> None:
+        if self._tx is None:
+            return
+        self._tx = None
+        with contextlib.suppress(_RollBack):
+            exits, self._open = self._open, contextlib.ExitStack()
+            with exits:
+                raise _RollBack
+
+
+class _RollBack(Exception):
+    """Leaves a transaction without committing it."""
+
+
+class _Watch:
+    """Tells what a replica does: a line for each change, and bars while it fetches what it lacks."""
+
+    def __init__(self, node: _Node) -> None:
+        self._node = node
+        self._told = ""
+
+    def wait_ready(self, replica: Replica) -> None:
+        """Return once it has what the primary has, or it cannot get it now."""
+        started_at = time.monotonic()
+        start_lsn = replica.status().lsn
+        with show_amount() as show:
+            while True:
+                now = replica.status()
+                self._tell(now)
+                if show and now.state is ReplicaState.SNAPSHOT and now.snapshot_bytes_total:
+                    show("snapshot", now.snapshot_bytes, now.snapshot_bytes_total)
+                elif show and now.state is ReplicaState.CATCHING_UP:
+                    show("catching up", now.lsn - start_lsn, now.primary_lsn - start_lsn)
+                if now.state not in (ReplicaState.CONNECTING, ReplicaState.SNAPSHOT, ReplicaState.CATCHING_UP):
+                    return
+                if now.state is ReplicaState.CONNECTING and time.monotonic() - started_at > PATIENCE_S:
+                    return
+                time.sleep(POLL_S)
+
+    def run(self) -> None:
+        """Tell of changes for as long as it is a replica."""
+        while isinstance(replica := self._node.database, Replica):
+            self._tell(replica.status())
+            time.sleep(POLL_S)
+
+    def _tell(self, now: ReplicaSelfStatus) -> None:
+        trouble = now.diverged or now.trouble
+        told = f"{now.state}{f': {trouble}' if trouble else ''}"
+        if told != self._told:
+            self._told = told
+            complain(f"{told} (LSN {now.lsn} of {now.primary_lsn})")
+
+
+def _is_pragma(statement: Statement) -> bool:
+    return statement.text.lstrip().upper().startswith("PRAGMA")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Make errors of SQLite errors that the command line tells in one line."""
+    try:
+        yield
+    except apsw.Error as error:
+        raise Failed(str(error)) from error

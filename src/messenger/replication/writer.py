@@ -1,0 +1,399 @@
+"""The one connection of a primary that writes: transactions become entries of the log, one after another.
+
+Transactions of single statements that wait at the same time are written as a group: one thread leads, runs each under
+a savepoint of its own, and commits all with one write to the WAL; an error undoes only its own. What a group costs does
+not grow with its size: one commit, one message to each replica, one fsync.
+
+What must never happen here: an entry that is committed without its changes, or changes without their entry.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import apsw
+
+from . import database
+from .capture import Capture, Schema
+from .confirm import Level, Waiter
+from .errors import DatabaseRefused, DiskFailed, Fenced, ReplicationError, StatementRefused
+from .limits import GROUP_MAX, ReplicationLimits
+from .log import Log, begin_term, read_term
+from .records import Entry, Head, Part, Position, encode, follow
+
+logger = logging.getLogger("messenger.replication")
+
+Bindings = Any
+
+
+class WriterBusy(ReplicationError):
+    """Other transactions took all the time. Nothing of this one was done."""
+
+
+class Operation(Waiter):
+    """One statement that is to be a transaction of its own, and the thread that waits for it."""
+
+    __slots__ = ("bindings", "count", "leads", "level", "rows", "sql")
+
+    def __init__(self, sql: str, bindings: Bindings, level: Level, count: int) -> None:
+        super().__init__()
+        self.sql = sql
+        self.bindings = bindings
+        self.level = level
+        self.count = count
+        self.rows: list[Any] = []
+        self.leads = False
+
+
+class Written:
+    """What one commit brought: entries, and who waits for them."""
+
+    __slots__ = ("entries", "waiters")
+
+    def __init__(self, entries: list[Entry], waiters: Sequence[tuple[Waiter, Level, int]]) -> None:
+        self.entries = entries
+        self.waiters = waiters
+
+
+class Writer:
+    """The connection that writes, behind a lock.
+
+    Args:
+        path: The file; made if there is none, adopted if it was never replicated.
+        limits: What the log may hold.
+        promote: Whether the file may be a replica's; `promote` is to be called then.
+        publish: Called under the lock with what each commit brought, in the order of LSNs; it must not wait.
+
+    Raises:
+        DatabaseRefused: The file is in use, or belongs to a replica.
+    """
+
+    def __init__(
+        self, path: str, limits: ReplicationLimits, publish: Callable[[Written], None], *, promote: bool = False
+    ) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        self.owner = 0
+        self.fence: Fenced | None = None
+        self.transaction_count = 0
+        self.group_count = 0
+        self.foreign_write_count = 0
+        self._limits = limits
+        self._publish = publish
+        self._queue: deque[Operation] = deque()
+        self._queue_lock = threading.Lock()
+        self._has_leader = False
+        self._file_lock = database.FileLock(path)
+        self._connection: apsw.Connection | None = None
+        try:
+            self._connection = connection = database.open_writer(path)
+            if not database.has_own_tables(connection):
+                with database.transaction(connection):
+                    database.create_own_tables(connection, secrets.token_hex(16), database.PRIMARY)
+            self.state = database.read_state(connection)
+            if self.state.role != database.PRIMARY and not promote:
+                raise DatabaseRefused(f"{path} is a replica's; promote it to make it a primary")
+            if self.state.diverged:
+                raise DatabaseRefused(
+                    f"{path} has diverged from its primary, so it cannot follow it: {self.state.diverged}"
+                )
+            self.log = Log(connection, limits)
+            self.term, self.term_checksum = read_term(connection)
+            self._schema = Schema(connection)
+            self._cursor = connection.cursor()
+            self._data_version = connection.pragma("data_version")
+            self.wal = database.WalSync(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._connection is not None:
+            database.close_connection(self._connection)
+            self._connection = None
+        if hasattr(self, "wal"):
+            self.wal.close()
+        self._file_lock.release()
+
+    @property
+    def connection(self) -> apsw.Connection:
+        """The connection. Used with the lock held."""
+        if self._connection is None:
+            raise database.closed_error(self.path)
+        return self._connection
+
+    # The lock.
+
+    def acquire(self, deadline_at: float) -> None:
+        """Take the lock.
+
+        Raises:
+            WriterBusy: Not by the deadline.
+            StatementRefused: The calling thread has it, in a transaction that is open.
+        """
+        if self.owner == threading.get_ident():
+            raise StatementRefused("a transaction is open in this thread; use its `tx`")
+        if not self.lock.acquire(timeout=max(0.0, deadline_at - time.monotonic())):
+            raise WriterBusy(f"{self.path}: other transactions took all the time; nothing of this one was done")
+        self.owner = threading.get_ident()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self.owner = 0
+        self.lock.release()
+
+    # Transactions. The lock is held.
+
+    def begin(self) -> None:
+        """Begin a transaction.
+
+        Raises:
+            Fenced, DiskFailed, ReplicationClosed.
+        """
+        if self.fence is not None:
+            raise Fenced(str(self.fence), self.fence.term, self.fence.destinations)
+        connection = self.connection
+        if self.wal.failure is not None:
+            raise DiskFailed(f"{self.path}: the disk failed before ({self.wal.failure}); nothing is committed any more")
+        connection.execute("BEGIN IMMEDIATE")
+        version = connection.pragma("data_version")
+        if version != self._data_version:
+            self._data_version = version
+            self.foreign_write_count += 1
+            logger.error("! somebody else wrote to %s; what that was is not replicated, verify and resync", self.path)
+            self._schema.refresh()
+
+    def capture(self) -> Capture:
+        """Record what the transaction does from here on."""
+        return Capture(self.connection, self._schema)
+
+    def make_entry(self, head: Head, parts: list[Part]) -> Entry:
+        """Return the entry of a transaction that follows a head.
+
+        Raises:
+            StatementRefused: It is too large.
+        """
+        body = encode(parts)
+        if len(body) > self._limits.transaction_bytes_max:
+            raise StatementRefused(
+                f"the transaction changes {len(body)} bytes, transaction_bytes_max is "
+                f"{self._limits.transaction_bytes_max}; make it several"
+            )
+        return follow(head, self.term, time.time_ns() // 1_000, body)
+
+    def commit(self, parts: list[Part], waiter: Waiter, level: Level, count: int) -> None:
+        """Write an entry of these parts, if there are any, commit, and publish it."""
+        head = self.log.head
+        entries = [self.make_entry(head, parts)] if parts else []
+        self.log.append(entries)
+        self.connection.execute("COMMIT")
+        waiter.position = Position(head.term, head.lsn) if not entries else Position(self.term, head.lsn + 1)
+        self._note_committed(entries, [(waiter, level, count)])
+
+    def _note_committed(self, entries: list[Entry], waiters: Sequence[tuple[Waiter, Level, int]]) -> None:
+        if entries:
+            self.log.note_committed(entries)
+            self.transaction_count += len(entries)
+            self.group_count += 1
+        self._publish(Written(entries, waiters))
+
+    def roll_back(self) -> None:
+        """Undo the transaction."""
+        database.roll_back(self.connection)
+
+    def keep_replicas(self, replicas: Sequence[tuple[str, int, float, str]]) -> None:
+        """Remember the replicas: names, applied LSNs, times of the last contact, and why they have diverged."""
+        with database.transaction(self.connection):
+            self.connection.execute("DELETE FROM _messenger_replicas")
+            self.connection.executemany("INSERT INTO _messenger_replicas VALUES (?, ?, ?, ?)", replicas)
+
+    def known_replicas(self) -> list[tuple[str, int, float, str]]:
+        """Return what `keep_replicas` remembered."""
+        rows: list[Any] = self.connection.execute("SELECT * FROM _messenger_replicas").fetchall()
+        return rows
+
+    def trim(self) -> None:
+        """Forget the oldest entries, if there are too many."""
+        if self.log.must_trim:
+            try:
+                self.log.trim()
+            except apsw.Error as error:
+                logger.error("! the log of %s cannot be trimmed: %s", self.path, error)
+
+    def promote(self) -> None:
+        """Lead from here on, under the next term, which begins with an entry of its own."""
+        with self.lock:
+            term = max(self.term, self.state.fenced_term) + 1
+            entry = follow(self.log.head, term, time.time_ns() // 1_000, encode([]))
+            with database.transaction(self.connection):
+                begin_term(self.connection, entry)
+                self.log.append([entry])
+                database.write_state(self.connection, role=database.PRIMARY, fenced_term=0, fenced_by="[]")
+                self.connection.execute("DELETE FROM _messenger_replicas")
+            self.log.note_committed([entry])
+            self.term, self.term_checksum = term, entry.checksum
+
+    def keep_fence(self, fence: Fenced, encoded_destinations: str) -> None:
+        """Commit nothing more after a restart, either."""
+        with self.lock:
+            if self._connection is not None:
+                with database.transaction(self._connection):
+                    database.write_state(self._connection, fenced_term=fence.term, fenced_by=encoded_destinations)
+
+    # Groups.
+
+    @contextmanager
+    def leading(self, operation: Operation, deadline_at: float, tidy: Callable[[], None]) -> Iterator[bool]:
+        """Queue an operation; in the block, whether the calling thread wrote a group.
+
+        If so, it must make the group durable in the block, while the next thread leads already. `tidy` is called with
+        the lock held, after the commit.
+
+        Raises:
+            WriterBusy: It was not written by the deadline.
+        """
+        if self.owner == threading.get_ident():
+            raise StatementRefused("a transaction is open in this thread; use its `tx`")
+        with self._queue_lock:
+            self._queue.append(operation)
+            leads = not self._has_leader
+            self._has_leader = True
+        if not leads:
+            if not operation.wait(max(0.0, deadline_at - time.monotonic())):
+                self._give_up(operation)
+            leads = operation.leads
+        if not leads:
+            yield False
+            return
+        try:
+            self._lead(deadline_at, tidy)
+            yield True
+        finally:
+            self._pass_lead()
+
+    def _give_up(self, operation: Operation) -> None:
+        """Take an operation out of the queue, or return if it is past that."""
+        with self._queue_lock:
+            if operation.leads or operation not in self._queue:
+                return
+            self._queue.remove(operation)
+        raise WriterBusy(f"{self.path}: other transactions took all the time; nothing of this one was done")
+
+    def _pass_lead(self) -> None:
+        with self._queue_lock:
+            if self._queue:
+                self._queue[0].leads = True
+                self._queue[0].wake()
+            else:
+                self._has_leader = False
+
+    def _lead(self, deadline_at: float, tidy: Callable[[], None]) -> None:
+        """Write those that wait; each gets its position or its error, and with the error it is woken."""
+        group: list[Operation] = []
+        try:
+            self.acquire(deadline_at)
+            try:
+                self._write_group(group)
+                tidy()
+            finally:
+                self.release()
+        except BaseException as error:
+            if not group:
+                with self._queue_lock:
+                    group.append(self._queue.popleft())  # Only its own: the others may have more time.
+            is_ours = isinstance(error, Exception)
+            for operation in group:
+                if operation.position is None and operation.error is None:
+                    operation.error = error if is_ours else WriterBusy("the thread that wrote was interrupted")
+            if not is_ours:
+                raise
+        finally:
+            for operation in group:
+                if operation.error is not None:
+                    operation.wake()
+
+    def _take_queued(self, group: list[Operation]) -> Iterator[Operation]:
+        """Take operations off the queue into a group, those too that come while the ones before them run."""
+        while len(group) < GROUP_MAX:
+            with self._queue_lock:
+                if not self._queue:
+                    return
+                operation = self._queue.popleft()
+            group.append(operation)
+            yield operation
+
+    def _write_group(self, group: list[Operation]) -> None:
+        """Write the operations that wait in one transaction of SQLite; the group is empty before.
+
+        Nearly always all of them succeed, so they first run without savepoints; if one fails, all are undone, and run
+        again with them.
+        """
+        self.begin()
+        try:
+            try:
+                entries, written = self._run_all(self._take_queued(group), self._run)
+            except Exception:
+                if len(group) == 1:
+                    raise
+                self.roll_back()
+                self._schema.refresh()
+                self.begin()
+                entries, written = self._run_all(group, self._run_in_group)
+            if entries:
+                self.log.append(entries)
+            self.connection.execute("COMMIT")
+        except BaseException:
+            self.roll_back()
+            self._schema.refresh()
+            raise
+        for operation, position in written:
+            operation.position = position
+        self._note_committed(entries, [(operation, operation.level, operation.count) for operation, _ in written])
+
+    def _run_all(
+        self, group: Iterable[Operation], run: Callable[[Operation, Head], Entry | None]
+    ) -> tuple[list[Entry], list[tuple[Operation, Position]]]:
+        """Return the entries of operations, and the position of each that has no error."""
+        head = self.log.head
+        entries: list[Entry] = []
+        written: list[tuple[Operation, Position]] = []
+        for operation in group:
+            entry = run(operation, head)
+            if entry is not None:
+                entries.append(entry)
+                head = Head(entry.term, entry.lsn, entry.checksum)
+            if operation.error is None:
+                written.append((operation, head.position))
+        return entries, written
+
+    def _run_in_group(self, operation: Operation, head: Head) -> Entry | None:
+        """Run one of several; an error undoes this one only."""
+        connection = self.connection
+        connection.execute("SAVEPOINT _messenger_operation")
+        entry = None
+        try:
+            entry = self._run(operation, head)
+        except Exception as error:
+            if not connection.in_transaction:
+                raise  # SQLite undid all, as when the disk is full.
+            operation.error = error
+            connection.execute("ROLLBACK TO _messenger_operation")
+        connection.execute("RELEASE _messenger_operation")
+        return entry
+
+    def _run(self, operation: Operation, head: Head) -> Entry | None:
+        capture = self.capture()
+        self._cursor.exec_trace = capture.on_statement
+        try:
+            operation.rows = self._cursor.execute(operation.sql, operation.bindings).fetchall()
+            parts = capture.finish()
+            return self.make_entry(head, parts) if parts else None
+        except BaseException:
+            capture.undo()
+            raise

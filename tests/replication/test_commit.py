@@ -1,0 +1,241 @@
+"""Commit levels: what a commit waits for, what it says if that does not come, and how many threads share the work."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import apsw
+import pytest
+
+from messenger.replication import NotConfirmed, Position, StatementRefused, WriterBusy
+from messenger.replication.confirm import Confirmations, Level, Waiter
+from tests.conftest import wait_until
+from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, content_of, wait_streaming
+
+LEVELS = ["local", "received", "durable", "applied"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_commit_waits_for_its_level(cluster: Cluster, level: str) -> None:
+    primary, replica = cluster.pair(commit=level)
+    primary.execute(INSERT, ("Dune",))
+    with primary.transaction() as tx:
+        tx.execute(INSERT, ("Emma",))
+    status = primary.status()
+    assert tx.position == (1, status.lsn)
+    assert status.durable_lsn == status.lsn
+    (other,) = status.replicas
+    if level == "received":
+        assert other.received_lsn == status.lsn
+    if level in ("durable", "applied"):
+        assert other.durable_lsn == status.lsn
+        assert replica.execute(SELECT).fetchall() == [(1, "Dune"), (2, "Emma")]
+    assert_equal(primary, replica)
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_without_a_replica_a_commit_is_not_confirmed(cluster: Cluster, level: str) -> None:
+    primary = cluster.primary(commit=level, timeout=0.1)
+    with pytest.raises(NotConfirmed, match=rf"\(1, 1\) is committed here, but fewer than 1 replicas .* {level}") as one:
+        primary.execute(BOOKS)
+    assert one.value.position == Position(1, 1) == primary.position
+    with pytest.raises(NotConfirmed) as two, primary.transaction() as tx:
+        tx.execute(INSERT, ("Dune",))
+    assert two.value.position == tx.position == (1, 2)
+    assert primary.execute(SELECT).fetchall() == [(1, "Dune")]
+    assert primary.status().not_confirmed_count == 2
+    replica = cluster.replica()
+    primary.wait_confirmed(two.value.position, timeout=20)
+    assert_equal(primary, replica)
+
+
+def test_a_transaction_may_ask_for_more_or_less(cluster: Cluster) -> None:
+    primary = cluster.primary(commit="applied", timeout=0.1)
+    primary.execute(BOOKS, commit="local")
+    with primary.transaction(commit="local") as tx:
+        tx.execute(INSERT, ("Dune",))
+    replica = cluster.replica()
+    wait_streaming(primary, replica)
+    primary.execute(INSERT, ("Emma",), timeout=20)
+    with pytest.raises(NotConfirmed, match="fewer than 2 replicas"):
+        primary.execute(INSERT, ("Ulysses",), acknowledgements=2)
+    second = cluster.replica("second")
+    wait_streaming(primary, second)
+    primary.execute(INSERT, ("Persuasion",), acknowledgements=2, timeout=20)
+    assert len(second.execute(SELECT).fetchall()) == len(replica.execute(SELECT).fetchall()) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"commit": "remote"}, "commit level is 'remote', it must be local, received, durable, applied"),
+        ({"acknowledgements": 0}, "acknowledgements is 0"),
+        ({"acknowledgements": True}, "acknowledgements is True"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"timeout": float("inf")}, "timeout is inf"),
+    ],
+)
+def test_wrong_options_are_told(cluster: Cluster, options: dict[str, Any], text: str) -> None:
+    primary = cluster.primary()
+    with pytest.raises(ValueError, match=text):
+        primary.execute("DELETE FROM x", **options)
+    with pytest.raises(ValueError, match=text):
+        cluster.primary("other", destination=0, **options)
+
+
+def test_threads_share_commits(cluster: Cluster) -> None:
+    primary, replica = cluster.pair(commit="applied", timeout=20)
+    before = primary.status()
+
+    def insert(number: int) -> None:
+        for count in range(50):
+            primary.execute(INSERT, (f"{number}-{count}",))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(insert, range(8)))
+    after = primary.status()
+    assert after.transaction_count - before.transaction_count == 400
+    assert after.group_count - before.group_count < 400
+    assert replica.status().group_count < replica.status().transaction_count
+    names = [name for _, name in replica.execute(SELECT)]
+    assert sorted(names) == sorted(f"{number}-{count}" for number in range(8) for count in range(50))
+    for number in range(8):  # Each thread's order is kept.
+        own = [name for name in names if name.startswith(f"{number}-")]
+        assert own == [f"{number}-{count}" for count in range(50)]
+    assert_equal(primary, replica)
+
+
+def test_an_error_in_a_group_concerns_its_own_statement_only(cluster: Cluster) -> None:
+    primary, replica = cluster.pair(timeout=20)
+    primary.execute("CREATE TABLE numbers (n INTEGER PRIMARY KEY)")
+    outcomes: list[str] = []
+
+    def insert(number: int) -> None:
+        try:
+            primary.execute("INSERT INTO numbers VALUES (?)", (number % 10,))
+        except apsw.ConstraintError:
+            outcomes.append("refused")
+        else:
+            outcomes.append("committed")
+
+    with ThreadPoolExecutor(20) as pool:
+        with primary.transaction():  # So that all of them wait at the same time.
+            results = [pool.submit(insert, number) for number in range(20)]
+            wait_until(lambda: len(primary._writer._queue) == 20)
+        for result in results:
+            result.result(20)
+    assert sorted(outcomes) == ["committed"] * 10 + ["refused"] * 10
+    assert primary.execute("SELECT n FROM numbers ORDER BY n").fetchall() == [(n,) for n in range(10)]
+    assert_equal(primary, replica)
+
+
+def test_who_waits_too_long_for_others_has_changed_nothing(cluster: Cluster) -> None:
+    primary, _ = cluster.pair()
+    with primary.transaction(), ThreadPoolExecutor(2) as pool:
+        first = pool.submit(primary.execute, INSERT, ("a",), timeout=0.1)
+        second = pool.submit(primary.execute, INSERT, ("b",), timeout=0.1)
+        for late in (first, second):
+            with pytest.raises(WriterBusy):
+                late.result(20)
+    primary.execute(INSERT, ("c",))
+    assert primary.execute(SELECT).fetchall() == [(1, "c")]
+
+
+def test_a_transaction_inside_another_is_refused(cluster: Cluster) -> None:
+    primary, _ = cluster.pair()
+    with primary.transaction() as tx:
+        with pytest.raises(StatementRefused, match="use its `tx`"):
+            primary.execute(INSERT, ("a",))
+        with pytest.raises(StatementRefused, match="use its `tx`"), primary.transaction():
+            pass
+        assert primary.execute("SELECT count(*) FROM books").fetchall() == [(0,)]
+        tx.execute(INSERT, ("b",))
+    with pytest.raises(StatementRefused, match="has ended"):
+        tx.execute(INSERT, ("c",))
+    assert primary.execute(SELECT).fetchall() == [(1, "b")]
+
+
+def test_returning_rows(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    assert primary.execute(f"{INSERT} RETURNING id", ("Dune",)).fetchall() == [(1,)]
+    with primary.transaction() as tx:
+        assert tx.execute(f"{INSERT} RETURNING id", ("Emma",)).fetchone() == (2,)
+        tx.executemany(INSERT, [("a",), ("b",)])
+        assert tx.last_insert_rowid() == 4
+        assert next(tx.execute(SELECT)) == (1, "Dune")  # Rows that are not taken do not matter.
+    assert_equal(primary, replica)
+
+
+def test_closing_wakes_who_waits(cluster: Cluster) -> None:
+    primary = cluster.primary(commit="applied", timeout=30)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(primary.execute, BOOKS)
+        wait_until(lambda: primary.position.lsn == 1)
+        started_at = time.monotonic()
+        primary.close()
+        with pytest.raises(NotConfirmed, match="it was closed"):
+            waiting.result(20)
+    assert time.monotonic() - started_at < 10
+
+
+def test_a_write_of_somebody_else_is_noticed(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    other = apsw.Connection(primary.path)
+    other.execute("INSERT INTO books VALUES (99, 'foreign')")
+    other.close()
+    primary.execute(INSERT, ("Dune",))
+    assert primary.status().foreign_write_count == 1
+    replica.wait_for(primary.position)
+    assert content_of(primary.path) != content_of(replica.path)
+
+
+class Known:
+    def __init__(self, received: int, durable: int, applied: int) -> None:
+        self.received, self.durable, self.applied = received, durable, applied
+
+
+@pytest.mark.parametrize(
+    ("level", "count", "confirmed"),
+    [
+        (Level.LOCAL, 1, 9),
+        (Level.RECEIVED, 1, 8),
+        (Level.RECEIVED, 2, 7),
+        (Level.DURABLE, 1, 6),
+        (Level.DURABLE, 2, 5),
+        (Level.APPLIED, 1, 4),
+        (Level.APPLIED, 2, 3),
+        (Level.APPLIED, 3, 0),
+    ],
+)
+def test_what_confirms(level: Level, count: int, confirmed: int) -> None:
+    confirmations = Confirmations()
+    confirmations.durable_lsn = 9
+    waiters = [Waiter(Position(1, lsn)) for lsn in range(1, 12)]
+    for waiter in waiters:
+        confirmations.add(waiter, level, count)
+    confirmations.settle([Known(8, 6, 4), Known(7, 5, 3)])
+    assert [waiter.is_confirmed for waiter in waiters] == [lsn <= confirmed for lsn in range(1, 12)]
+
+
+def test_the_own_disk_counts_for_every_level() -> None:
+    confirmations = Confirmations()
+    waiter = Waiter(Position(1, 5))
+    confirmations.add(waiter, Level.APPLIED, 1)
+    confirmations.settle([Known(9, 9, 9)])
+    assert not waiter.is_confirmed
+    confirmations.durable_lsn = 5
+    confirmations.settle([Known(9, 9, 9)])
+    assert waiter.is_confirmed
+
+
+def test_reads_run_beside_a_transaction(cluster: Cluster) -> None:
+    primary, _ = cluster.pair()
+    with primary.transaction() as tx:
+        tx.execute(INSERT, ("Dune",))
+        seen: list[object] = []
+        reader = threading.Thread(target=lambda: seen.append(primary.execute(SELECT).fetchall()))
+        reader.start()
+        reader.join(20)
+        assert seen == [[]]
+    assert primary.execute(SELECT).fetchall() == [(1, "Dune")]

@@ -1,0 +1,359 @@
+"""How a replica joins, falls behind, comes back: by the log or by a snapshot, with no gap and nothing twice."""
+
+import contextlib
+import threading
+from pathlib import Path
+
+import apsw
+import pytest
+
+from messenger.replication import (
+    DatabaseRefused,
+    Position,
+    Primary,
+    Replica,
+    ReplicaSelfStatus,
+    ReplicaState,
+    ReplicationClosed,
+    ReplicationLimits,
+    Stale,
+)
+from messenger.replication.records import Ack, Entries, Entry, encode
+from tests.conftest import free_port, wait_until
+from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, content_of, state_of, wait_streaming
+
+
+def test_the_example_of_the_issue(cluster: Cluster) -> None:
+    with cluster.primary(commit="applied", acknowledgements=1, timeout=5.0) as primary:
+        primary.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, book TEXT)", commit="local")
+        with primary.transaction(commit="local") as tx:
+            tx.execute("INSERT INTO orders (book) VALUES (?)", ("Dune",))
+        position = primary.position
+        assert position == (1, 2)
+        with cluster.replica() as replica:
+            replica.wait_for(position, timeout=20)
+            assert replica.execute("SELECT * FROM orders").fetchall() == [(1, "Dune")]
+
+
+def test_an_existing_database_is_adopted(cluster: Cluster) -> None:
+    connection = apsw.Connection(str(cluster.folder / "primary.db"))
+    connection.execute("PRAGMA page_size = 8192; CREATE TABLE old (a, b); INSERT INTO old VALUES (1, x'02')")
+    connection.close()
+    primary, replica = cluster.pair()
+    assert replica.execute("SELECT * FROM old").fetchall() == [(1, b"\x02")]
+    assert_equal(primary, replica)
+
+
+def test_a_replica_that_comes_back_takes_the_log(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    for _ in range(3):
+        replica.close()
+        wait_until(lambda: state_of(primary, "replica") is ReplicaState.DOWN)
+        with primary.transaction() as tx:
+            tx.execute(INSERT, ("while it was gone",))
+        primary.execute(INSERT, ("too",))
+        replica = cluster.replica()
+        assert_equal(primary, replica)
+        assert replica.status().snapshot_count == 0
+    assert primary.status().snapshot_count == 1
+
+
+def test_a_replica_that_fell_behind_the_log_takes_a_snapshot(cluster: Cluster) -> None:
+    limits = ReplicationLimits(log_transactions_max=10)
+    primary, replica = cluster.pair(limits=limits)
+    replica.close()
+    for number in range(400):
+        primary.execute(INSERT, (str(number),))
+    status = primary.status()
+    assert status.lsn - status.log_first_lsn + 1 <= 10 + 256
+    replica = cluster.replica()
+    assert_equal(primary, replica)
+    assert replica.status().snapshot_count == 1
+    wait_streaming(primary, replica)
+    primary.execute(INSERT, ("after",), commit="applied")
+    assert_equal(primary, replica)
+
+
+def test_the_log_is_bounded_in_bytes(cluster: Cluster) -> None:
+    primary, replica = cluster.pair(limits=ReplicationLimits(log_bytes_max=100_000))
+    for _ in range(30):
+        primary.execute(INSERT, ("x" * 10_000,))
+    assert primary.status().log_bytes <= 110_000
+    assert primary.status().log_first_lsn > 15
+    assert_equal(primary, replica)
+
+
+def test_a_restarted_primary_goes_on(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    for number in range(3):
+        primary.close()
+        assert replica.execute("SELECT count(*) FROM books").fetchall() == [(number,)]  # It is read meanwhile.
+        primary = cluster.primary()
+        assert primary.position == (1, 1 + number)
+        primary.execute(INSERT, (str(number),), commit="applied", timeout=20)
+        assert_equal(primary, replica)
+    assert replica.status().snapshot_count == 1
+
+
+def test_writes_go_on_during_a_snapshot(cluster: Cluster) -> None:
+    primary = cluster.primary()
+    primary.execute(BOOKS)
+    with primary.transaction() as tx:
+        tx.executemany(INSERT, (("x" * 1_000,) for _ in range(20_000)))
+    stop = threading.Event()
+    written = 0
+
+    def write() -> None:
+        nonlocal written
+        while not stop.is_set():
+            primary.execute(INSERT, ("meanwhile",))
+            written += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen: list[ReplicaSelfStatus] = []
+    replica = cluster.replica(on_progress=seen.append)
+    wait_until(lambda: state_of(primary, "replica") is ReplicaState.STREAMING, 30)
+    stop.set()
+    writer.join()
+    assert written > 10
+    assert_equal(primary, replica)
+    snapshots = [status for status in seen if status.state is ReplicaState.SNAPSHOT and status.snapshot_bytes_total]
+    assert snapshots[-1].snapshot_bytes_total > 20_000_000
+    assert [status.snapshot_bytes for status in snapshots] == sorted(status.snapshot_bytes for status in snapshots)
+    assert not list(cluster.folder.glob("*-snapshot-*"))
+
+
+def test_several_replicas(cluster: Cluster) -> None:
+    primary = cluster.primary(acknowledgements=3, commit="applied", timeout=20)
+    replicas = [cluster.replica(f"replica{number}") for number in range(3)]
+    primary.execute(BOOKS)
+    primary.execute(INSERT, ("Dune",))
+    for replica in replicas:
+        assert replica.execute(SELECT).fetchall() == [(1, "Dune")]
+    assert [status.name for status in primary.status().replicas] == ["replica0", "replica1", "replica2"]
+
+
+def test_a_slow_replica_is_bounded_and_catches_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    primary, replica = cluster.pair(limits=ReplicationLimits(in_flight_transactions_max=5))
+    gate = threading.Event()
+    sync = replica._applier.sync
+
+    def slow_sync() -> int:
+        gate.wait(20)
+        return sync()
+
+    monkeypatch.setattr(replica._applier, "sync", slow_sync)
+    for number in range(100):
+        primary.execute(INSERT, (str(number),))
+    (status,) = primary.status().replicas
+    assert status.sent_lsn - status.applied_lsn <= 6
+    assert status.state is ReplicaState.CATCHING_UP
+    assert status.lag_transactions >= 90
+    assert status.lag_s > 0
+    gate.set()
+    wait_streaming(primary, replica)
+    assert_equal(primary, replica)
+
+
+def test_two_cannot_have_one_file(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    with pytest.raises(DatabaseRefused, match="open as a primary or replica already"):
+        Primary(primary.path, cluster.messenger("other"), free_port())
+    with pytest.raises(DatabaseRefused, match="open as a primary or replica already"):
+        Replica(primary.path, cluster.messenger("another"), cluster.port)
+    replica.close()
+    with pytest.raises(DatabaseRefused, match="is a replica's; promote it"):
+        Primary(replica.path, cluster.messenger("third"), free_port())
+
+
+def test_a_database_that_is_no_replica_is_not_overwritten(cluster: Cluster) -> None:
+    path = cluster.folder / "mine.db"
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE mine (x)")
+    connection.close()
+    before = content_of(path)
+    with pytest.raises(DatabaseRefused, match="is no replica, and would be overwritten"):
+        cluster.replica("mine")
+    assert content_of(path) == before
+
+
+def test_a_replica_of_another_database_is_refused(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    replica.close()
+    other = cluster.primary("other", destination=free_port())
+    replica = cluster.replica(destination=other.destination)
+    wait_until(lambda: "this primary has database" in replica.status().trouble)
+    assert replica.execute("SELECT count(*) FROM books").fetchall() == [(0,)]
+    assert primary.status().database != other.status().database
+
+
+def test_a_replica_refuses_writes(cluster: Cluster) -> None:
+    _, replica = cluster.pair()
+    with pytest.raises(apsw.ReadOnlyError):
+        replica.execute("INSERT INTO books (name) VALUES ('x')")
+    with pytest.raises(apsw.ReadOnlyError):
+        replica.execute("CREATE TABLE x (y)")
+
+
+def test_waiting_for_a_position(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    with pytest.raises(Stale, match=r"position \(1, 99\) did not come within 0.05 s, this is \(1, 1\)"):
+        replica.wait_for((1, 99), timeout=0.05)
+    with primary.transaction() as tx:
+        tx.execute(INSERT, ("Dune",))
+    assert tx.position is not None
+    replica.wait_for(tx.position)
+    replica.wait_for([*tx.position])  # type: ignore[arg-type]  # As JSON gives it.
+    assert replica.position == Position(1, 2)
+    replica.close()
+    with pytest.raises(ReplicationClosed):
+        replica.wait_for((1, 1))
+    with pytest.raises(ReplicationClosed):
+        replica.execute(SELECT)
+
+
+def test_staleness_is_bounded(cluster: Cluster) -> None:
+    primary = cluster.primary()
+    primary.execute(BOOKS)
+    replica = cluster.replica(max_lag=1.5)
+    with pytest.raises(Stale, match="no copy of the database yet"):
+        replica.execute(SELECT)
+    wait_streaming(primary, replica)
+    wait_until(lambda: (replica.status().lag_s or 99) < 1)
+    assert replica.execute(SELECT).fetchall() == []
+    primary.close()
+    wait_until(lambda: (replica.status().lag_s or 0) > 1.5)
+    with pytest.raises(Stale, match=r"max_lag is 1\.5 s"):
+        replica.execute(SELECT)
+
+
+def test_the_status_tells_of_a_replica_that_is_gone(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+    replica.close()
+    wait_until(lambda: state_of(primary, "replica") is ReplicaState.DOWN)
+    primary.execute(INSERT, ("Emma",))
+    (gone,) = primary.status().replicas
+    assert (gone.applied_lsn, gone.durable_lsn, gone.lag_transactions) == (2, 2, 1)
+    assert gone.contact_s is not None
+    primary.close()
+    primary = cluster.primary()
+    (gone,) = primary.status().replicas
+    assert (gone.name, gone.state, gone.applied_lsn, gone.lag_transactions) == ("replica", ReplicaState.DOWN, 2, 1)
+
+
+def test_garbage_is_counted_and_harms_nobody(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    stranger = cluster.messenger("stranger")
+    for contents in (b"", b"\x00", b"\xff" * 100, encode(Entries([])), b"\x92\xa3ack", encode(Ack(7, 9, 9, 9, 0.0))):
+        stranger.send_message(cluster.port, contents)
+    wait_until(lambda: primary.status().malformed_count == 5)
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+    assert_equal(primary, replica)
+
+
+def test_entries_that_do_not_follow_are_not_applied(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    (peer,) = primary._hub.peers.values()
+    assert peer.feed is not None
+    for lsn in (1, 2):
+        peer.feed.send(Entries([Entry(lsn, 1, 0, b"x" * 16, b"\x90")]))
+    wait_until(lambda: replica.status().malformed_count >= 2)
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+    assert_equal(primary, replica)
+
+
+def test_a_gap_is_asked_for(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    (peer,) = primary._hub.peers.values()
+    assert peer.feed is not None
+    with primary._hub.lock:
+        peer.sent += 1  # As if one had been sent.
+    primary._hub.head = primary._hub.head._replace(lsn=1)
+    primary.execute(INSERT, ("lost on the way",))
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+    assert_equal(primary, replica)
+
+
+def test_readers_in_other_processes_see_a_resync_as_one_step(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    with primary.transaction() as tx:
+        tx.executemany(INSERT, (("x" * 100,) for _ in range(10_000)))
+    wait_streaming(primary, replica)
+    reader = apsw.Connection(replica.path, flags=apsw.SQLITE_OPEN_READONLY)
+    seen: set[int] = set()
+    replica.resync()
+
+    def look() -> bool:
+        rows: list[tuple[int]] = reader.execute("SELECT count(*) FROM books").fetchall()  # type: ignore[assignment]
+        seen.add(rows[0][0])
+        return replica.status().snapshot_count == 2
+
+    wait_until(look, 20)
+    assert seen == {10_000}
+    assert reader.pragma("integrity_check") == "ok"
+    reader.close()
+    assert_equal(primary, replica)
+
+
+def test_nothing_is_confirmed_by_what_a_snapshot_replaces(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    primary, replica = cluster.pair()
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+    gate = threading.Event()
+    install = replica._applier.install_snapshot
+
+    def slow_install(checksum: bytes) -> None:
+        gate.wait(20)
+        install(checksum)
+
+    monkeypatch.setattr(replica._applier, "install_snapshot", slow_install)
+    replica.resync()
+    wait_until(lambda: primary.status().replicas[0].sent_lsn == 2 and primary.status().snapshot_count == 2)
+    contact_at = primary._hub.peers["replica"].contact_at
+    wait_until(lambda: (primary._hub.peers["replica"].contact_at or 0) > (contact_at or 0) + 0.5)  # It answers beats.
+    (status,) = primary.status().replicas
+    assert (status.received_lsn, status.durable_lsn, status.applied_lsn) == (0, 0, 0)
+    gate.set()
+    wait_streaming(primary, replica)
+    wait_until(lambda: primary.status().replicas[0].applied_lsn == 2)
+
+
+def test_leftovers_of_killed_processes_are_removed(cluster: Cluster) -> None:
+    leftovers = [cluster.folder / "primary.db-snapshot-1234", cluster.folder / "replica.db-snapshot-5678"]
+    other = cluster.folder / "primary.db.bak-snapshot-9"
+    for path in (*leftovers, other):
+        path.write_bytes(b"half")
+    cluster.pair()
+    assert [path.exists() for path in leftovers] == [False, False]
+    assert other.exists()
+
+
+@pytest.mark.parametrize("path", ["", ":memory:", "file:x.db"])
+def test_a_path_must_be_a_file(cluster: Cluster, path: str) -> None:
+    with pytest.raises(DatabaseRefused, match="is no path of a file"):
+        Primary(path, cluster.messenger("x"), free_port())
+
+
+def test_a_failed_start_gives_everything_back(cluster: Cluster, tmp_path: Path) -> None:
+    first = cluster.primary()
+    messenger = cluster.messenger("second")
+    with contextlib.suppress(Exception):
+        Primary(tmp_path / "second.db", messenger, first.destination)
+    Primary(tmp_path / "second.db", messenger, free_port()).close()
+
+
+def test_replicas_that_are_gone_make_room(cluster: Cluster) -> None:
+    primary = cluster.primary(limits=ReplicationLimits(replicas_max=2))
+    primary.execute(BOOKS)
+    for number in range(3):
+        replica = cluster.replica(f"r{number}")
+        replica.wait_for(primary.position, timeout=20)
+        replica.close()
+        wait_until(lambda: primary.status().replicas[-1].state is ReplicaState.DOWN)
+    assert [status.name for status in primary.status().replicas] == ["r1", "r2"]
+    present = [cluster.replica(name) for name in ("r1", "r2")]
+    for replica in present:
+        wait_streaming(primary, replica)
+    refused = cluster.replica("r3")
+    wait_until(lambda: "2 replicas are there, that is replicas_max" in refused.status().trouble)

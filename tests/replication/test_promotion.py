@@ -1,0 +1,227 @@
+"""Promotion: a replica becomes the primary, the others follow, the old one is fenced and what only it had is saved."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from messenger.replication import (
+    DatabaseRefused,
+    Diverged,
+    Fenced,
+    NotConfirmed,
+    Position,
+    Primary,
+    Replica,
+    ReplicaState,
+    query_status,
+    request_promotion,
+)
+from tests.conftest import free_port, wait_until
+from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, wait_streaming
+
+
+def promote(cluster: Cluster, replica: Replica, *arguments: Any, **options: Any) -> Primary:
+    primary = replica.promote(*arguments, **options)
+    cluster.keep(primary)
+    return primary
+
+
+def test_a_replica_takes_over(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+    primary.close()
+    new = promote(cluster, replica)
+    assert new.destination.port == cluster.port
+    assert new.position == (2, 3)
+    new.execute(INSERT, ("Emma",))
+    assert new.execute(SELECT).fetchall() == [(1, "Dune"), (2, "Emma")]
+    old = cluster.replica("primary")
+    assert_equal(new, old)
+    assert old.status().snapshot_count == 0  # It had nothing that the new one has not.
+    assert old.status().lost_path == ""
+
+
+def test_the_others_follow(cluster: Cluster) -> None:
+    """Each lists all places; the old primary goes on running and is fenced."""
+    places = [cluster.port, free_port(), free_port()]
+    primary = cluster.primary(destination=places[0])
+    primary.execute(BOOKS)
+    first = cluster.replica("first", destination=places, listen=places[1])
+    second = cluster.replica("second", destination=places, listen=places[2])
+    for replica in (first, second):
+        wait_streaming(primary, replica)
+    new = promote(cluster, first, commit="applied", timeout=20)
+    assert new.destination.port == places[1]
+    with pytest.raises(Fenced, match=f"promoted under term 2 at {places[1]}") as fenced:
+        wait_until(lambda: primary.execute(INSERT, ("too late",)) is None)
+    assert fenced.value.term == 2
+    assert fenced.value.destinations == (str(places[1]),)
+    assert primary.status().role == "fenced"
+    new.execute(INSERT, ("Dune",))
+    assert_equal(new, second)
+    assert second.status().primary == str(places[1])
+    # What is lost is what the old primary committed between the promotion and the fence.
+    primary.close()
+    with pytest.raises(Fenced):
+        cluster.primary(destination=places[0])
+    old = cluster.replica("primary", destination=places)
+    assert_equal(new, old)
+
+
+def test_what_only_the_old_primary_has_is_saved(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    replica.close()
+    primary.execute(INSERT, ("only here",))
+    primary.execute("CREATE TABLE other (k TEXT PRIMARY KEY, v BLOB)")
+    with primary.transaction() as tx:
+        tx.execute("INSERT INTO other VALUES ('a', x'00ff')")
+        tx.execute("UPDATE books SET name = 'changed'")
+    primary.close()
+    new = promote(cluster, cluster.replica())
+    new.execute(INSERT, ("on the other side",))
+    old = cluster.replica("primary")
+    assert_equal(new, old)
+    assert old.execute(SELECT).fetchall() == [(1, "on the other side")]
+    path = old.status().lost_path
+    assert Path(path).name == "primary.db-lost-1-4.jsonl"
+    lost = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert [(entry["term"], entry["lsn"]) for entry in lost] == [(1, 2), (1, 3), (1, 4)]
+    assert lost[0]["changes"] == [{"table": "books", "operation": "INSERT", "after": {"0": 1, "1": "only here"}}]
+    assert lost[1]["changes"] == [{"sql": "CREATE TABLE other (k TEXT PRIMARY KEY, v BLOB)"}]
+    changes = {change["table"]: change for change in lost[2]["changes"]}
+    assert changes["other"]["after"] == {"0": "a", "1": {"hex": "00ff"}}
+    assert changes["books"]["before"] == {"0": 1, "1": "only here"}
+    assert changes["books"]["after"] == {"1": "changed"}
+    with pytest.raises(Diverged, match=r"position \(1, 3\) is not in this history: term 1 ended at LSN 1"):
+        old.wait_for((1, 3))
+    old.wait_for((1, 1))
+    with pytest.raises(Diverged):
+        new.wait_confirmed((1, 3))
+
+
+def test_a_returning_primary_that_knows_others_commits_nothing(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    primary.close()
+    place = free_port()
+    new = promote(cluster, replica, place)
+    with pytest.raises(Fenced, match=f"under term 2 at {place}"):
+        cluster.primary(others=[place])
+    new.close()
+    # It remembers that, also when nobody is there to tell it.
+    with pytest.raises(Fenced, match=f"under term 2 at {place}"):
+        cluster.primary()
+    assert cluster.primary(promote=True).position.term == 3
+
+
+def test_a_returning_primary_is_told(cluster: Cluster) -> None:
+    """It knows of nobody; the new primary looks for it where it was."""
+    primary, replica = cluster.pair()
+    primary.close()
+    promote(cluster, replica, free_port())
+    primary = cluster.primary(commit="applied", timeout=20)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(primary.execute, INSERT, ("x",))
+        with pytest.raises((Fenced, NotConfirmed)):
+            waiting.result(20)
+    wait_until(lambda: primary.status().role == "fenced")
+
+
+def test_a_replica_of_a_higher_term_fences_and_is_not_led_back(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    second = cluster.replica("second")
+    wait_streaming(primary, second)
+    primary.close()
+    place = free_port()
+    new = promote(cluster, replica, place)
+    second.close()
+    second = cluster.replica("second", destination=place)
+    wait_streaming(new, second)
+    second.close()
+    new.close()
+    primary = cluster.primary()
+    second = cluster.replica("second")  # Its list names the old primary only.
+    wait_until(lambda: primary.status().role == "fenced")
+    assert second.position == (2, 2)
+    assert second.execute("SELECT term FROM _messenger_terms").fetchall() == [(1,), (2,)]
+
+
+def test_what_cannot_be_promoted(cluster: Cluster) -> None:
+    empty = cluster.replica("empty")
+    with pytest.raises(DatabaseRefused, match="there is no copy yet"):
+        empty.promote()
+    primary, replica = cluster.pair()
+    with pytest.raises(Exception, match=str(cluster.port)):  # The old primary is there.
+        replica.promote()
+    replica = cluster.replica()
+    wait_streaming(primary, replica)
+    assert primary.position == (1, 1)
+
+
+def test_promotion_from_outside(cluster: Cluster) -> None:
+    primary = cluster.primary()
+    primary.execute(BOOKS)
+    place = free_port()
+    promoted: list[Primary] = []
+    replica: Replica
+
+    def on_promote() -> None:
+        promoted.append(promote(cluster, replica))
+
+    replica = cluster.replica(listen=place, on_promote=on_promote)
+    wait_streaming(primary, replica)
+    other = cluster.messenger("operator")
+    status = query_status(other, place)
+    assert (status.role, status.lsn) == ("replica", 1)
+    assert query_status(other, cluster.port).role == "primary"
+    status = request_promotion(other, place, timeout=20)
+    assert (status.role, status.term) == ("primary", 2)
+    wait_until(lambda: promoted)
+    assert promoted[0].position == (2, 2)
+
+
+def test_a_replica_does_not_let_itself_be_promoted_unasked(cluster: Cluster) -> None:
+    primary = cluster.primary()
+    replica = cluster.replica(listen=free_port())
+    wait_streaming(primary, replica)
+    other = cluster.messenger("operator")
+    listener = replica._listener
+    assert listener is not None
+    with pytest.raises(Exception, match="does not let itself be promoted"):
+        request_promotion(other, listener.destination)
+    with pytest.raises(Exception, match="this is the primary already"):
+        request_promotion(other, cluster.port)
+
+
+def test_two_promoted_at_once_do_not_both_stay(cluster: Cluster) -> None:
+    """Nobody should do this; the one whose term began with the lower checksum is fenced."""
+    primary, first = cluster.pair()
+    second = cluster.replica("second")
+    wait_streaming(primary, second)
+    primary.close()
+    places = [free_port(), free_port()]
+    first.close()
+    second.close()
+    one = cluster.primary("replica", destination=places[0], promote=True)
+    two = cluster.primary("second", destination=places[1], promote=True)
+    assert one.position.term == two.position.term == 2
+    two.close()
+    one.close()
+    try:
+        one = cluster.primary("replica", destination=places[0], others=places)
+        two = cluster.primary("second", destination=places[1], others=places)
+    except Fenced:
+        return
+    wait_until(lambda: {one.status().role, two.status().role} == {"primary", "fenced"})
+
+
+def test_a_replica_asks_all_its_places(cluster: Cluster) -> None:
+    places = [free_port(), free_port(), cluster.port]
+    primary = cluster.primary()
+    replica = cluster.replica(destination=places)
+    assert replica.status().state is ReplicaState.CONNECTING
+    replica.wait_for(Position(1, 0), timeout=20)
+    wait_streaming(primary, replica)
+    primary.execute(BOOKS, commit="applied", timeout=20)
