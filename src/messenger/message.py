@@ -10,7 +10,7 @@ from .link import Outlet
 from .wire import decode_identity
 
 
-class Message(msgspec.Struct, eq=False, gc=False):
+class Message(msgspec.Struct, eq=False):
     """A message that arrived.
 
     Attributes:

@@ -10,7 +10,7 @@ from .wire import MSC_ID_MIN, Option, decode_message
 KEPT_BYTES_MAX = 256
 
 
-class Outgoing(msgspec.Struct, gc=False, eq=False):
+class Outgoing(msgspec.Struct, eq=False):
     """A message on its way out.
 
     Attributes:

@@ -7,6 +7,7 @@ What must never happen here: a statement that is told to have failed and was com
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -416,10 +417,22 @@ def _is_pragma(statement: Statement) -> bool:
     return statement.text.lstrip().upper().startswith("PRAGMA")
 
 
+class _Told(logging.Handler):
+    """Tells what the library logs as the command tells its own, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell it."""
+        complain(record.getMessage().lstrip("=!<> "))
+
+
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Make errors of SQLite errors that the command line tells in one line."""
+    """Tell warnings, and make errors of SQLite errors that the command line tells in one line."""
+    logger, handler = logging.getLogger("messenger"), _Told(logging.WARNING)
+    logger.addHandler(handler)
     try:
         yield
     except apsw.Error as error:
         raise Failed(str(error)) from error
+    finally:
+        logger.removeHandler(handler)

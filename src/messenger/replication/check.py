@@ -18,6 +18,7 @@ from messenger import MessengerError
 
 from .content import Difference, Sums, compare_buckets, different_buckets, read_bucket, sum_content
 from .database import open_reader
+from .errors import ReplicationError
 from .limits import CHECK_PINNED_S
 from .records import AskBucket, BucketRows, CheckSums, FromReplica
 
@@ -85,12 +86,13 @@ class PrimaryCheck:
 
     Args:
         lsn: Of the check.
-        reader: Sees the database at this LSN; stays the caller's.
+        path: The primary's file.
     """
 
-    def __init__(self, lsn: int, reader: apsw.Connection) -> None:
+    def __init__(self, lsn: int, path: str) -> None:
         self.lsn = lsn
-        self._reader = reader
+        self._path = path
+        self._reader: apsw.Connection | None = None
         self._condition = threading.Condition()
         self._sums: dict[str, Sums] = {}
         self._rows: dict[tuple[str, str, int], dict[str, bytes]] = {}
@@ -108,9 +110,23 @@ class PrimaryCheck:
             self._rows[name, answer.table, answer.bucket] = answer.rows
             self._condition.notify_all()
 
+    def pin(self) -> None:
+        """See the database as it is now, which must be at the check's LSN."""
+        self._reader = pin(self._path)
+
+    def close(self) -> None:
+        """Let go of that moment."""
+        if self._reader is not None:
+            self._reader.close(force=True)
+
     def sum(self) -> None:
         """Sum the primary's own content."""
-        self._own = sum_content(self._reader)
+        self._own = sum_content(self._require_pinned())
+
+    def _require_pinned(self) -> apsw.Connection:
+        if self._reader is None:
+            raise ReplicationError(f"the check of LSN {self.lsn} sees no moment")
+        return self._reader
 
     def wait_sums(self, names: Callable[[], set[str]], deadline_at: float) -> list[str]:
         """Return the replicas that have answered, once all have that are there, or it is time."""
@@ -136,7 +152,7 @@ class PrimaryCheck:
         table, bucket = found
         if there is None:
             return Difference(table, "", "differs; the row is not known, the replica did not answer in time")
-        here = read_bucket(self._reader, table, bucket)
+        here = read_bucket(self._require_pinned(), table, bucket)
         # "Here" is the replica, for whoever reads it there.
         return next(compare_buckets(table, there, here), Difference(table, "", "differs"))
 

@@ -24,7 +24,7 @@ from messenger import Destination, Messenger
 
 from . import database
 from .capture import Kind, classify
-from .check import PeriodicCheck, PrimaryCheck, pin
+from .check import PeriodicCheck, PrimaryCheck
 from .claims import Claims
 from .confirm import Level, Waiter
 from .errors import DiskFailed, Fenced, NotConfirmed
@@ -330,13 +330,15 @@ class Primary:
             writer.acquire(deadline_at)
             try:
                 writer.begin()
+                # It is there before the entry leaves, because a replica can be quick.
+                check = self._hub.check = PrimaryCheck(self.position.lsn + 1, self.path)
                 try:
                     writer.commit([Part(PartKind.CHECK, b"")], waiter, Level.LOCAL, 0)
                 except BaseException:
+                    self._hub.check = None
                     writer.roll_back()
                     raise
-                reader = pin(self.path)
-                check = self._hub.check = PrimaryCheck(self.position.lsn, reader)
+                check.pin()
             finally:
                 writer.release()
             try:
@@ -345,7 +347,7 @@ class Primary:
                 return self._hub.compare(check, deadline_at)
             finally:
                 self._hub.check = None
-                reader.close(force=True)
+                check.close()
 
     def _override(self, commit: str | None, acknowledgements: int | None, timeout: float | None) -> Promise:
         own = self._promise
