@@ -14,10 +14,10 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F '|' '{ printf "%-16s %s\n", $$1, $$2 }'
-	@echo "Variables: PYTHON (the interpreter for $(VENV)), FILE (for run), ARGS (for test, test-all, bench and lock), SEEDS, SEED (for sim)"
+	@echo "Variables: PYTHON (the interpreter for $(VENV)), ARGS (for test, test-all, bench and lock), SEEDS, SEED (for sim)"
 
-run: $(VENV)/.installed ## Run the main job; FILE=path chooses the text.
-	$(VENV)/bin/python examples/main_job.py $(if $(FILE),"$(FILE)")
+run: $(VENV)/.installed ## Run the main job: a replicated database, a model server, and what goes between them.
+	$(VENV)/bin/python examples/main_job.py
 
 test: check pytest ## Check everything and run all tests.
 

@@ -1,178 +1,220 @@
-"""The main job (`make run`): every line of a real text goes to a server loop over inproc, ipc and tcp, and every
-answer is checked.
+"""The main job (`make run`): one messenger with both server loops, and everything checked.
 
-The server loop on port 15445 runs in a process of its own; over inproc, which never leaves a process, the same server
-loop runs in a second messenger of the sending process. Each line is a message with its own callback (MSC), which
-verifies the answer: the line's SHA-256 and its number of words. The exit status is 0 only if every answer came and
-matched.
+A primary at port 15445 replicates a database to two replicas, each in a process of its own; a manager at port 15446 has
+a model server, a further process. Handwritten digits that come with scikit-learn are stored in the database, a model is
+trained on what is stored, each digit that was held back is predicted by a call of its own, and the predictions are
+stored beside the digits. Every transaction is applied at both replicas before it counts. The exit status is 0 only if
+nothing was lost, all predictions were stored, and both replicas equal the primary, row by row.
 """
 
-import argparse
-import hashlib
-import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from sklearn.datasets import load_digits
 
-from messenger import DeliveryError, Destination, Message, Messenger, MessengerError
+from messenger import Messenger, MessengerError
+from messenger.models import Job, ModelServerManager
+from messenger.models import Progress as TrainingProgress
+from messenger.replication import Primary, Replica, verify
 
-PORT = 15445
-ROOT = Path(__file__).resolve().parent.parent
-IN_FLIGHT_MAX = 1_000
-TIMEOUT_S = 10.0
-
-
-def describe(line: bytes) -> bytes:
-    """Return what the server loop answers to a line."""
-    return json.dumps({"sha256": hashlib.sha256(line).hexdigest(), "words": len(line.split())}).encode()
-
-
-def server_loop(message: Message) -> None:
-    """Answer a line with its SHA-256 and word count."""
-    message.reply(describe(message.contents))
+REPLICAS = ("replica1", "replica2")
+HELD_BACK_EVERY = 5
+ROWS_PER_TRANSACTION = 25
+CALLS_IN_FLIGHT_MAX = 32
+START_TIMEOUT_S = 60.0
+ACCURACY_MIN = 0.9
+PIXELS = [f"p{number}" for number in range(64)]
 
 
-class Run:
-    """One transport's run: sends the lines, verifies each answer, and keeps the times."""
+class Prediction(NamedTuple):
+    """What one call of `infer` gave."""
 
-    def __init__(self, transport: str, lines: list[bytes]) -> None:
-        self.transport = transport
-        self.lines = lines
-        self.round_trips_s: list[float] = []
-        self.mismatch_count = 0
-        self.lost_count = 0
-        self.total_s = 0.0
-        self._room = threading.Semaphore(IN_FLIGHT_MAX)
+    sample: int
+    label: int
+    version: int
+    elapsed_s: float
 
-    def send_all(self, messenger: Messenger, endpoint: str, progress: Progress) -> None:
-        """Send every line and wait until each has its outcome."""
-        task = progress.add_task(self.transport, total=len(self.lines))
-        started_at = time.perf_counter()
-        for line in self.lines:
-            self._room.acquire()
-            self._send(messenger, endpoint, line, progress, task)
-        for _ in range(IN_FLIGHT_MAX):
-            self._room.acquire()
-        self.total_s = time.perf_counter() - started_at
-        progress.refresh()
 
-    def _send(self, messenger: Messenger, endpoint: str, line: bytes, progress: Progress, task: object) -> None:
-        sent_at = time.perf_counter()
-
-        def verify(response: Message) -> None:
-            self.round_trips_s.append(time.perf_counter() - sent_at)
-            self.mismatch_count += response.contents != describe(line)
-            finish()
-
-        def count_lost(error: DeliveryError) -> None:
-            self.lost_count += 1
-            finish()
-
-        def finish() -> None:
-            progress.advance(task)  # type: ignore[arg-type]
-            self._room.release()
-
-        messenger.send_message(endpoint, line, verify, on_error=count_lost, timeout=TIMEOUT_S)
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether every line was answered, and rightly."""
-        return len(self.round_trips_s) == len(self.lines) and not self.mismatch_count and not self.lost_count
-
-    def row(self) -> list[str]:
-        """Return the run's row of the table."""
-        cuts = (
-            statistics.quantiles(self.round_trips_s, n=100) if len(self.round_trips_s) > 1 else self.round_trips_s * 99
-        )
-        p50, p99 = (f"{cuts[n] * 1000:.2f} ms" if cuts else "-" for n in (49, 98))
-        counts = (len(self.lines), len(self.round_trips_s), self.mismatch_count, self.lost_count)
-        return [self.transport, *(f"{count:,}" for count in counts), f"{len(self.lines) / self.total_s:,.0f}", p50, p99]
+def be_replica(name: str, folder: str) -> None:
+    """Keep a copy of the database until standard input is closed."""
+    with Messenger(name) as messenger, Replica(Path(folder, f"{name}.db"), messenger, 15445):
+        print("ready", flush=True)
+        sys.stdin.read()
 
 
 @contextmanager
-def server_process() -> Iterator[None]:
-    """Run the server loop on its port in a process of its own."""
-    process = subprocess.Popen([sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def replica_process(name: str, folder: Path) -> Iterator[None]:
+    """Run a replica in a process of its own."""
+    command = [sys.executable, __file__, name, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         if process.stdout is None or process.stdout.readline() != b"ready\n":
-            raise SystemExit(f"the server process ended with status {process.wait()}; is port {PORT} in use?")
+            raise SystemExit(f"{name} ended with status {process.wait()}")
         yield
     finally:
         process.communicate()  # Closes its standard input, which ends it.
 
 
-def serve() -> None:
-    """Serve until standard input is closed."""
-    with Messenger("server") as messenger:
-        messenger.listen_for_connection(PORT, server_loop)
-        print("ready", flush=True)
-        sys.stdin.read()
+def wait_streaming(primary: Primary) -> None:
+    """Wait until both replicas follow the primary."""
+    deadline_at = time.monotonic() + START_TIMEOUT_S
+    while sum(replica.state == "streaming" for replica in primary.status().replicas) < len(REPLICAS):
+        if time.monotonic() > deadline_at:
+            raise SystemExit(f"the replicas do not follow within {START_TIMEOUT_S} s: {primary.status().replicas}")
+        time.sleep(0.05)
 
 
-def read_lines(path: Path) -> list[bytes]:
-    """Return the lines of a text."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise SystemExit(f"cannot read the text: {error}") from error
-    if not lines:
-        raise SystemExit(f"{path} has no lines")
-    return lines
+def store_digits(primary: Primary, progress: Progress) -> None:
+    """Store all digits, some of them marked as held back, in transactions that both replicas apply."""
+    digits = load_digits()
+    rows = list(zip(digits.target.tolist(), digits.data.tolist(), strict=True))
+    columns = ", ".join(f"{pixel} REAL" for pixel in PIXELS)
+    primary.execute(f"CREATE TABLE digits (id INTEGER PRIMARY KEY, held_back INT, label INT, {columns})")
+    primary.execute("CREATE TABLE predictions (digit INTEGER PRIMARY KEY, label INT, version INT)")
+    insert = f"INSERT INTO digits VALUES (?, ?, ?, {', '.join('?' * len(PIXELS))})"  # noqa: S608
+    task = progress.add_task("digits stored, applied at both replicas", total=len(rows))
+    for start in range(0, len(rows), ROWS_PER_TRANSACTION):
+        with primary.transaction() as tx:
+            for number, (label, pixels) in enumerate(rows[start : start + ROWS_PER_TRANSACTION], start):
+                tx.execute(insert, (number, number % HELD_BACK_EVERY == 0, label, *pixels))
+        progress.update(task, completed=min(start + ROWS_PER_TRANSACTION, len(rows)))
 
 
-def largest_document() -> Path:
-    """Return the largest document of the repository."""
-    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
-    return max(documents, key=lambda path: path.stat().st_size)
+def train(primary: Primary, manager: ModelServerManager, progress: Progress) -> float:
+    """Train on the digits that are stored and not held back; return the accuracy that the server measured."""
+    select = f"SELECT label, {', '.join(PIXELS)} FROM digits WHERE NOT held_back"  # noqa: S608
+    rows = [dict(zip(["label", *PIXELS], row, strict=True)) for row in primary.execute(select).fetchall()]
+    task = progress.add_task("training", total=None)
+
+    def show(report: TrainingProgress) -> None:
+        progress.update(task, completed=report.step, total=report.of)
+
+    training = manager.train("digits", method="lightgbm", data=rows, target="label", on_progress=show).result(120)
+    manager.load("digits").result(START_TIMEOUT_S)  # Else the first call waits for it.
+    return training.metrics["accuracy"]
+
+
+def predict(primary: Primary, manager: ModelServerManager, progress: Progress) -> list[Prediction]:
+    """Predict each digit that was held back, by calls that are under way at one time; return what came of them."""
+    select = f"SELECT id, {', '.join(PIXELS)} FROM digits WHERE held_back"  # noqa: S608
+    rows = primary.execute(select).fetchall()
+    task = progress.add_task("digits predicted", total=len(rows))
+    room = threading.Semaphore(CALLS_IN_FLIGHT_MAX)
+    predictions: list[Prediction] = []
+
+    def ask(sample: int, pixels: list[float]) -> None:
+        asked_at = time.perf_counter()
+
+        def note(job: Job[Any]) -> None:
+            if job.exception() is None:
+                [label] = job.result().predictions
+                elapsed_s = time.perf_counter() - asked_at
+                predictions.append(Prediction(sample, int(label), job.result().version, elapsed_s))
+            progress.advance(task)
+            room.release()
+
+        manager.infer("digits", [pixels]).add_done_callback(note)  # type: ignore[arg-type]  # It gets the job.
+
+    for sample, *pixels in rows:
+        room.acquire()
+        ask(sample, pixels)
+    for _ in range(CALLS_IN_FLIGHT_MAX):
+        room.acquire()
+    return predictions
+
+
+def store_predictions(primary: Primary, predictions: list[Prediction], progress: Progress) -> None:
+    """Store what was predicted beside the digits."""
+    task = progress.add_task("predictions stored, applied at both replicas", total=len(predictions))
+    for start in range(0, len(predictions), ROWS_PER_TRANSACTION):
+        some = predictions[start : start + ROWS_PER_TRANSACTION]
+        with primary.transaction() as tx:
+            for prediction in some:
+                tx.execute("INSERT INTO predictions VALUES (?, ?, ?)", prediction[:3])
+        progress.advance(task, len(some))
+
+
+def report(
+    console: Console,
+    messenger: Messenger,
+    primary: Primary,
+    folder: Path,
+    accuracy: float,
+    predictions: list[Prediction],
+) -> bool:
+    """Check everything, print one table, and return whether all is well."""
+    counts, status = messenger.statistics(), primary.status()
+    (asked_count,) = primary.execute("SELECT count(*) FROM digits WHERE held_back").fetchone() or (0,)
+    joined = "SELECT count(*), sum(digits.label = predictions.label) FROM digits JOIN predictions ON id = digit"
+    stored_count, right_count = primary.execute(joined).fetchone() or (0, 0)
+    comparisons = {name: verify(folder / "primary.db", folder / f"{name}.db") for name in REPLICAS}
+    cuts = statistics.quantiles([prediction.elapsed_s for prediction in predictions], n=100)
+    lost_count = counts.not_delivered_msgs + counts.outcome_unknown_msgs + asked_count - len(predictions)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    lag = ", ".join(f"{replica.lag_transactions} ({replica.lag_s:.3f} s)" for replica in status.replicas)
+    for what, value in (
+        ("messages sent, received", f"{counts.sent_msgs:,}, {counts.received_msgs:,}"),
+        ("transactions, applied at both replicas", f"{status.transaction_count:,}"),
+        ("lag of the replicas, in transactions", lag),
+        (
+            "replicas that equal the primary",
+            f"{sum(each.is_equal for each in comparisons.values())} of {len(REPLICAS)}",
+        ),
+        ("trainings", f"1, accuracy {accuracy:.1%} on digits of its own choice"),
+        ("inferences, stored", f"{len(predictions):,}, {stored_count:,}"),
+        ("digits recognised of those held back", f"{right_count / max(stored_count, 1):.1%}"),
+        ("inference p50, p99", f"{cuts[49] * 1e3:.2f} ms, {cuts[98] * 1e3:.2f} ms"),
+        ("lost", f"{lost_count}"),
+    ):
+        table.add_row(what, value)
+    console.print(table)
+    return (
+        lost_count == 0
+        and stored_count == asked_count
+        and right_count >= ACCURACY_MIN * stored_count
+        and all(each.is_equal and each.row_count for each in comparisons.values())
+    )
 
 
 def main() -> int:
-    """Send the text over every transport and print what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", nargs="?", type=Path, help="the text (default: the largest document of the repository)")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        serve()
-        return 0
-    path = options.file or largest_document()
-    lines = read_lines(path)
+    """Run all of it."""
     console = Console()
-    title = f"{path}: {len(lines):,} lines, each a message with its own callback"
-    console.print(title, highlight=False, soft_wrap=True)
-    _, ipc, tcp = Destination.parse(PORT).endpoints()
-    runs = {f"inproc://{PORT}": Run("inproc", lines), ipc: Run("ipc", lines), tcp: Run("tcp", lines)}
-    columns = (TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        server_process(),
-        Messenger("here") as here,
-        Messenger("sender") as sender,
-        Progress(*columns, console=console) as progress,
-    ):
-        here.listen_for_connection(f"inproc://{PORT}", server_loop)
-        for endpoint, run in runs.items():
-            run.send_all(sender, endpoint, progress)
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for title in ("transport", "lines", "responses", "mismatches", "lost", "round trips/s", "p50", "p99"):
-        table.add_column(title, justify="left" if title == "transport" else "right", no_wrap=True)
-    for run in runs.values():
-        table.add_row(*run.row())
-    console.print(table)
-    return 0 if all(run.succeeded for run in runs.values()) else 1
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="messenger-")))
+        for name in REPLICAS:
+            stack.enter_context(replica_process(name, folder))
+        messenger = stack.enter_context(Messenger("primary"))
+        promise = {"commit": "applied", "acknowledgements": len(REPLICAS), "timeout": 30.0}
+        primary = stack.enter_context(Primary(folder / "primary.db", messenger, 15445, **promise))  # type: ignore[arg-type]
+        manager = stack.enter_context(ModelServerManager(messenger, 15446, servers=1, folder=folder / "models"))
+        wait_streaming(primary)
+        with Progress(*columns, console=console) as progress:
+            store_digits(primary, progress)
+            accuracy = train(primary, manager, progress)
+            predictions = predict(primary, manager, progress)
+            store_predictions(primary, predictions, progress)
+        is_well = report(console, messenger, primary, folder, accuracy, predictions)
+    return 0 if is_well else 1
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        if sys.argv[1:]:
+            be_replica(*sys.argv[1:])
+        else:
+            sys.exit(main())
     except MessengerError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

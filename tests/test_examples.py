@@ -1,6 +1,7 @@
-"""The examples, run as a user runs them. They use port 15445, so one after the other."""
+"""The examples, run as a user runs them. They use the default ports, so one after the other."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,38 +13,48 @@ from messenger import Messenger
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PORT = 15445
 
-pytestmark = pytest.mark.usefixtures("fixed_ports")
+pytestmark = [pytest.mark.usefixtures("fixed_ports"), pytest.mark.timeout(120)]
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
     environment = os.environ | {"COLUMNS": "80"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=environment)
 
 
-def test_the_main_job_checks_every_line_on_every_transport(tmp_path: Path) -> None:
+def test_the_main_job_is_well() -> None:
+    finished = run(EXAMPLES / "main_job.py")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    rows = (re.split(" {2,}", line.strip(), maxsplit=1) for line in finished.stdout.splitlines())
+    table = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert table["replicas that equal the primary"] == "2 of 2"
+    assert table["inferences, stored"] == "360, 360"
+    assert table["lost"] == "0"
+
+
+def test_every_line_is_checked_on_every_transport(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes(b"a line of five words\n\n1-0-x\n\xff\0\n" * 500)
-    finished = run(EXAMPLES / "main_job.py", text)
+    finished = run(EXAMPLES / "every_line.py", text)
     assert finished.returncode == 0, finished.stderr
     rows = [line.split() for line in finished.stdout.splitlines()[-3:]]
     assert [row[:5] for row in rows] == [[name, "2,000", "2,000", "0", "0"] for name in ("inproc", "ipc", "tcp")]
 
 
 @pytest.mark.parametrize(("content", "reason"), [(None, "cannot read the text"), (b"", "has no lines")])
-def test_the_main_job_without_a_text_says_so(tmp_path: Path, content: bytes | None, reason: str) -> None:
+def test_no_text_says_so(tmp_path: Path, content: bytes | None, reason: str) -> None:
     if content is not None:
         (tmp_path / "text").write_bytes(content)
-    finished = run(EXAMPLES / "main_job.py", tmp_path / "text")
+    finished = run(EXAMPLES / "every_line.py", tmp_path / "text")
     assert finished.returncode == 1
     assert reason in finished.stderr
     assert "Traceback" not in finished.stderr
 
 
-def test_the_main_job_on_a_taken_port_says_so(tmp_path: Path) -> None:
+def test_a_taken_port_says_so(tmp_path: Path) -> None:
     with Messenger() as messenger:
         messenger.listen_for_connection(PORT, None)
-        finished = run(EXAMPLES / "main_job.py", EXAMPLES / "main_job.py")
+        finished = run(EXAMPLES / "every_line.py", EXAMPLES / "every_line.py")
     assert finished.returncode == 1
     assert f"is port {PORT} in use?" in finished.stderr
 
