@@ -444,6 +444,8 @@ class Primary:
         if self._is_closed:
             return
         self._is_closed = True
+        if (check := self._hub.check) is not None:
+            check.cancel()
         if self._checks is not None:
             self._checks.stop()
         self._stop_claims()
