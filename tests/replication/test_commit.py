@@ -239,3 +239,44 @@ def test_reads_run_beside_a_transaction(cluster: Cluster) -> None:
         reader.join(20)
         assert seen == [[]]
     assert primary.execute(SELECT).fetchall() == [(1, "Dune")]
+
+
+def test_what_changes_nothing_waits_for_nobody(cluster: Cluster) -> None:
+    primary = cluster.primary(commit="applied", timeout=0.2)
+    primary.execute(BOOKS, commit="local")
+    primary.execute("DELETE FROM books")
+    with primary.transaction() as tx:
+        assert tx.execute("UPDATE books SET name = 'x'").fetchall() == []
+    assert primary.status().not_confirmed_count == 0
+
+
+def test_who_leads_with_an_error_makes_the_others_durable(cluster: Cluster) -> None:
+    primary, _ = cluster.pair(timeout=20)
+    primary.execute("INSERT INTO books VALUES (1, 'there')")
+    with ThreadPoolExecutor(4) as pool:
+        with primary.transaction():
+            first = pool.submit(primary.execute, "INSERT INTO books VALUES (1, 'refused')")
+            wait_until(lambda: len(primary._writer._queue) == 1)
+            others = [pool.submit(primary.execute, INSERT, (str(number),)) for number in range(3)]
+            wait_until(lambda: len(primary._writer._queue) == 4)
+        started_at = time.monotonic()
+        for other in others:
+            other.result(20)
+        with pytest.raises(apsw.ConstraintError):
+            first.result(20)
+    assert time.monotonic() - started_at < 10
+    assert primary.status().durable_lsn == primary.position.lsn
+
+
+def test_a_group_that_is_not_confirmed_is_told_in_time(cluster: Cluster) -> None:
+    primary = cluster.primary(commit="applied", timeout=0.5)
+    primary.execute(BOOKS, commit="local")
+    with ThreadPoolExecutor(4) as pool:
+        with primary.transaction(commit="local"):
+            waiting = [pool.submit(primary.execute, INSERT, (str(number),)) for number in range(4)]
+            wait_until(lambda: len(primary._writer._queue) == 4)
+        started_at = time.monotonic()
+        for one in waiting:
+            with pytest.raises(NotConfirmed):
+                one.result(20)
+    assert 0.3 < time.monotonic() - started_at < 5

@@ -319,6 +319,20 @@ def test_nothing_is_confirmed_by_what_a_snapshot_replaces(cluster: Cluster, monk
     wait_until(lambda: primary.status().replicas[0].applied_lsn == 2)
 
 
+def test_a_wal_that_is_left_is_not_played_into_a_new_copy(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+    wal = Path(f"{replica.path}-wal").read_bytes()
+    assert len(wal) > 4_096
+    replica.close()
+    Path(replica.path).unlink()
+    Path(f"{replica.path}-wal").write_bytes(wal)
+    primary.execute("UPDATE books SET name = 'Emma'")
+    replica = cluster.replica()
+    assert_equal(primary, replica)
+    assert replica.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
 def test_leftovers_of_killed_processes_are_removed(cluster: Cluster) -> None:
     leftovers = [cluster.folder / "primary.db-snapshot-1234", cluster.folder / "replica.db-snapshot-5678"]
     other = cluster.folder / "primary.db.bak-snapshot-9"

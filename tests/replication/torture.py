@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.replication.torture", description=__doc__)
     parser.add_argument("--kills", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=secrets.randbits(32))
-    parser.add_argument("--commit", choices=["received", "durable", "applied"], default="applied")
+    parser.add_argument("--commit", choices=["durable", "applied"], default="applied")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     folder = tempfile.mkdtemp(prefix="torture-")

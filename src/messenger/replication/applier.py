@@ -13,6 +13,7 @@ passed over.
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import apsw
@@ -368,6 +369,9 @@ class Applier:
         sink.finish(checksum)
         self._prepare(sink.path)
         if self._connection is None:
+            # Of a file that somebody removed; SQLite would play a WAL that is left into the new one.
+            for suffix in ("-wal", "-shm"):
+                Path(self.path + suffix).unlink(missing_ok=True)
             os.rename(sink.path, self.path)
         else:
             self._replace_content(self._connection, sink.path)

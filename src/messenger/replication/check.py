@@ -97,6 +97,21 @@ class PrimaryCheck:
         self._sums: dict[str, Sums] = {}
         self._rows: dict[tuple[str, str, int], dict[str, bytes]] = {}
         self._own: Sums = {}
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """Wait for nobody any more."""
+        with self._condition:
+            self._is_cancelled = True
+            self._condition.notify_all()
+
+    def _wait(self, deadline_at: float) -> bool:
+        """Wait a moment for news, and return whether there is still time; the condition is held."""
+        left_s = deadline_at - time.monotonic()
+        if left_s <= 0 or self._is_cancelled:
+            return False
+        self._condition.wait(min(left_s, 0.2))
+        return True
 
     def note_sums(self, name: str, sums: Sums) -> None:
         """A replica has answered."""
@@ -131,8 +146,8 @@ class PrimaryCheck:
     def wait_sums(self, names: Callable[[], set[str]], deadline_at: float) -> list[str]:
         """Return the replicas that have answered, once all have that are there, or it is time."""
         with self._condition:
-            while not names() <= self._sums.keys() and (left_s := deadline_at - time.monotonic()) > 0:
-                self._condition.wait(min(left_s, 0.2))
+            while not names() <= self._sums.keys() and self._wait(deadline_at):
+                pass
             return sorted(self._sums)
 
     def compare(self, name: str, ask: Callable[[str, int], None], deadline_at: float) -> Difference | None:
@@ -146,8 +161,8 @@ class PrimaryCheck:
             return None
         ask(*found)
         with self._condition:
-            while (name, *found) not in self._rows and (left_s := deadline_at - time.monotonic()) > 0:
-                self._condition.wait(left_s)
+            while (name, *found) not in self._rows and self._wait(deadline_at):
+                pass
             there = self._rows.get((name, *found))
         table, bucket = found
         if there is None:

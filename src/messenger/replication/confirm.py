@@ -8,6 +8,7 @@ What must never happen here: a confirmation that some replica did not give.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from enum import IntEnum
@@ -53,17 +54,32 @@ class Waiter:
 
     Attributes:
         position: The transaction's, once it is committed here.
+        written_at: When (monotonic seconds) it was.
         error: Why it was not.
+        is_settled, is_confirmed: Whether it need not wait any more, and whether that is because it is confirmed.
     """
 
-    __slots__ = ("_lock", "error", "is_confirmed", "position")
+    __slots__ = ("_lock", "error", "is_confirmed", "is_settled", "position", "written_at")
 
     def __init__(self, position: Position | None = None) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
         self.position = position
+        self.written_at = time.monotonic()
         self.error: BaseException | None = None
+        self.is_settled = False
         self.is_confirmed = False
+
+    def note_written(self, position: Position) -> None:
+        """The transaction is committed here."""
+        self.position = position
+        self.written_at = time.monotonic()
+
+    def settle(self, is_confirmed: bool) -> None:
+        """Let the thread go on for good."""
+        self.is_confirmed = is_confirmed
+        self.is_settled = True
+        self.wake()
 
     def wait(self, timeout: float) -> bool:
         """Return whether `wake` was called within so many seconds."""
@@ -101,9 +117,7 @@ class Confirmations:
                 known = list(replicas)
             lsn = self._confirmed_lsn(known, level, count)
             while waiters and waiters[0].position is not None and waiters[0].position.lsn <= lsn:
-                waiter = waiters.popleft()
-                waiter.is_confirmed = True
-                waiter.wake()
+                waiters.popleft().settle(True)
 
     def _confirmed_lsn(self, replicas: list[Progress], level: Level, count: int) -> int:
         if level is Level.LOCAL or count == 0:
@@ -120,7 +134,7 @@ class Confirmations:
         """Wake who waits for a level or a higher one, unconfirmed, because that will not come any more."""
         for (own_level, _), waiters in self._waiting.items():
             while own_level >= level and waiters:
-                waiters.popleft().wake()
+                waiters.popleft().settle(False)
 
 
 def nth_lsn(replicas: Iterable[Progress], level: Level, count: int) -> int:

@@ -146,11 +146,6 @@ class Follower:
                 self._add_destinations(claim.destinations)
                 self._leave(self.state if self.state is ReplicaState.DIVERGED else ReplicaState.CONNECTING)
 
-    @property
-    def received_lsn(self) -> int:
-        """Up to which LSN entries are here, applied or not."""
-        return max(self._received, self.applier.head.lsn)
-
     def ask_snapshot(self) -> None:
         """Throw away what is here for a snapshot of the primary, at the next join, which is due now."""
         with self._lock:

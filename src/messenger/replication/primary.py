@@ -222,9 +222,9 @@ class Primary:
         if kind is Kind.SETTING or kind is Kind.TEMPORARY:
             return self._set(sql, deadline_at)
         operation = Operation(sql, bindings, promise.level, promise.replicas)
-        with self._writer.leading(operation, deadline_at, self._tidy) as leads:
-            if leads and operation.error is None:
-                self._sync_for(operation)
+        with self._writer.leading(operation, deadline_at, self._tidy) as written_lsn:
+            if written_lsn:
+                self._sync(written_lsn)
         if operation.error is not None:
             raise operation.error
         self._await(operation, promise)
@@ -266,7 +266,8 @@ class Primary:
 
     def _await(self, waiter: Waiter, promise: Promise) -> None:
         """Return once a transaction is confirmed."""
-        if not waiter.is_confirmed and not waiter.wait(promise.timeout):
+        left_s = waiter.written_at + promise.timeout - time.monotonic()
+        if not waiter.is_settled and not waiter.wait(max(0.0, left_s)):
             self._hub.forget(waiter)
         if not waiter.is_confirmed:
             if self._writer.wal.failure is not None and not self._is_closed:
@@ -443,6 +444,8 @@ class Primary:
         if self._is_closed:
             return
         self._is_closed = True
+        if (check := self._hub.check) is not None:
+            check.cancel()
         if self._checks is not None:
             self._checks.stop()
         self._stop_claims()

@@ -157,7 +157,7 @@ class SnapshotSink:
         self.bytes_done = 0
         self.bytes_total = bytes_total
         self._digest = blake2b(digest_size=CHECKSUM_BYTES)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
     def write(self, part: SnapshotPart) -> None:
         """Append a part.

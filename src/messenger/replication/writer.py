@@ -193,8 +193,10 @@ class Writer:
         entries = [self.make_entry(head, parts)] if parts else []
         self.log.append(entries)
         self.connection.execute("COMMIT")
-        waiter.position = Position(head.term, head.lsn) if not entries else Position(self.term, head.lsn + 1)
-        self._note_committed(entries, [(waiter, level, count)])
+        waiter.note_written(Position(self.term, head.lsn + 1) if entries else head.position)
+        self._note_committed(entries, [(waiter, level, count)] if entries else [])
+        if not entries:
+            waiter.settle(True)  # There is nothing to wait for.
 
     def _note_committed(self, entries: list[Entry], waiters: Sequence[tuple[Waiter, Level, int]]) -> None:
         if entries:
@@ -249,11 +251,11 @@ class Writer:
     # Groups.
 
     @contextmanager
-    def leading(self, operation: Operation, deadline_at: float, tidy: Callable[[], None]) -> Iterator[bool]:
-        """Queue an operation; in the block, whether the calling thread wrote a group.
+    def leading(self, operation: Operation, deadline_at: float, tidy: Callable[[], None]) -> Iterator[int]:
+        """Queue an operation; in the block, up to which LSN the calling thread must make durable what it wrote, or 0.
 
-        If so, it must make the group durable in the block, while the next thread leads already. `tidy` is called with
-        the lock held, after the commit.
+        Others wait in the queue meanwhile, and so become the next group. `tidy` is called with the lock held, after the
+        commit.
 
         Raises:
             WriterBusy: It was not written by the deadline.
@@ -269,18 +271,20 @@ class Writer:
                 self._give_up(operation)
             leads = operation.leads
         if not leads:
-            yield False
+            yield 0
             return
         try:
-            self._lead(deadline_at, tidy)
-            yield True
+            yield self._lead(deadline_at, tidy)
         finally:
             self._pass_lead()
 
     def _give_up(self, operation: Operation) -> None:
         """Take an operation out of the queue, or return if it is past that."""
         with self._queue_lock:
-            if operation.leads or operation not in self._queue:
+            if operation.leads:
+                operation.wait(0)  # It was woken to lead in this very moment.
+                return
+            if operation not in self._queue:
                 return
             self._queue.remove(operation)
         raise WriterBusy(f"{self.path}: other transactions took all the time; nothing of this one was done")
@@ -293,8 +297,12 @@ class Writer:
             else:
                 self._has_leader = False
 
-    def _lead(self, deadline_at: float, tidy: Callable[[], None]) -> None:
-        """Write those that wait; each gets its position or its error, and with the error it is woken."""
+    def _lead(self, deadline_at: float, tidy: Callable[[], None]) -> int:
+        """Write those that wait; each gets its position or its error, and with the error it is woken.
+
+        Returns:
+            The last LSN that was written, 0 if none was.
+        """
         group: list[Operation] = []
         try:
             self.acquire(deadline_at)
@@ -316,7 +324,8 @@ class Writer:
         finally:
             for operation in group:
                 if operation.error is not None:
-                    operation.wake()
+                    operation.settle(False)
+        return max((operation.position.lsn for operation in group if operation.position is not None), default=0)
 
     def _take_queued(self, group: list[Operation]) -> Iterator[Operation]:
         """Take operations off the queue into a group, those too that come while the ones before them run."""
@@ -352,9 +361,19 @@ class Writer:
             self.roll_back()
             self._schema.refresh()
             raise
+        waiters: list[tuple[Waiter, Level, int]] = []
+        own_lsns = {entry.lsn for entry in entries}
+        unchanged: list[Operation] = []
         for operation, position in written:
-            operation.position = position
-        self._note_committed(entries, [(operation, operation.level, operation.count) for operation, _ in written])
+            operation.note_written(position)
+            if position.lsn in own_lsns:
+                own_lsns.remove(position.lsn)
+                waiters.append((operation, operation.level, operation.count))
+            else:
+                unchanged.append(operation)
+        self._note_committed(entries, waiters)
+        for operation in unchanged:
+            operation.settle(True)  # There is nothing of it to wait for.
 
     def _run_all(
         self, group: Iterable[Operation], run: Callable[[Operation, Head], Entry | None]
