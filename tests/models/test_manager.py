@@ -189,6 +189,7 @@ def test_a_switch_of_versions_fails_no_call(new_manager: NewManager, folder: Pat
             started_at = time.monotonic()
             manifest = manager.load("sum", version).result(timeout=TIMEOUT_S)
             assert manifest.version == version
+            assert manager.is_ready
             assert time.monotonic() - started_at < 1.0
             # What is asked after the switch is answered by the new version.
             assert manager.infer("sum", [[1, 0]]).result(timeout=TIMEOUT_S).version == version

@@ -131,7 +131,7 @@ def test_bad_commands_are_refused(contents: bytes) -> None:
         b'{"action": "0", "result": 1, "success": true, "err": ""}',
         b'{"action": 0, "result": 1, "success": 1, "err": ""}',
         b'{"action": 0, "result": 1, "success": true, "err": null}',
-        b'{"action": 0, "result": ' + b"[" * 5_000 + b"]" * 5_000 + b', "success": true, "err": ""}',
+        b'{"action": 0, "result": ' + b"[" * 200_000 + b"]" * 200_000 + b', "success": true, "err": ""}',
     ],
 )
 def test_bad_answers_are_refused_with_their_start(contents: bytes) -> None:
