@@ -35,7 +35,7 @@ def warm_up(batcher: Batcher, row_s: float) -> None:
             batcher.add("m", 0, call_of([[1.0]]), 1)
         batch = batcher.take(sent_at, None)
         assert batch is not None
-        batcher.note_done(batch, done_at)
+        batcher.note_done(batch, done_at, joins=False)
 
 
 def predictions_of(call: InferCall) -> Any:
@@ -212,6 +212,19 @@ def test_one_slow_batch_makes_no_overload() -> None:
     assert slow is not None
     batcher.note_done(slow, 80.0)
     for _ in range(500):
+        batcher.add("m", 0, call_of([[1.0]]), 1)
+
+
+def test_a_slow_way_of_one_row_is_no_overload_for_many() -> None:
+    """The first call after the model was loaded hangs for a moment; the 62 that wait behind it fit into one batch."""
+    batcher = batcher_of(call_of([[1.0]]))
+    for sent_at, done_at in ((0.0, 1.0), (2.0, 2.3)):
+        if not batcher.call_count:
+            batcher.add("m", 0, call_of([[1.0]]), 1)
+        batch = batcher.take(sent_at, None)
+        assert batch is not None
+        batcher.note_done(batch, done_at)
+    for _ in range(62):
         batcher.add("m", 0, call_of([[1.0]]), 1)
 
 

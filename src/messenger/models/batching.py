@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Weight of the newest batch in the time that a row takes.
 SMOOTHING = 0.2
 SLOWER_MAX = 4.0
+# The time of a batch of few rows is that of its way, which more rows would share.
+LEARNED_ROWS_MIN = 32
 RETRY_S_MIN = 0.01
 
 
@@ -228,14 +230,14 @@ class Batcher:
                 row_count += call.row_count
         return Batch(*key, calls, now) if calls else None
 
-    def note_done(self, batch: Batch, now: float) -> None:
-        """Learn from a batch how long a row takes."""
+    def note_done(self, batch: Batch, now: float, joins: bool = True) -> None:
+        """Learn from a batch how long a row takes; `joins` says whether the server takes several calls at once."""
         key = (batch.name, batch.version)
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _Queue()
         if queue.done_at:  # The first batch has waited until the model was loaded, so it teaches nothing.
-            row_s = (now - max(batch.sent_at, queue.done_at)) / batch.row_count
+            row_s = (now - max(batch.sent_at, queue.done_at)) / max(batch.row_count, LEARNED_ROWS_MIN if joins else 1)
             is_faster = not queue.row_s or row_s < queue.row_s
             # So does, now and then, a later one at another server: faster is believed at once, slower by and by.
             slower = SMOOTHING * (min(row_s, SLOWER_MAX * queue.row_s) - queue.row_s)

@@ -149,7 +149,8 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Give servers what waits for them."""
-        while True:
+        # Without the lock: whoever adds something that waits comes here after it.
+        while self.waiting or self._batcher.call_count:
             with self.lock:
                 call = self._take_next()
             if call is None:
@@ -249,7 +250,7 @@ class Dispatcher:
                 self.counts["late"] += 1
                 return False
             if call.batch is not None:
-                self._batcher.note_done(call.batch, time.monotonic())
+                self._batcher.note_done(call.batch, time.monotonic(), call.server.about.batches)
         return True
 
     def _end_lost(self, call: Call, error: MessengerError) -> None:
