@@ -924,6 +924,34 @@ def test_large_contents_above_the_receivers_limit_are_dropped_and_counted() -> N
     assert world.server.dropped() == {"message_too_large": 1}
 
 
+def test_an_answer_is_queued_as_a_message_that_wants_no_answer() -> None:
+    world = World(server_limits=Limits(queue_msgs_max=2))
+    world.connect()
+    message_id = world.ask()
+    world.deliver()
+    (question,) = world.server.take()
+    first_id = world.server.exchange.answer(question, b"yes", 30.0)
+    assert sent(world.server_session) == [b"0-%d-yes" % message_id]
+    assert world.server.exchange.answer(question, b"twice", 30.0) == first_id + 1
+    # What is large, or finds no room, is a case for `send`, and leaves nothing behind.
+    assert world.server.exchange.answer(question, b"full", 30.0) == 0
+    world.server.exchange.flush(0.0)
+    assert world.server.exchange.answer(question, b"x" * LARGE_BYTES_MIN, 30.0) == 0
+    assert world.server_session.queue_bytes == 0
+    world.deliver()
+    assert world.client.contents() == [b"yes"]
+
+
+def test_ids_of_answers_wrap_around() -> None:
+    world = World()
+    world.connect()
+    world.ask()
+    world.deliver()
+    (question,) = world.server.take()
+    world.server.exchange._next_id = ID_MAX
+    assert [world.server.exchange.answer(question, b"", 1.0) for _ in range(2)] == [ID_MAX, 1024]
+
+
 def test_an_echo_into_the_full_queue_of_a_session_is_counted() -> None:
     world = World(server_limits=Limits(queue_msgs_max=1))
     world.connect()

@@ -45,6 +45,15 @@ def test_a_reply_sends_to_the_message_and_returns_what_that_does() -> None:
     assert calls == [((question, b"yes", print), {"timeout": 1.0}), ((question, "no", None), {})]
 
 
+def test_a_plain_reply_takes_the_short_way() -> None:
+    class FakeMessenger:
+        def _answer(self, question: Message, contents: bytes) -> tuple[Message, bytes]:
+            return question, contents
+
+    question = message(messenger=FakeMessenger())
+    assert question.reply(b"yes") == (question, b"yes")
+
+
 def test_a_message_is_shown_without_its_contents() -> None:
     """They may be large, or secret."""
     assert repr(message(b"x" * 1_000, b"\xff")) == "<Message 1024-64 from '0xff', 1000 bytes>"

@@ -44,7 +44,7 @@ class Message(msgspec.Struct, eq=False):
     def reply(self, contents: Any, callback: "Callback | None" = None, **options: Any) -> Any:
         """Answer this message, on the link that it came by; takes and returns what `send_message` does."""
         if callback is None and not options and type(contents) is bytes:
-            return self.messenger.answer(self, contents)
+            return self.messenger._answer(self, contents)
         return self.messenger.send_message(self, contents, callback, **options)
 
     def __repr__(self) -> str:

@@ -195,26 +195,6 @@ class Messenger:
             loop.release()
         return message_id
 
-    def answer(self, message: Message, contents: bytes) -> int:
-        """Do what `send_message(message, contents)` does; users call `message.reply`. Thread: any."""
-        loop, exchange = self._loop, self._exchange
-        now = monotonic()
-        message_id = 0
-        loop.acquire()
-        try:
-            outlet = message.link
-            # What is not the usual case is one for `send_message`.
-            is_same = message.incarnation and message.incarnation == outlet.peer_incarnation
-            if is_same and loop.state is RUNNING and not outlet.handle.closed:
-                message_id = exchange.answer(message, contents, now + TIMEOUT_S)
-                if exchange.is_urgent:
-                    loop.flush()
-                elif loop.thread_id != get_ident():
-                    loop.flush_soon(outlet, now)
-        finally:
-            loop.release()
-        return message_id or self.send_message(message, contents)
-
     def request(
         self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S
     ) -> Message:
@@ -293,6 +273,26 @@ class Messenger:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _answer(self, message: Message, contents: bytes) -> int:
+        """Do what `send_message(message, contents)` does, which most replies are, with less work. Takes the lock."""
+        loop, exchange = self._loop, self._exchange
+        now = monotonic()
+        message_id = 0
+        loop.acquire()
+        try:
+            outlet = message.link
+            # What is not the usual case is one for `send_message`.
+            is_same = message.incarnation and message.incarnation == outlet.peer_incarnation
+            if is_same and loop.state is RUNNING and not outlet.handle.closed:
+                message_id = exchange.answer(message, contents, now + TIMEOUT_S)
+                if exchange.is_urgent:
+                    loop.flush()
+                elif loop.thread_id != get_ident():
+                    loop.flush_soon(outlet, now)
+        finally:
+            loop.release()
+        return message_id or self.send_message(message, contents)
 
     def __repr__(self) -> str:
         return f"<Messenger {self.identity!r}, {self._loop.state.value}>"
