@@ -22,7 +22,7 @@ from typing import Any
 
 from .errors import DeliveryError, QueueFull
 from .exchange import BATCH_PROCESSED, Exchange
-from .limits import CLOSE_TIMEOUT_S, FLUSH_S
+from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S
 from .link import FOREVER, Outlet
 from .message import Message, Waiter
 from .transports.local import inproc_names
@@ -399,10 +399,14 @@ class Loop:
             self._wakeup.ask_attention()
         if self._exchange.calls or (leads and has_input):
             return 0.0
-        wake_at = self.close_at
+        deadline_at = self._exchange.next_deadline_at
         if leads:
-            wake_at = self._wake_at = min(self._exchange.next_deadline_at, self.close_at)
+            self._wake_at = wake_at = min(deadline_at, self.close_at)
             self._leader_sleeps = True
+        else:
+            # Whoever leads minds the deadlines. This thread wakes for them too, if not often: one that sleeps for ever
+            # would have to be woken each time that the lead comes back with a deadline.
+            wake_at = min(max(deadline_at, monotonic() + ACK_DELAY_S), self.close_at)
         self._thread_wake_at = wake_at
         self._thread_sleeps = True
         return wake_at
