@@ -1,10 +1,12 @@
-"""`loop`: what a thread that leads must have done before it sleeps. Everything else is tested with real sockets."""
+"""`loop`: what a thread that leads must have done before it sleeps, and whom it wakes; the rest: tests/transports."""
 
 import time
+from pathlib import Path
 from typing import Any
 
+from messenger import Messenger
 from messenger.exchange import Exchange
-from messenger.limits import Limits
+from messenger.limits import ACK_DELAY_S, Limits
 from messenger.link import Link
 from messenger.loop import Loop, State, ThreadWaiter
 
@@ -69,3 +71,24 @@ def test_a_leader_sends_what_input_made_ready_before_it_sleeps() -> None:
         loop.await_outcome(waiter, time.monotonic() + 1)
     assert wakeup.was_dirty == [False]
     assert link.flush_count == 1
+
+
+def switches_of(thread: int) -> int:
+    """Returns how often a thread of this process has gone to sleep."""
+    status = Path(f"/proc/self/task/{thread}/status").read_text()
+    return int(status.split("voluntary_ctxt_switches:\t")[1].split()[0])
+
+
+def test_requests_do_not_wake_the_thread_that_does_not_lead() -> None:
+    """They once did, each of them: the thread slept for ever, and so was late for each deadline that came up."""
+    with Messenger("server") as server, Messenger("client") as client:
+        listener = server.listen_for_connection("tcp://127.0.0.1:0", lambda message: message.reply(b""))
+        connection = client.make_connection(f"tcp://127.0.0.1:{listener.port}")
+        client.request(connection, b"")
+        thread = client._loop._own_thread.native_id or 0
+        before_count = switches_of(thread)
+        began_at = time.monotonic()
+        for _ in range(500):
+            client.request(connection, b"")
+        elapsed_s = time.monotonic() - began_at
+        assert switches_of(thread) - before_count < 100 + 2 * elapsed_s / ACK_DELAY_S

@@ -406,7 +406,8 @@ class Loop:
         else:
             # Whoever leads minds the deadlines. This thread wakes for them too, if not often: one that sleeps for ever
             # would have to be woken each time that the lead comes back with a deadline.
-            wake_at = min(max(deadline_at, monotonic() + ACK_DELAY_S), self.close_at)
+            now = monotonic()
+            wake_at = min(deadline_at if deadline_at > now else now + ACK_DELAY_S, self.close_at)
         self._thread_wake_at = wake_at
         self._thread_sleeps = True
         return wake_at
