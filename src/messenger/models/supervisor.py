@@ -153,6 +153,9 @@ class Supervisor:
         self._stopping = True
         os.eventfd_write(self._wake, 1)
         self._thread.join(timeout + 5.0)
+        # Not by the thread, which may see `_stopping`, and end, before the descriptor was written to.
+        if not self._thread.is_alive():
+            os.close(self._wake)
 
     # The thread.
 
@@ -179,7 +182,6 @@ class Supervisor:
                     os.eventfd_read(self._wake)
                 else:
                     self._note_end(self._descriptors[descriptor], descriptor)
-        os.close(self._wake)
 
     def _sleep_ms(self, ticked_at: float) -> int:
         wake_at = ticked_at + PING_S
