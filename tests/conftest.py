@@ -21,6 +21,7 @@ import pytest
 import zmq
 
 from messenger import Destination, Limits, Message, Messenger, Security
+from messenger.wire import Data, decode_data_frame
 
 # Long enough for a machine under load; a test that passes never waits for it.
 TIMEOUT_S = 10.0
@@ -80,6 +81,13 @@ def never() -> Iterator[Inbox[object]]:
     inbox: Inbox[object] = Inbox()
     yield inbox
     assert inbox.wait(0) == []
+
+
+def data_of(frame: bytes) -> Data:
+    """Returns the numbers of a DATA frame."""
+    decoded = decode_data_frame(frame)
+    assert decoded is not None
+    return decoded[3]
 
 
 def contents_of(messages: list[Message]) -> list[bytes]:

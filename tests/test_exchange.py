@@ -36,11 +36,11 @@ from messenger.wire import (
     OptionKind,
     Reason,
     decode_batch,
-    decode_data,
     decode_header,
     encode_header,
     encode_refusal,
 )
+from tests.conftest import data_of
 
 
 class FakeRandom:
@@ -1288,10 +1288,10 @@ def test_what_was_processed_of_a_batch_is_not_reported_as_unknown() -> None:
     world.client.exchange.flush(0.0)
     ((_, (frame,)),) = world.connection_link.sent
     world.connection_link.sent.clear()
-    messages, *_ = decode_batch(frame, 0, decode_data(frame).msg_count, [])
+    messages, *_ = decode_batch(frame, 0, data_of(frame).msg_count, [])
     # The receiver may have seen the batch in two parts.
     server = world.server_session
-    assert server.receive(0, decode_data(frame)._replace(msg_count=2), sum(map(len, messages[:2])), 0.0) == 0
+    assert server.receive(0, data_of(frame)._replace(msg_count=2), sum(map(len, messages[:2])), 0.0) == 0
     world.server.exchange.handle_batch(server, 1, (messages[:2], {}, [], 100), 0)
     world.server.run()
     world.server.exchange.flush(0.0)

@@ -30,7 +30,6 @@ from messenger.wire import (
     Kind,
     Reason,
     decode_challenge,
-    decode_data,
     decode_header,
     decode_hello,
     decode_refusal,
@@ -43,6 +42,7 @@ from messenger.wire import (
     encode_refusal,
     encode_response,
 )
+from tests.conftest import data_of
 
 Frames = list[bytes]
 
@@ -1443,4 +1443,4 @@ def test_what_a_data_frame_of_a_connection_says() -> None:
     connecting.establish()
     connecting.side.send(connecting.session, b"a")
     (frame,) = connecting.link.take()
-    assert decode_data(frame) == Data(1, 0, 0, 1)
+    assert data_of(frame) == Data(1, 0, 0, 1)

@@ -29,10 +29,10 @@ from messenger.wire import (
     Option,
     OptionKind,
     decode_batch,
-    decode_data,
     decode_header,
     decode_message,
 )
+from tests.conftest import data_of
 
 OURS, THEIRS = 11, 22
 MANY = 1_000_000
@@ -88,7 +88,7 @@ class FakeLink(Link):
             header = decode_header(frame)
             assert header.kind == Kind.DATA
             assert (header.source_incarnation, header.dest_incarnation) == (OURS, THEIRS)
-            data = decode_data(frame)
+            data = data_of(frame)
             messages, large, *_ = decode_batch(frame, header.flags, data.msg_count, extra)
             contents = [large.get(index, decode_message(message)[2]) for index, message in enumerate(messages)]
             sent.append(Sent(header.flags & ~Flag.OPTIONS, *data[:3], contents))
@@ -966,7 +966,7 @@ def test_a_goodbye_tells_what_was_processed_first() -> None:
     end.session.note_processed(2)
     end.session.say_goodbye()
     first, (goodbye,) = end.link.frames
-    assert decode_data(first[0]) == Data(1, 2, 2, 0)
+    assert data_of(first[0]) == Data(1, 2, 2, 0)
     assert decode_header(goodbye)[1:] == (Kind.GOODBYE, 0, OURS, THEIRS)
     assert end.session.state is State.CLOSED
     assert end.session.is_closed
@@ -1066,7 +1066,7 @@ class Pair:
                     self.deliver(self.ends[1 - index], self.received[1 - index], frame)
 
     def deliver(self, end: Session, received: list[int], frame: bytes) -> None:
-        data = decode_data(frame)
+        data = data_of(frame)
         messages, *_ = decode_batch(frame, 0, data.msg_count, [])
         skipped = end.receive(decode_header(frame).flags, data, sum(map(len, messages)), self.now)
         if skipped is not None:

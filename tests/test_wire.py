@@ -25,7 +25,6 @@ from messenger.wire import (
     Reason,
     decode_batch,
     decode_challenge,
-    decode_data,
     decode_data_frame,
     decode_goodbye,
     decode_header,
@@ -145,7 +144,10 @@ def decode_frame(frame: bytes, extra: Sequence[bytes] = ()) -> tuple[object, ...
     if header.kind == Kind.REFUSED:
         return header, decode_refusal(frame)
     if header.kind == Kind.DATA:
-        data = decode_data(frame)
+        decoded = decode_data_frame(frame)
+        if decoded is None:
+            raise MalformedMessage("it is too short")
+        data = decoded[3]
         return header, data, decode_batch(frame, header.flags, data.msg_count, extra)
     if header.kind == Kind.GOODBYE:
         return header, decode_goodbye(frame)

@@ -105,7 +105,7 @@ class Exchange(Outcomes):
             self._refuse_full(outlet)
         large = None
         if len(contents) >= self._large_bytes_min:
-            contents, large = self._split_large(contents)
+            contents, large = b"", self._take_large(contents)
         message_id = self._next_id
         if callback is None and on_error is None:
             data = b"0-%d-%b" % (dest_callback_id, contents)  # type: ignore[str-format]
@@ -173,8 +173,8 @@ class Exchange(Outcomes):
             f"{self._queue_msgs_max}, queue_bytes_max is {self._queue_bytes_max}"
         )
 
-    def _split_large(self, contents: Buffer) -> tuple[bytes, bytes | None]:
-        """Return what stands in the batch, and what follows it as a frame of its own: all contents if they are large.
+    def _take_large(self, contents: Buffer) -> bytes:
+        """Return contents that follow the batch as a frame of their own.
 
         Raises:
             MessageTooLarge: They are too large for that, too.
@@ -182,8 +182,7 @@ class Exchange(Outcomes):
         size_bytes = len(contents)
         if size_bytes > self._message_bytes_max:
             raise MessageTooLarge(f"contents are {size_bytes} bytes, message_bytes_max is {self._message_bytes_max}")
-        # What may still change under us is copied; bytes are not.
-        return (b"", bytes(contents)) if size_bytes >= LARGE_BYTES_MIN else (bytes(contents), None)
+        return bytes(contents)  # What may still change under us is copied; bytes are not.
 
     def is_full(self, outlet: Outlet) -> bool:
         """Return whether an outlet's queue takes no further message."""

@@ -104,8 +104,7 @@ _HELLO = struct.Struct("<QQIQ")
 _CHALLENGE = struct.Struct("<QQIQ")
 _RESPONSE = struct.Struct("<Q")
 _GOODBYE = struct.Struct("<Q")
-_DATA = struct.Struct("<QQQI")
-# Both at once, for the frames that are many.
+# The header and the numbers at once, for the frames that are many.
 _DATA_FRAME = struct.Struct("<BBBBQQQQQI")
 DATA_HEADER_BYTES = _DATA_FRAME.size
 # In a message's size: its contents follow as a frame of their own.
@@ -322,11 +321,6 @@ def decode_data_frame(frame: bytes) -> tuple[int, int, int, Data] | None:
         return None
     _, _, _, flags, source, dest, first, received, processed, count = _DATA_FRAME.unpack_from(frame)
     return flags, source, dest, Data(first, received, processed, count)
-
-
-def decode_data(frame: bytes) -> Data:
-    """Return the numbers of a DATA frame."""
-    return Data(*_unpack(_DATA, frame))
 
 
 def decode_batch(

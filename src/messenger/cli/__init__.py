@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 
 from messenger import DestinationInUse, DestinationInvalid, MessengerError, NotDelivered, OutcomeUnknown
 
-from .terminal import complain, end_on
+from .terminal import BROKEN_PIPE, FAILED, INTERRUPTED, NOT_DELIVERED, UNKNOWN, USAGE, complain, end_on
 
 if TYPE_CHECKING:
     import click
 
 # What each extra brings that the command line may find missing.
 EXTRAS = {"click": "cli", "rich": "cli", "apsw": "replication"}
-UNKNOWN, USAGE, NOT_DELIVERED, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 128 + 2, 128 + 13
 # For each error the exit status and what to do; the first that fits counts.
 OUTCOMES: tuple[tuple[type[Exception], int, str], ...] = (
     (OutcomeUnknown, UNKNOWN, "; it may have run there: --timeout waits longer, --no-wait wants no response"),

@@ -35,12 +35,11 @@ from messenger import (
     __version__,
 )
 
-from .terminal import complain, end_on, option, parse_place, printable, show_progress, wait, write
+from .terminal import INTERRUPTED, complain, end_on, option, parse_place, printable, show_progress, wait, write
 
 if TYPE_CHECKING:
     import click
 
-INTERRUPTED = 128 + 2
 END_GRACE_S = 0.2  # A peer loses an answer that it has not read when the link closes (its socket is IMMEDIATE).
 WAIT_S_MAX = 86_400  # What a user may ask for. Beyond some weeks ZeroMQ's milliseconds overflow.
 WORKERS_MAX = 256  # Each is a thread and a process.

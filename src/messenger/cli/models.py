@@ -23,14 +23,25 @@ import msgspec
 
 from messenger import Messenger, MessengerError, NotDelivered, OutcomeUnknown
 
-from .terminal import complain, end_on, option, parse_place, printable, wait, write
+from .terminal import (
+    FAILED,
+    INTERRUPTED,
+    NOT_DELIVERED,
+    UNKNOWN,
+    complain,
+    end_on,
+    option,
+    parse_place,
+    printable,
+    wait,
+    write,
+)
 
 if TYPE_CHECKING:
     import click
 
     from messenger.models import Job, ModelClient, Progress
 
-UNKNOWN, NOT_DELIVERED, FAILED, INTERRUPTED = 1, 3, 4, 128 + 2
 DEFAULT_PORT = "15446"
 # What `[models]` brings and a server needs.
 EXTRA = ("lightgbm", "numpy", "onnx", "onnxruntime", "pyarrow", "skl2onnx", "sklearn")

@@ -34,12 +34,12 @@ from messenger.replication import (
 )
 
 from .sql import Statement, show_row, split_statements
-from .terminal import complain, end_on, option, parse_place, printable, show_amount, wait, write
+from .terminal import FAILED, UNKNOWN, complain, end_on, option, parse_place, printable, show_amount, wait, write
 
 if TYPE_CHECKING:
     import click
 
-UNKNOWN, FAILED, DIFFERENT = 1, 4, 1
+DIFFERENT = 1  # The exit status of `verify`.
 PORT = 15_445
 SECONDS_MAX = 86_400
 # A load commits so many statements at a time, because one by one would wait as often for the disk.

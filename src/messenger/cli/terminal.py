@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Exit statuses; what each command means by them stands in its help.
+UNKNOWN, USAGE, NOT_DELIVERED, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 128 + 2, 128 + 13
 END_S_MAX = 2  # After a signal: more than the second that `Messenger.close` may take.
 WAIT_SLICE_S = 1.0
 BAR_COUNT_MIN = 100  # From so many steps on a terminal shows a progress bar.
