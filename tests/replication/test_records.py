@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from messenger.replication.records import (
@@ -33,6 +33,8 @@ HEADS = st.builds(Head, st.integers(1, 2**32), st.integers(0, 2**62), st.binary(
 
 @pytest.mark.parametrize("decode", DECODERS)
 @given(st.binary(max_size=200))
+@example(b"\x91\xa3\x00\x00\x80")
+@example(b"\x92\xa5claim\xa1\xff")
 def test_any_bytes_are_a_record_or_refused(decode: Callable[[bytes], object], data: bytes) -> None:
     try:
         decode(data)
@@ -41,7 +43,9 @@ def test_any_bytes_are_a_record_or_refused(decode: Callable[[bytes], object], da
 
 
 @pytest.mark.parametrize("decode", DECODERS)
-@pytest.mark.parametrize("data", [b"\x81" * 10_000, b"\x91" * 10_000, b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "data", [b"\x81" * 10_000, b"\x91" * 10_000, b"\x91\xa1\xff", b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"]
+)
 def test_bombs_are_refused(decode: Callable[[bytes], object], data: bytes) -> None:
     with pytest.raises(MalformedRecord):
         decode(data)

@@ -10,7 +10,7 @@ What must never happen here: bytes of a peer that raise anything but `MalformedR
 from enum import IntEnum
 from hashlib import blake2b
 from struct import Struct
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -19,6 +19,7 @@ CHECKSUM_BYTES = 16
 # The checksum before the first entry.
 NO_CHECKSUM = bytes(CHECKSUM_BYTES)
 _LINK = Struct(">QQQ")
+T = TypeVar("T")
 
 
 class MalformedRecord(ValueError):
@@ -292,31 +293,27 @@ def encode(record: FromReplica | FromPrimary | list[Part] | list[tuple[str, int]
 
 def decode_from_replica(data: bytes) -> FromReplica:
     """Return what a replica, or somebody who asks, sent. Raises `MalformedRecord`."""
-    try:
-        return _from_replica.decode(data)
-    except msgspec.DecodeError as error:
-        raise MalformedRecord(str(error)) from error
+    return _decode(_from_replica, data)
 
 
 def decode_from_primary(data: bytes) -> FromPrimary:
     """Return what a primary sent. Raises `MalformedRecord`."""
-    try:
-        return _from_primary.decode(data)
-    except msgspec.DecodeError as error:
-        raise MalformedRecord(str(error)) from error
+    return _decode(_from_primary, data)
 
 
 def decode_parts(data: bytes) -> list[Part]:
     """Return the parts of an entry. Raises `MalformedRecord`."""
-    try:
-        return _parts.decode(data)
-    except msgspec.DecodeError as error:
-        raise MalformedRecord(str(error)) from error
+    return _decode(_parts, data)
 
 
 def decode_sequences(data: bytes) -> list[tuple[str, int]]:
     """Return the values of sequences. Raises `MalformedRecord`."""
+    return _decode(_sequences, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
     try:
-        return _sequences.decode(data)
-    except msgspec.DecodeError as error:
+        return decoder.decode(data)
+    except (ValueError, RecursionError) as error:
+        # msgspec's own errors are ValueErrors; text that is not UTF-8 raises a UnicodeDecodeError at some places.
         raise MalformedRecord(str(error)) from error

@@ -36,7 +36,7 @@ def query_status(
     kind: type[PrimaryStatus | ReplicaSelfStatus] = ReplicaSelfStatus if answer.role == "replica" else PrimaryStatus
     try:
         return msgspec.json.decode(contents, type=kind)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ReplicationError(f"what listens at {destination} is no primary and no replica: {error}") from error
 
 
@@ -74,7 +74,7 @@ def _ask(
     contents = messenger.request(destination, query, timeout=timeout).contents
     try:
         answer = msgspec.json.decode(contents, type=_Answer)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ReplicationError(f"what listens at {destination} is no primary and no replica: {error}") from error
     if answer.error:
         raise ReplicationError(answer.error)
