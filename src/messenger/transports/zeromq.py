@@ -12,23 +12,17 @@ The traps of ZeroMQ that this file is about:
 * A ROUTER drops what it cannot route unless it is MANDATORY, and then it raises for one peer; that never stops others.
 * A DEALER takes messages while nobody is there. With IMMEDIATE it does not, but then it throws away what it has
   received when its link breaks. So a monitor tells when somebody is there; until then messages wait in our own queue.
-* A socket is really closed, and its port free, only when its monitor says that it stopped. That is told by a send that
-  blocks the thread which closes all sockets of the process, so a monitor that was not told is kept until it is.
 
 Source: docs/protocol.md, "Basic dialect".
 """
 
 import errno
-import itertools
-import os
-import threading
 import time
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
@@ -36,7 +30,6 @@ from ..limits import (
     BATCH_MSGS_MAX,
     HEADER_BYTES_MAX,
     LARGE_BYTES_MIN,
-    SOCKETS_MAX,
     TURN_DROPPED_FRAMES_MAX,
     TURN_MSGS_MAX,
     Limits,
@@ -45,6 +38,7 @@ from ..link import Link
 from ..message import Callback
 from ..outgoing import Outgoing
 from .local import IpcLock, inproc_names
+from .sockets import POLLIN, Monitor, context
 from .wakeup import check_descriptors
 
 # libzmq takes milliseconds in 31 bits.
@@ -52,36 +46,9 @@ LINGER_S_MAX = 1_000_000.0
 NOBLOCK = int(zmq.NOBLOCK)
 SNDMORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
 RCVMORE = zmq.RCVMORE
-POLLIN = int(zmq.POLLIN)
+UP, DOWN = int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_DISCONNECTED)
 # Beyond twice the largest message libzmq cuts the peer off itself; up to there we drop the message and count it.
 FRAME_BYTES_FACTOR = 2
-
-_context: zmq.Context[zmq.Socket[bytes]] | None = None
-_context_lock = threading.Lock()
-_monitor_numbers = itertools.count(1)
-# Of closed sockets that have not stopped yet.
-_untold_monitors: list[zmq.Socket[bytes]] = []
-
-
-def context() -> zmq.Context[zmq.Socket[bytes]]:
-    """Return the context of this process, made at first use: inproc reaches only within one context."""
-    global _context
-    with _context_lock:
-        if _context is None:
-            _context = zmq.Context(io_threads=1)
-            _context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)
-        return _context
-
-
-def _forget_context() -> None:
-    """Drop the parent's context in the child of a fork: its threads do not exist here."""
-    global _context, _context_lock
-    _context = None
-    _untold_monitors.clear()
-    _context_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_context)
 
 
 def _touch_nothing(link: "SocketLink") -> None:
@@ -131,15 +98,8 @@ class SocketLink(Link):
         for option, value in options.items():
             self.socket.setsockopt(option, value)
         self.descriptor: int = self.socket.getsockopt(zmq.FD)  # type: ignore[assignment]
-        self._monitor = context().socket(zmq.PAIR)
-        self._monitor.setsockopt(zmq.LINGER, 0)
-        # libzmq's own threads must never wait for us to read.
-        self._monitor.setsockopt(zmq.RCVHWM, 0)
-        # libzmq frees a name some time after its socket was closed, so each is used once.
-        name = f"inproc://messenger-monitor-{next(_monitor_numbers)}"
-        self.socket.monitor(name, events | zmq.EVENT_MONITOR_STOPPED)
-        self._monitor.connect(name)
-        self.monitor_descriptor: int = self._monitor.getsockopt(zmq.FD)  # type: ignore[assignment]
+        self._monitor = Monitor(self.socket, events)
+        self.monitor_descriptor = self._monitor.descriptor
 
     def has_input(self) -> bool:
         """Read the socket's events, as must be done before anybody sleeps on its descriptor."""
@@ -148,10 +108,11 @@ class SocketLink(Link):
 
     def read_news(self) -> None:
         """Take what the monitor tells of the link."""
-        while self._monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
-            event = recv_monitor_message(self._monitor)["event"]
-            if event in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
-                self.note_up(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        for event, value in self._monitor.read():
+            self._handle_news(event, value)
+
+    def _handle_news(self, event: int, value: int) -> None:
+        """Take one event of the monitor."""
 
     def note_up(self, is_up: bool) -> None:
         """Note that somebody is there now, or that nobody is."""
@@ -242,37 +203,10 @@ class SocketLink(Link):
         linger_ms = int(min(linger_s, LINGER_S_MAX) * 1000) if self._is_up_now() else 0
         self.socket.close(linger=linger_ms)
         # An inproc socket stops only when its peers have noticed, which this thread may have to do for them.
-        has_stopped = not self.endpoint.startswith("inproc:") and self._await_stop(linger_ms + 50)
-        with _context_lock:
-            if has_stopped:
-                self._monitor.close()
-            else:
-                _untold_monitors.append(self._monitor)
-            for monitor in [other for other in _untold_monitors if _has_stopped(other)]:
-                _untold_monitors.remove(monitor)
-                monitor.close()
+        self._monitor.close(0 if self.endpoint.startswith("inproc:") else linger_ms / 1000 + 0.05)
 
     def _is_up_now(self) -> bool:
-        """Read what the monitor has, without telling anybody."""
-        is_up = self.is_up
-        while self._monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
-            is_up = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        return is_up
-
-    def _await_stop(self, timeout_ms: int) -> bool:
-        ends_at = time.monotonic() + timeout_ms / 1000
-        while (left_s := ends_at - time.monotonic()) > 0:
-            if self._monitor.poll(int(left_s * 1000) + 1) and _has_stopped(self._monitor):
-                return True
-        return False
-
-
-def _has_stopped(monitor: zmq.Socket[bytes]) -> bool:
-    """Read what a monitor has; return whether its socket is closed for good."""
-    while monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
-        if recv_monitor_message(monitor)["event"] == zmq.EVENT_MONITOR_STOPPED:
-            return True
-    return False
+        return self.is_up
 
 
 class ConnectionLink(SocketLink):
@@ -281,13 +215,21 @@ class ConnectionLink(SocketLink):
     def __init__(
         self, routing_id: bytes, handle: object, callback: Callback | None, exchange: Exchange, limits: Limits
     ) -> None:
-        news = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        super().__init__(zmq.DEALER, news, handle, callback, exchange, limits)
+        super().__init__(zmq.DEALER, UP | DOWN, handle, callback, exchange, limits)
         # A session's routing id is ZeroMQ's own and means nothing; in the basic dialect it is the identity.
         if routing_id:
             self.socket.setsockopt(zmq.ROUTING_ID, routing_id)
         self.socket.setsockopt(zmq.IPV6, 1)
         self._inproc_binding = 0
+
+    def _handle_news(self, event: int, value: int) -> None:
+        if event in (UP, DOWN):
+            self.note_up(event == UP)
+
+    def _is_up_now(self) -> bool:
+        """Read what the monitor has, without telling anybody."""
+        states = [event == UP for event, _ in self._monitor.read() if event in (UP, DOWN)]
+        return states[-1] if states else self.is_up
 
     def attach(self, endpoint: str) -> None:
         """Connect to an endpoint, in place of the present one if there is one; what is queued here goes there.
