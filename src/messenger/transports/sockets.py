@@ -6,6 +6,7 @@ blocks the thread which closes all sockets of the process, so a monitor that was
 
 import itertools
 import os
+import socket
 import struct
 import threading
 import time
@@ -44,6 +45,23 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
+def cut(descriptor: int, port: int) -> bool:
+    """End a connection of a tcp listener of ours, by the descriptor that libzmq told; return whether it was there.
+
+    libzmq has no call for this. It may have closed the descriptor meanwhile, and another file may have its number, so
+    what it is now is looked at first.
+    """
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            is_ours = connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getsockname()[1] == port
+            if is_ours:
+                connection.getpeername()  # The listening socket has none.
+                connection.shutdown(socket.SHUT_RDWR)
+            return is_ours
+    except OSError:
+        return False
+
+
 class Monitor:
     """What happens to the connections of one socket.
 
@@ -65,10 +83,9 @@ class Monitor:
     def read(self) -> list[tuple[int, int]]:
         """Return the events that came, each with its value."""
         news: list[tuple[int, int]] = []
-        socket = self._socket
-        while socket.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
-            news.append(_NEWS.unpack(socket.recv(zmq.NOBLOCK)))
-            socket.recv(zmq.NOBLOCK)  # The endpoint.
+        while self._socket.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
+            news.append(_NEWS.unpack(self._socket.recv(zmq.NOBLOCK)))
+            self._socket.recv(zmq.NOBLOCK)  # The endpoint.
         return news
 
     def wait(self, timeout_s: float) -> list[tuple[int, int]]:
