@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from messenger import wire
+from messenger.exchange import Exchange
 from tests.fuzz import targets
 from tests.fuzz.targets import TARGETS, RuleBroken, fuzz_exchange, fuzz_wire
 
@@ -47,15 +48,15 @@ def test_wire_target_finds_a_decoder_that_raises(monkeypatch: pytest.MonkeyPatch
 
 
 def test_exchange_target_finds_an_outcome_that_is_told_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    fail = targets.Exchange._fail
+    fail = Exchange._fail
 
-    def fail_twice(self: targets.Exchange, message_id: int, *others: object) -> None:
+    def fail_twice(self: Exchange, message_id: int, *others: object) -> None:
         entry = self._outstanding.get(message_id)
         fail(self, message_id, *others)  # type: ignore[arg-type]
         if entry is not None:
             self._outstanding[message_id] = entry
             fail(self, message_id, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(targets.Exchange, "_fail", fail_twice)
+    monkeypatch.setattr(Exchange, "_fail", fail_twice)
     with pytest.raises(RuleBroken, match="two outcomes"):
         fuzz_exchange(bytes([7, 5, 0, 1, 65]))
