@@ -22,7 +22,7 @@ SOURCE = ROOT / "src"
 ORDER = (
     *("errors", "limits", "destination", "wire", "outgoing", "link", "session"),
     *("handshake", "message", "outcomes", "exchange"),
-    *("transports", "endpoint", "loop", "messenger", "aio"),
+    *("transports", "endpoint", "loop", "base", "threads", "messenger", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
 CORE = {
@@ -37,6 +37,9 @@ CORE = {
     "transports",
     "endpoint",
     "loop",
+    "base",
+    "threads",
+    "tasks",
 }
 COMPONENTS = {"replication", "models"}
 SURFACES = {"cli", "dashboard"}

@@ -19,7 +19,7 @@ from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, Outco
 from .handshake import Handshake
 from .limits import BATCH_MSGS_MAX
 from .link import FOREVER, Link, Outlet
-from .message import ErrorCallback, Waiter
+from .message import ErrorCallback, Taker
 from .outgoing import Outgoing
 from .session import Session
 from .wire import Option, OptionKind, Reason, decode_identity
@@ -250,7 +250,7 @@ class Outcomes:
             session.queue_bytes += sum(outgoing.size_bytes for outgoing in sent)
         self.abandon(session, f"refused: {text}", IdentityInUse if reason == Reason.IDENTITY_IN_USE else NotDelivered)
 
-    def forget(self, waiter: Waiter) -> None:
+    def forget(self, waiter: Taker) -> None:
         """Drop the entry of a waiter that nobody waits on any more (an interrupted `request`)."""
         for message_id in [key for key, entry in self._outstanding.items() if entry.callback is waiter]:
             del self._outstanding[message_id]
@@ -264,7 +264,7 @@ class Outcomes:
         elif kind is OutcomeUnknown:
             self._outcome_unknown_msgs += 1
         error = kind(f"message {message_id} to {entry.outlet.owner}: {why}", message_id, *details)
-        if isinstance(entry.callback, Waiter):
+        if isinstance(entry.callback, Taker):
             entry.callback.settle(None, error)
         else:
             self.calls.append((self._on_unheard if entry.on_error is None else entry.on_error, error))
