@@ -22,7 +22,7 @@ SOURCE = ROOT / "src"
 ORDER = (
     *("errors", "limits", "destination", "wire", "outgoing", "link", "session"),
     *("handshake", "message", "outcomes", "exchange"),
-    *("transports", "endpoint", "loop", "base", "threads", "messenger", "tasks", "aio"),
+    *("security", "transports", "endpoint", "loop", "base", "threads", "messenger", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
 CORE = {
