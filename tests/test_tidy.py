@@ -20,12 +20,13 @@ SOURCE = ROOT / "src"
 
 # A module imports only from those to its left. A new module takes its place here.
 ORDER = (
-    *("errors", "limits", "destination", "wire", "outgoing", "link", "session"),
+    *("errors", "limits", "interrupts", "destination", "wire", "outgoing", "link", "session"),
     *("handshake", "message", "outcomes", "exchange"),
-    *("security", "transports", "endpoint", "loop", "messenger", "aio"),
+    *("security", "transports", "endpoint", "loop", "base", "threads", "messenger", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
 CORE = {
+    "interrupts",
     "wire",
     "outgoing",
     "link",
@@ -37,6 +38,9 @@ CORE = {
     "transports",
     "endpoint",
     "loop",
+    "base",
+    "threads",
+    "tasks",
 }
 COMPONENTS = {"replication", "models"}
 SURFACES = {"cli", "dashboard"}

@@ -26,7 +26,13 @@ logger = logging.getLogger("messenger")
 
 
 class Driver(Protocol):
-    """What the endpoints need of the loop that serves them."""
+    """What the endpoints need of the loop that serves them.
+
+    Attributes:
+        uses_threads: Whether a listener may have worker threads.
+    """
+
+    uses_threads: bool
 
     def add(self, link: SocketLink) -> None:
         """Receive from a link from now on."""
@@ -113,9 +119,11 @@ class Listener(_Endpoint):
         destination: What was opened; a port of 0 has become the port that was free.
         identity: What plain peers see as the sender of its messages.
         closed: Whether `close` was called.
+        worker_count: How many of its messages may be in its callback at one time, 0 if that was not said.
     """
 
     identity: str
+    worker_count = 0
     workers: "Workers | None" = None
 
     def __init__(self, messenger: Any, destination: Destination) -> None:
@@ -231,7 +239,8 @@ class Endpoints:
         self._check_count(Listener, "listeners_max", self._limits.listeners_max)
         listener = Listener(self._messenger, destination)
         listener.identity = identity
-        if callback is not None and worker_count:
+        listener.worker_count = worker_count
+        if callback is not None and worker_count and driver.uses_threads:
             user_callback = callback
             backlog_max = self._limits.worker_backlog_max
             listener.workers = Workers(
@@ -408,6 +417,7 @@ class Endpoints:
 
     def close_all(self, linger_s: float) -> None:
         """Close everything, once nobody uses the sockets. Called without the lock."""
+        self._security.off_reload(self._messenger._cut_revoked)
         if self._gate is not None:
             self._gate.close()
         for endpoint in list(self._open):

@@ -19,7 +19,7 @@ from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, Outco
 from .handshake import Handshake
 from .limits import BATCH_MSGS_MAX
 from .link import FOREVER, Link, Outlet
-from .message import ErrorCallback, Waiter
+from .message import ErrorCallback, Taker
 from .outgoing import Outgoing
 from .session import Session
 from .wire import Option, OptionKind, Reason, decode_identity
@@ -270,7 +270,7 @@ class Outcomes:
         self._revive_at[link] = revive_at
         self._sessions_at = min(self._sessions_at, revive_at)
 
-    def forget(self, waiter: Waiter) -> None:
+    def forget(self, waiter: Taker) -> None:
         """Drop the entry of a waiter that nobody waits on any more (an interrupted `request`)."""
         for message_id in [key for key, entry in self._outstanding.items() if entry.callback is waiter]:
             del self._outstanding[message_id]
@@ -284,7 +284,7 @@ class Outcomes:
         elif kind is OutcomeUnknown:
             self._outcome_unknown_msgs += 1
         error = kind(f"message {message_id} to {entry.outlet.owner}: {why}", message_id, *details)
-        if isinstance(entry.callback, Waiter):
+        if isinstance(entry.callback, Taker):
             entry.callback.settle(None, error)
         else:
             self.calls.append((self._on_unheard if entry.on_error is None else entry.on_error, error))
