@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from messenger import Messenger, MessengerError, NotDelivered, OutcomeUnknown
+from messenger import MessengerError, NotDelivered, OutcomeUnknown
 
+from .keys import new_messenger, secure, security
 from .terminal import (
     FAILED,
     INTERRUPTED,
@@ -113,7 +114,11 @@ def make_commands() -> "list[click.Command]":
         ("cancel", _guard(_cancel), [click.Argument(["job"]), *client]),
     ]
     return [
-        click.Command(word, callback=work, params=params, help=work.__doc__, epilog=STATUSES)
+        secure(
+            click.Command(word, callback=work, params=list(params), help=work.__doc__, epilog=STATUSES),
+            listens=word == "manage",
+            connects=word != "manage",
+        )
         for word, work, params in works
     ]
 
@@ -141,7 +146,7 @@ def _guard(command: Callable[..., int]) -> Callable[..., int]:
 def _connect(at: str) -> "Iterator[ModelClient]":
     from messenger.models import ModelClient
 
-    with Messenger() as messenger:
+    with new_messenger() as messenger:
         yield ModelClient(messenger, parse_place(at))
 
 
@@ -178,7 +183,7 @@ def _manage(at: str, folder: Path | None, servers: int, command: str | None) -> 
     forever: SimpleQueue[None] = SimpleQueue()
     with (
         contextlib.suppress(KeyboardInterrupt),
-        Messenger() as messenger,
+        new_messenger() as messenger,
         ModelServerManager(messenger, parse_place(at), servers=servers, command=words, folder=folder) as manager,
     ):
         complain(f"the manager listens on {', '.join(manager.listener.endpoints)}; models in {manager.folder}")
@@ -194,7 +199,7 @@ def _serve(at: str, folder: Path | None) -> int:
     from messenger.models.server import serve
 
     _require_extra()
-    return serve(parse_place(at), folder)
+    return serve(parse_place(at), folder, security=security())
 
 
 def _train(

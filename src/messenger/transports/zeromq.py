@@ -278,7 +278,7 @@ class ConnectionLink(SocketLink):
         if not self._is_refused:
             logger.warning("! %s refused a connection: %s", self.endpoint, text)
         self._is_refused = True
-        self._exchange.handle_link_refused(self, f"{self.endpoint}: {text}")
+        self._exchange.handle_link_refused(self, text)
         if is_over:
             self._exchange.revive_later(self, time.monotonic() + RETRY_S)
 
