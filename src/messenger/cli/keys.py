@@ -41,8 +41,11 @@ def _keygen(name: str, folder: str) -> int:
     return 0
 
 
-def secure(command: "click.Command", *, listens: bool = False, connects: bool = False) -> "click.Command":
-    """Add to a command the options that say who it is, whom it lets in, and which server it trusts."""
+def secure(command: "click.Command", *, listens: bool = False, connects: bool | None = None) -> "click.Command":
+    """Add to a command the options that say who it is, whom it lets in, and which server it trusts.
+
+    Unless it says so, a command that listens does not connect.
+    """
     command.params.append(option("--key", metavar="FILE", help="Our secret key, of messenger keygen; for tcp."))
     if listens:
         command.params += [
@@ -51,7 +54,7 @@ def secure(command: "click.Command", *, listens: bool = False, connects: bool = 
             ),
             option("--insecure", is_flag=True, help="Allow a DEST that other machines reach, without keys."),
         ]
-    if connects:
+    if connects if connects is not None else not listens:
         text = "The server's public key, or a file with it."
         command.params.append(option("--server-key", metavar="KEY", help=text))
     run: Callable[..., int] = command.callback  # type: ignore[assignment]

@@ -86,10 +86,8 @@ def make_commands() -> "list[click.Command]":
     ]
     return [
         secure(click.Command("listen", callback=_listen, params=listen, help=_listen.__doc__), listens=True),
-        secure(
-            click.Command("send", callback=_send, params=send, help=_send.__doc__, epilog=SEND_STATUSES), connects=True
-        ),
-        secure(click.Command("ping", callback=_ping, params=ping, help=_ping.__doc__), connects=True),
+        secure(click.Command("send", callback=_send, params=send, help=_send.__doc__, epilog=SEND_STATUSES)),
+        secure(click.Command("ping", callback=_ping, params=ping, help=_ping.__doc__)),
         click.Command("version", callback=_version, params=[as_json], help=_version.__doc__),
     ]
 

@@ -113,14 +113,14 @@ def make_commands() -> "list[click.Command]":
         ("status", _guard(_status), client),
         ("cancel", _guard(_cancel), [click.Argument(["job"]), *client]),
     ]
-    return [
-        secure(
-            click.Command(word, callback=work, params=list(params), help=work.__doc__, epilog=STATUSES),
-            listens=word == "manage",
-            connects=word != "manage",
-        )
-        for word, work, params in works
-    ]
+    return [_make_command(*work) for work in works]
+
+
+def _make_command(word: str, work: Callable[..., int], params: "list[click.Parameter]") -> "click.Command":
+    import click
+
+    command = click.Command(word, callback=work, params=list(params), help=work.__doc__, epilog=STATUSES)
+    return secure(command, listens=word == "manage")
 
 
 def _guard(command: Callable[..., int]) -> Callable[..., int]:
