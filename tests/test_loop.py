@@ -8,7 +8,8 @@ from messenger import Messenger
 from messenger.exchange import Exchange
 from messenger.limits import ACK_DELAY_S, Limits
 from messenger.link import Link
-from messenger.loop import Loop, State, ThreadWaiter
+from messenger.loop import Loop, State
+from messenger.waiting import ThreadWaiter
 
 
 class FakeRandom:

@@ -22,12 +22,13 @@ from typing import Any
 
 from .errors import DeliveryError, QueueFull
 from .exchange import BATCH_PROCESSED, Exchange
-from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S
+from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S, POLL_S
 from .link import FOREVER, Outlet
-from .message import Message, Waiter
+from .message import Message
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX, Wakeup
 from .transports.zeromq import SocketLink
+from .waiting import ThreadWaiter
 
 logger = logging.getLogger("messenger")
 
@@ -40,27 +41,6 @@ class State(Enum):
     CLOSING = "closing"
     CLOSED = "closed"
     FORKED = "forked"
-
-
-class ThreadWaiter(Waiter):
-    """A thread that waits for an outcome. It leads, or it follows: then it sleeps on `wake`."""
-
-    __slots__ = ("wake",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wake: threading.Lock | None = None
-
-    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
-        """Note the outcome and wake the thread."""
-        super().settle(response, error)
-        self.wake_up()
-
-    def wake_up(self) -> None:
-        """Wake the thread, if it follows."""
-        if self.wake is not None:
-            self.wake.release()
-            self.wake = None
 
 
 class Loop:
@@ -113,6 +93,7 @@ class Loop:
         # When the callback that runs now began.
         self._callback_at = FOREVER
         self._must_attach = False
+        self._poll_at = 0.0
         self._room_wanted_count = 0
 
     def _set_lock(self) -> None:
@@ -289,6 +270,18 @@ class Loop:
             self._changed.notify_all()
         return bool(self._readable)
 
+    def poll(self, now: float) -> None:
+        """Take input in the middle of a callback, if nobody else does and not long after the last time.
+
+        What comes is processed, and what that runs waits for its turn. Called without the lock.
+        """
+        if now >= self._poll_at:
+            self._poll_at = now + POLL_S
+            with self.lock:
+                if self._leader is None and self.state in (State.RUNNING, State.CLOSING):
+                    self._read_events()
+                    self._take_input(self._wakeup.wait_input(0))
+
     # Waiting in another thread.
 
     def await_outcome(self, waiter: ThreadWaiter, deadline_at: float) -> None:
@@ -312,10 +305,11 @@ class Loop:
                 else:
                     self._follow(waiter, deadline_at)
         finally:
-            if self._leader is waiter:
-                self._leave_lead()
             if not waiter.done:
                 self._exchange.forget(waiter)
+                self.flush()
+            if self._leader is waiter:
+                self._leave_lead()
 
     def _lead(self, waiter: ThreadWaiter) -> None:
         """Take input once, if need be after a sleep until there is some."""
@@ -417,6 +411,9 @@ class Loop:
         if not calls:
             return
         self._callback_at = now = monotonic()
+        if now >= self._exchange.expires_at:
+            with self.lock:
+                self._exchange.drop_expired(now)
         flush_at = now + FLUSH_S
         # Only those that are there now: callbacks may add calls for ever, and input must have its turn.
         for _ in range(len(calls)):
@@ -434,6 +431,8 @@ class Loop:
                 with self.lock:
                     self._note_processed()
                     self.flush()
+                if now >= self._exchange.expires_at:
+                    break
                 flush_at = now + FLUSH_S
         self._callback_at = FOREVER
 
@@ -445,10 +444,13 @@ class Loop:
 
     def run_in_worker(self, callback: Callable[[Message], object], message: Message) -> None:
         """Run a user's callback in a worker thread, survive it, and note that the message is processed."""
-        try:
-            callback(message)
-        except BaseException as error:
-            self._report(callback, message, error)
+        if message.is_given_up(monotonic()) and not message.is_response:
+            self.count_drop("expired")
+        else:
+            try:
+                callback(message)
+            except BaseException as error:
+                self._report(callback, message, error)
         with self.lock:
             self._exchange.note_one_processed(message)
             if self.state in (State.RUNNING, State.CLOSING):

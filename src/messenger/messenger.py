@@ -13,14 +13,14 @@ from .destination import Destination
 from .endpoint import Connection, Endpoints, Listener, Security, To
 from .errors import CalledFromCallback, DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
-from .limits import CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, Limits
+from .limits import CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, TIMEOUT_S, Limits
 from .link import FOREVER
-from .loop import Loop, State, ThreadWaiter
+from .loop import Loop, State
 from .message import Callback, ErrorCallback, Message, Statistics
+from .waiting import ThreadWaiter
 from .wire import ID_MAX, NOOP, Buffer, encode_identity
 
 logger = logging.getLogger("messenger")
-TIMEOUT_S = 30.0
 # Draws incarnations and nonces, which others must not guess.
 _rng = secrets.SystemRandom()
 
@@ -159,7 +159,8 @@ class Messenger:
             _check_callable("on_error", on_error)
         if type(contents) is not bytes:
             contents = _as_bytes(contents)
-        if timeout != TIMEOUT_S or remote_callback:
+        is_timed = timeout != TIMEOUT_S
+        if is_timed or remote_callback:
             _check_numbers(timeout, remote_callback)
         deadline_at = monotonic() + timeout
         loop, exchange = self._loop, self._exchange
@@ -179,7 +180,8 @@ class Messenger:
             while not message_id:
                 try:
                     message_id = exchange.send(
-                        outlet, peer, contents, callback, on_error, remote_callback, deadline_at, roams, redeliver
+                        *(outlet, peer, contents, callback, on_error),
+                        *(remote_callback, deadline_at, roams, redeliver, is_timed),
                     )
                 except QueueFull:
                     loop.wait_room(outlet, deadline_at)
@@ -222,7 +224,9 @@ class Messenger:
         return waiter.response  # type: ignore[return-value]  # Settled without an error.
 
     def cancel(self, message_id: int) -> bool:
-        """Give a message up: its `on_error` gets `Cancelled`, unless it has its outcome already. It may still run.
+        """Give a message up: its `on_error` gets `Cancelled`, unless it has its outcome already.
+
+        The receiver is told: it does not start the message if it has not yet, and `message.cancelled` becomes true.
 
         Returns:
             Whether it had no outcome yet.
@@ -231,7 +235,8 @@ class Messenger:
         """
         with self._loop.lock:
             is_open = self._exchange.cancel(message_id)
-            self._loop.announce_calls()
+            if is_open:
+                self._loop.flush()
         return is_open
 
     def register_callback(self, callback_id: int, callback: Callback) -> None:
@@ -293,6 +298,14 @@ class Messenger:
         finally:
             loop.release()
         return message_id or self.send_message(message, contents)
+
+    def _is_given_up(self, message: Message) -> bool:
+        """Do what `message.cancelled` says."""
+        now = monotonic()
+        if self._loop.is_own_thread():
+            # Nobody else may take the input that would tell.
+            self._loop.poll(now)
+        return message.is_given_up(now) or message.is_sender_gone
 
     def __repr__(self) -> str:
         return f"<Messenger {self.identity!r}, {self._loop.state.value}>"
