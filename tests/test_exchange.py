@@ -2062,3 +2062,13 @@ def test_messages_of_the_basic_dialect_are_given_up_by_nobody() -> None:
     assert not message.is_sender_gone
     message_id = core.send(callback=core.tell, on_error=core.tell)
     assert core.exchange.cancel(message_id)
+
+
+def test_a_plain_batch_may_have_what_is_no_message_and_a_response_that_nobody_takes() -> None:
+    world = World()
+    world.connect()
+    message_id = world.send(b"x", None, world.client.tell)
+    world.client.exchange.handle_batch(world.session, 1, ([b"no", b"0-%d-x" % message_id], {}, [], 100, ()), 0)
+    assert world.client.take() == []
+    assert world.client.dropped() == {"malformed_message": 1}
+    assert world.client.exchange.outstanding_count == 0

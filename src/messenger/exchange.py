@@ -325,8 +325,7 @@ class Exchange(Outcomes):
                 continue
             contents = large.get(index, contents)
             deadline_at = _deadline_at(session, left_ms[index]) if left_ms else session.heard_at + TIMEOUT_S
-            if deadline_at < self.expires_at:
-                self.expires_at = deadline_at
+            self.expires_at = min(self.expires_at, deadline_at)
             source_id, dest_id = source_callback_id, dest_callback_id
             message = Message(messenger, contents, source_id, dest_id, session, peer, number, incarnation, deadline_at)
             if source_callback_id == NOOP and dest_callback_id < MSC_ID_MIN:

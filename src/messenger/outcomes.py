@@ -107,6 +107,7 @@ class Outcomes:
             outlet.is_plain = False
             outlet.controls.tell(ControlKind.CANCEL, entry.message_id)
             self.mark_dirty(outlet)
+            self.is_urgent = True  # It leaves before callbacks run.
 
     def drop(self, kind: str) -> None:
         """Count something that a peer sent, or that was for a peer, and that goes no further."""
