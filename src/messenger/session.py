@@ -39,10 +39,11 @@ Source: docs/protocol.md, "Session dialect".
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
+from .control import Controls
 from .errors import MalformedMessage
 from .limits import (
     ACK_DELAY_S,
@@ -52,21 +53,23 @@ from .limits import (
     RTO_INITIAL_S,
     RTO_MAX_S,
     RTO_MIN_S,
+    TIMEOUT_S,
+    TIMEOUT_SLACK_S,
     Limits,
 )
-from .link import FOREVER, Link, Outlet
+from .link import FOREVER, Link, Outlet, Random
 from .outgoing import Batch, Outgoing
-from .wire import Data, Flag, Option, decode_identity, encode_data, encode_goodbye
-
-
-class Random(Protocol):
-    """What the core needs of a source of random numbers; `random.Random` is one."""
-
-    def random(self) -> float:
-        """Return a number of at least 0 and below 1."""
-
-    def getrandbits(self, k: int, /) -> int:
-        """Return a number of k bits."""
+from .wire import (
+    Control,
+    Data,
+    Flag,
+    Option,
+    decode_identity,
+    encode_controls,
+    encode_data,
+    encode_goodbye,
+    encode_left_ms,
+)
 
 
 class State(Enum):
@@ -145,6 +148,8 @@ class Session(Outlet):
         self._held_bytes = 0
         self._resent_after = -1
         self._resent_at = -FOREVER
+        self.controls = Controls(self._limits.window_msgs)
+        self.cancelled = self.controls.cancelled
         self.must_answer = False
         self._must_ask_resend = False
         # Time.
@@ -236,10 +241,12 @@ class Session(Outlet):
         link = self.link
         if link is None or self.state is not ESTABLISHED:
             return
+        if self.controls.pending:
+            self._send_controls()
         if self._resending or self.queue:
             has_sent = False
             while (batch := self._next_batch(now)) is not None:
-                if not link.send_frames(self.routing_id, self._encode(batch)):
+                if not link.send_frames(self.routing_id, self._encode(batch, now)):
                     self._lose_link()
                     return
                 has_sent = True
@@ -255,6 +262,7 @@ class Session(Outlet):
         while self._resending:
             batch = self._resending.popleft()
             if batch.last > self.peer_received_through:
+                batch.is_plain = False  # Of its messages some may have been given up meanwhile.
                 self._timed_number = 0  # Karn's rule: what was sent twice tells no round trip time.
                 return batch
         new = self._take_batch() if self.queue else None
@@ -305,11 +313,12 @@ class Session(Outlet):
         self.next_number += len(messages)
         return batch
 
-    def _encode(self, batch: Batch) -> list[bytes]:
+    def _encode(self, batch: Batch, now: float) -> list[bytes]:
         flags = Flag.RESEND if self._must_ask_resend else 0
         data = (batch.first, self.received_through, self.processed_through, len(batch.messages))
         self._note_told()
-        if batch.is_plain:
+        # Those that follow the first are younger, or have no deadline that the receiver is told.
+        if batch.is_plain and batch.messages[0].deadline_at > now + TIMEOUT_S - TIMEOUT_SLACK_S:
             return [encode_data(self.incarnation, self.peer_incarnation, flags, data, batch.datas)]
         messages = batch.messages
         large = [outgoing.large for outgoing in messages if outgoing.large is not None]
@@ -319,10 +328,15 @@ class Session(Outlet):
             for index, outgoing in enumerate(messages)
             if outgoing.option is not None
         ]
-        frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, batch.datas, is_large, options)
-        return [frame, *large]
+        left_ms = [encode_left_ms(outgoing.deadline_at - now) for outgoing in messages]
+        incarnations = (self.incarnation, self.peer_incarnation)
+        return [encode_data(*incarnations, flags, data, batch.datas, is_large, options, left_ms), *large]
 
-    def _send_empty(self, flags: int) -> None:
+    def _send_controls(self) -> None:
+        for controls in self.controls.take():
+            self._send_empty(0, controls)
+
+    def _send_empty(self, flags: int, controls: Sequence[Control] = ()) -> None:
         """Send a frame without messages: acknowledgements, and the number of the next message, which shows a gap."""
         if self.link is None:
             return
@@ -330,7 +344,10 @@ class Session(Outlet):
             flags |= Flag.RESEND
         data = (self.next_number, self.received_through, self.processed_through, 0)
         self._note_told()
-        frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, ())
+        if controls:
+            frame = encode_controls(self.incarnation, self.peer_incarnation, flags, data, controls)
+        else:
+            frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, ())
         if not self.link.send_frames(self.routing_id, [frame]):
             self._lose_link()
 

@@ -18,10 +18,14 @@ from messenger.session import State
 from messenger.wire import (
     MAGIC,
     VERSION,
+    Control,
+    Flag,
     Hello,
     Kind,
+    Option,
     decode_batch,
     decode_challenge,
+    decode_controls,
     decode_data_frame,
     decode_goodbye,
     decode_header,
@@ -30,6 +34,7 @@ from messenger.wire import (
     decode_message,
     decode_refusal,
     decode_response,
+    encode_controls,
     encode_data,
     encode_header,
     encode_hello,
@@ -71,12 +76,17 @@ def fuzz_wire(data: bytes) -> None:
     if decoded is None:
         return
     flags, _, _, numbers = decoded
+    try:
+        decode_controls(data, numbers.msg_count)
+    except MalformedMessage:
+        pass
     for extra in ([], [data], [b"", data]):
         try:
-            messages, large, _, size_bytes = decode_batch(data, flags, numbers.msg_count, extra)
+            messages, large, _, size_bytes, left_ms = decode_batch(data, flags, numbers.msg_count, extra)
         except MalformedMessage:
             continue
         require(len(messages) == numbers.msg_count, "a batch has as many messages as it says")
+        require(len(left_ms) in (0, len(messages)), "each message has a deadline, or none has")
         require(len(large) == len(extra), "each large message has its contents")
         require(size_bytes >= sum(map(len, messages)), "a batch counts the bytes of its messages")
 
@@ -206,7 +216,14 @@ class _Conversation:
         source, dest = self.incarnations(link, routing_id)
         messages = [self.data.frame() for _ in range(self.data.number() % 4)]
         numbers = (self.data.number(), self.data.number(), self.data.number(), len(messages))
-        frame = encode_data(source, dest, self.data.number() & 3, numbers, messages)
+        flags = self.data.number()
+        if flags & Flag.CONTROLS:
+            controls = [Control(self.data.number() % 3, 1_000 + self.data.number()) for _ in messages]
+            frame = encode_controls(source, dest, flags & 3, (*numbers[:3], 0), controls)
+        else:
+            left_ms = [self.data.number(2) for _ in messages] if flags & Flag.DEADLINES else ()
+            options = [Option(self.data.number(), self.data.number() % 5)] if flags & Flag.OPTIONS else ()
+            frame = encode_data(source, dest, flags & 3, numbers, messages, (), options, left_ms)
         self.exchange.handshake.receive(link, routing_id, frame, [], self.now)
 
     def join(self) -> None:
