@@ -32,6 +32,7 @@ from ..exchange import Exchange
 from ..limits import (
     BATCH_MSGS_MAX,
     HANDSHAKE_FAILURES_MAX,
+    HANDSHAKE_FAILURES_S,
     HANDSHAKE_S,
     HEADER_BYTES_MAX,
     LARGE_BYTES_MIN,
@@ -249,6 +250,8 @@ class ConnectionLink(SocketLink):
         self._inproc_binding = 0
         self._keys = keys
         self._failure_count = 0
+        self._hung_up_at = 0.0
+        self._has_been_up = False
         self._is_refused = False
 
     def _handle_news(self, event: int, value: int) -> None:
@@ -257,21 +260,32 @@ class ConnectionLink(SocketLink):
             self._take_refusal("the socket is not this user's, so whoever listens there gets nothing", True)
         elif event in (UP, DOWN):
             if event == UP:
-                self._failure_count, self._is_refused = 0, False
+                self._failure_count, self._hung_up_at, self._is_refused = 0, 0.0, False
+                self._has_been_up = True
             self.note_up(event == UP)
         elif event == NOT_ALLOWED:
             key = self._keys[0].public if self._keys else ""
             self._take_refusal(f"our key {key} is not on the allow-list there", True)
         elif event == HUNG_UP and self._keys is not None:
-            self._failure_count += 1
-            if self._failure_count >= HANDSHAKE_FAILURES_MAX:
-                text = f"it hung up {self._failure_count} times in the handshake, so it probably has"
-                text = f"{text} not the key {self._keys[1].public}"
-                self._take_refusal(text, False)
+            self._note_hung_up(self._keys[1].public)
         elif event == BAD_PROTOCOL and self._keys is not None:
             self._take_refusal(f"it does not speak CURVE, so it has not the key {self._keys[1].public}", True)
         elif event == BAD_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             self._take_refusal("it lets in only who has a key: Security(key=…, servers=…)", True)
+
+    def _note_hung_up(self, key: str) -> None:
+        """The other end has closed the link in the handshake, and said nothing, as a server with another key does.
+
+        So does one that is in trouble, or a proxy in front of one. It counts as a refusal if it goes on for a while,
+        and if the key was never proven to be right.
+        """
+        now = time.monotonic()
+        self._hung_up_at = self._hung_up_at or now
+        self._failure_count += 1
+        is_lasting = self._failure_count >= HANDSHAKE_FAILURES_MAX and now >= self._hung_up_at + HANDSHAKE_FAILURES_S
+        if is_lasting and not self._has_been_up:
+            text = f"it hung up {self._failure_count} times in the handshake, so it probably has not the key {key}"
+            self._take_refusal(text, False)
 
     def _take_refusal(self, text: str, is_over: bool) -> None:
         """End what waits to be sent, and have another try later; libzmq itself makes none if it `is_over`."""
