@@ -22,7 +22,7 @@ SOURCE = ROOT / "src"
 ORDER = (
     *("errors", "limits", "destination", "wire", "outgoing", "link", "session"),
     *("handshake", "message", "outcomes", "exchange"),
-    *("transports", "endpoint", "loop", "base", "threads", "messenger", "tasks", "aio"),
+    *("transports", "endpoint", "loop", "base", "threads", "messenger", "futures", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
 CORE = {
@@ -39,6 +39,7 @@ CORE = {
     "loop",
     "base",
     "threads",
+    "futures",
     "tasks",
 }
 COMPONENTS = {"replication", "models"}

@@ -55,6 +55,9 @@ class Driver(Protocol):
 
 
 class _Endpoint:
+    # How many of its messages may be in its callback at one time, 0 if that was not said.
+    worker_count = 0
+
     def __init__(self, messenger: Any, destination: Destination) -> None:
         self.messenger = messenger
         self.destination = destination
@@ -65,19 +68,30 @@ class _Endpoint:
         """The sockets, for the messenger."""
         raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> Any:
         """Send what ZeroMQ already has, for up to a second, then close. Twice is fine.
 
         Messages that wait for a response here end with an error: `NotDelivered`, or `OutcomeUnknown` if they have left.
 
+        Returns:
+            Of an `AsyncMessenger`: an awaitable that waits until its endpoints are free; it is closing even so.
+
         Thread: any.
         """
-        self.messenger._close_endpoint(self)
+        return self.messenger._close_endpoint(self)
 
     def close_links(self, linger_s: float) -> None:
         """Close the sockets, once nobody uses them any more."""
         for link in self.links:
             link.close(linger_s)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -126,11 +140,9 @@ class Listener(_Endpoint):
         destination: What was opened; a port of 0 has become the port that was free.
         identity: What plain peers see as the sender of its messages.
         closed: Whether `close` was called.
-        worker_count: How many of its messages may be in its callback at one time, 0 if that was not said.
     """
 
     identity: str
-    worker_count = 0
     workers: "Workers | None" = None
 
     def __init__(self, messenger: Any, destination: Destination) -> None:
@@ -226,7 +238,7 @@ class Endpoints:
 
     def __init__(self, messenger: Any, limits: Limits, security: Security, exchange: Exchange) -> None:
         self._messenger = messenger
-        self._limits = limits
+        self.limits = limits
         self._security = security
         self._exchange = exchange
         self._open: set[Connection | Listener] = set()
@@ -241,13 +253,13 @@ class Endpoints:
     ) -> Listener:
         """Open a listener; see `Messenger.listen_for_connection`."""
         self._check_exposed(destination)
-        self._check_count(Listener, "listeners_max", self._limits.listeners_max)
+        self._check_count(Listener, "listeners_max", self.limits.listeners_max)
         listener = Listener(self._messenger, destination)
         listener.identity = identity
         listener.worker_count = worker_count
         if callback is not None and worker_count and driver.uses_threads:
             user_callback = callback
-            backlog_max = self._limits.worker_backlog_max
+            backlog_max = self.limits.worker_backlog_max
             listener.workers = Workers(
                 worker_count,
                 backlog_max,
@@ -270,7 +282,7 @@ class Endpoints:
 
         def bind(endpoint: str) -> None:
             identity = encode_identity(listener.identity)
-            link = ListenerLink(endpoint, identity, listener, callback, self._exchange, self._limits)
+            link = ListenerLink(endpoint, identity, listener, callback, self._exchange, self.limits)
             link.has_workers = listener.workers is not None
             listener.add_link(link)
 
@@ -288,13 +300,13 @@ class Endpoints:
         """Open a connection; see `Messenger.make_connection`."""
         if destination.port == 0 and destination.transport in (None, "tcp"):
             raise DestinationInvalid(f"{destination}: port 0 is only for listeners")
-        self._check_count(Connection, "connections_max", self._limits.connections_max)
+        self._check_count(Connection, "connections_max", self.limits.connections_max)
         connection = Connection(self._messenger, destination)
         is_basic = dialect == "basic"
         connection.routing_id = self._make_routing_id(destination) if is_basic else ""
         routing_id = encode_identity(connection.routing_id)
         endpoint = best_endpoint(destination.endpoints())
-        link = ConnectionLink(routing_id, connection, callback, self._exchange, self._limits)
+        link = ConnectionLink(routing_id, connection, callback, self._exchange, self.limits)
         connection.link = link
         connection.outlet = link if is_basic else self._exchange.handshake.open(link)
         self._adopt(connection, driver)
@@ -374,6 +386,13 @@ class Endpoints:
         endpoint.closed = True
         self._open.discard(endpoint)
         self._by_destination = {key: kept for key, kept in self._by_destination.items() if kept is not endpoint}
+
+    def detach_all(self) -> list[ConnectionLink | ListenerLink]:
+        """Forget all endpoints, once nobody uses them; return their links, to be closed."""
+        links = [link for endpoint in self._open for link in endpoint.links]
+        for endpoint in list(self._open):
+            self.discard(endpoint)
+        return links
 
     def are_idle(self) -> bool:
         """Return whether no worker has anything to do."""

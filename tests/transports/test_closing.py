@@ -249,6 +249,7 @@ def test_messenger_closes_while_a_sender_waits_for_room(messenger: MessengerFact
     sender.join(TIMEOUT_S)
 
 
+@pytest.mark.threads_only
 def test_close_does_not_wait_for_a_stuck_callback(messenger: MessengerFactory, destination: To) -> None:
     """`close` promises to wait no longer than its timeout."""
     one = messenger()

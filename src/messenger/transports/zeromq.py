@@ -105,6 +105,7 @@ class SocketLink(Link):
         self.is_up = False
         self._exchange = exchange
         self._busy = False
+        self._is_stopped = False
         # Whether frames of a message that goes no further are still to be taken off the socket.
         self._is_dropping = False
         # Set by the loop: has the events read before anybody sleeps.
@@ -238,13 +239,28 @@ class SocketLink(Link):
 
     def close(self, linger_s: float) -> None:
         """Close the socket; wait at most `linger_s` until what was given to it is sent and its endpoints are free."""
+        ends_at = time.monotonic() + self.begin_close(linger_s)
+        while (left_s := ends_at - time.monotonic()) > 0 and not self.has_stopped():
+            self._monitor.poll(int(left_s * 1000) + 1)
+        self.end_close()
+
+    def begin_close(self, linger_s: float) -> float:
+        """Close the socket; return how many seconds to wait at most until it has stopped, and then to end the close."""
         # Where nobody is, nothing can be flushed to.
         linger_ms = int(min(linger_s, LINGER_S_MAX) * 1000) if self._is_up_now() else 0
         self.socket.close(linger=linger_ms)
         # An inproc socket stops only when its peers have noticed, which this thread may have to do for them.
-        has_stopped = not self.endpoint.startswith("inproc:") and self._await_stop(linger_ms + 50)
+        return 0.0 if self.endpoint.startswith("inproc:") else (linger_ms + 50) / 1000
+
+    def has_stopped(self) -> bool:
+        """Return whether what was given to the closed socket is sent and its endpoint is free."""
+        self._is_stopped = self._is_stopped or _has_stopped(self._monitor)
+        return self._is_stopped
+
+    def end_close(self) -> None:
+        """Let go of what only the open socket needed."""
         with _context_lock:
-            if has_stopped:
+            if self._is_stopped:
                 self._monitor.close()
             else:
                 _untold_monitors.append(self._monitor)
@@ -258,13 +274,6 @@ class SocketLink(Link):
         while self._monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
             is_up = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
         return is_up
-
-    def _await_stop(self, timeout_ms: int) -> bool:
-        ends_at = time.monotonic() + timeout_ms / 1000
-        while (left_s := ends_at - time.monotonic()) > 0:
-            if self._monitor.poll(int(left_s * 1000) + 1) and _has_stopped(self._monitor):
-                return True
-        return False
 
 
 def _has_stopped(monitor: zmq.Socket[bytes]) -> bool:
@@ -433,12 +442,16 @@ class ListenerLink(SocketLink):
                 send(b"", SNDMORE_NOBLOCK)
                 send(data, NOBLOCK, copy=len(data) < LARGE_BYTES_MIN)
 
-    def close(self, linger_s: float) -> None:
-        """Close the socket and free its endpoint for others."""
+    def begin_close(self, linger_s: float) -> float:
+        """Close the socket."""
         if self.endpoint.startswith("inproc:"):
             # Frees the name at once; after a close libzmq's own thread would do that some time later.
             self.socket.unbind(self.endpoint)
-        super().close(linger_s)
+        return super().begin_close(linger_s)
+
+    def end_close(self) -> None:
+        """Free the endpoint for others."""
+        super().end_close()
         if self.endpoint.startswith("inproc:"):
             inproc_names.remove(self.endpoint)
         if self._ipc_lock is not None:
