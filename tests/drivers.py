@@ -13,7 +13,6 @@ from typing import Any, Self
 
 from messenger import AsyncMessenger
 
-
 # Longer than any call of a test waits.
 CALL_TIMEOUT_S = 50.0
 

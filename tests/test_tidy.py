@@ -20,12 +20,13 @@ SOURCE = ROOT / "src"
 
 # A module imports only from those to its left. A new module takes its place here.
 ORDER = (
-    *("errors", "limits", "destination", "wire", "outgoing", "link", "session"),
+    *("errors", "limits", "interrupts", "destination", "wire", "outgoing", "link", "session"),
     *("handshake", "message", "outcomes", "exchange"),
-    *("transports", "endpoint", "loop", "base", "threads", "messenger", "futures", "tasks", "aio"),
+    *("security", "transports", "endpoint", "loop", "base", "threads", "messenger", "futures", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
 CORE = {
+    "interrupts",
     "wire",
     "outgoing",
     "link",

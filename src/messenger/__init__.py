@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .destination import Destination
-from .endpoint import Connection, Listener, Security
+from .endpoint import Connection, Listener
 from .errors import (
     CalledFromCallback,
     Cancelled,
@@ -21,10 +21,12 @@ from .errors import (
     NotDelivered,
     OutcomeUnknown,
     QueueFull,
+    SecurityError,
 )
 from .limits import Limits
 from .message import Message, Statistics
 from .messenger import Messenger
+from .security import KeyPair, Security
 from .wire import ECHO, NOOP, BuiltinCallback
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ __all__ = [
     "ForkedError",
     "HandlerError",
     "IdentityInUse",
+    "KeyPair",
     "LimitReached",
     "Limits",
     "Listener",
@@ -60,6 +63,7 @@ __all__ = [
     "OutcomeUnknown",
     "QueueFull",
     "Security",
+    "SecurityError",
     "Statistics",
     "__version__",
 ]

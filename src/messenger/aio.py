@@ -127,6 +127,9 @@ class AsyncMessenger(BaseMessenger):
         sent: Any = super()._answer(message, contents)
         return sent if type(sent) is not int else Sent(sent)
 
+    def _cut_revoked(self) -> None:
+        self._loop.call_there(super()._cut_revoked)
+
     def _close_endpoint(self, endpoint: Connection | Listener) -> Awaitable[None]:
         if self._detach_endpoint(endpoint):
             return self._loop.close_links(endpoint.links)

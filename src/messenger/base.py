@@ -12,13 +12,14 @@ from time import monotonic
 from typing import ClassVar, Literal
 
 from .destination import Destination
-from .endpoint import Connection, Endpoints, Listener, Security, To
+from .endpoint import Connection, Endpoints, Listener, To
 from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
 from .limits import IDENTITY_BYTES_MAX, Limits
 from .link import FOREVER
 from .loop import Loop, State
 from .message import Callback, ErrorCallback, Message, Statistics, Taker
+from .security import Security
 from .wire import ID_MAX, NOOP, Buffer, encode_identity
 
 logger = logging.getLogger("messenger")
@@ -38,14 +39,19 @@ class BaseMessenger:
     def __init__(
         self, identity: str | None = None, *, security: Security | None = None, limits: Limits | None = None
     ) -> None:
+        security = security or Security()
         if identity is None:
+            identity = security.key.name if security.key is not None else ""
+        if not identity:
             identity = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         _check_identity(identity)
         self.identity = identity
         self.limits = limits or Limits()
         self._exchange = Exchange(self, self.limits, _log_unheard, encode_identity(identity), _rng)
-        self._endpoints = Endpoints(self, self.limits, security or Security(), self._exchange)
+        self._endpoints = Endpoints(self, self.limits, security, self._exchange)
         self._loop = self._loop_class(f"messenger-{identity}", self._exchange, self._endpoints, self._attach_links)
+        self._security = security
+        security.on_reload(self._cut_revoked)
 
     def listen_for_connection(
         self,
@@ -210,6 +216,7 @@ class BaseMessenger:
     def statistics(self) -> Statistics:
         """Return what was counted so far, as one immutable object. Thread: any."""
         with self._loop.lock:
+            self._endpoints.count_refusals()
             connections, listeners = self._endpoints.count(Connection), self._endpoints.count(Listener)
             return self._exchange.statistics(self.identity, connections, listeners)
 
@@ -259,6 +266,13 @@ class BaseMessenger:
             for link in endpoint.links:
                 self._loop.remove(link, "it was closed")
         return True
+
+    def _cut_revoked(self) -> None:
+        """End the sessions of who is not allowed any more. Called without the lock, by any thread."""
+        with self._loop.lock:
+            if self._loop.state in (RUNNING, State.CLOSING):
+                self._endpoints.cut_revoked()
+                self._loop.flush()
 
     def _attach_links(self) -> None:
         for link in self._endpoints.attach_connections():

@@ -19,7 +19,8 @@ class Messenger(BaseMessenger):
     from callbacks, but `request`, which waits, not from a callback.
 
     Args:
-        identity: The stable name that others see as `message.sender`, at most 240 bytes. By default one that is unique.
+        identity: The stable name that others see as `message.sender`, at most 240 bytes. By default the name of its
+            key, or one that is unique.
         security: Who may connect; by default nobody from another machine.
         limits: What this messenger may hold.
 

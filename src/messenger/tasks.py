@@ -21,6 +21,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from . import interrupts
 from .endpoint import Endpoints
 from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
@@ -105,6 +106,8 @@ class TaskLoop(Loop):
         event_loop = asyncio._get_running_loop()
         if event_loop is None:
             raise RuntimeError("an AsyncMessenger needs a running event loop; without one, use Messenger")
+        # Where asyncio takes Ctrl-C itself, as in `asyncio.run`, this leaves it alone.
+        interrupts.install(_defer_nothing)
         self._event_loop = self._guard.event_loop = event_loop
         self.state = State.RUNNING
         started.add(self)
@@ -153,7 +156,7 @@ class TaskLoop(Loop):
         finally:
             # Also if this task is cancelled, because the program ends.
             self._stop()
-            links = self._endpoints.detach_all()
+            links = [link for endpoint in self._endpoints.detach_all() for link in endpoint.links]
             closing = self._event_loop.create_task(self._close_sockets(links, max(0.05, self.close_at - monotonic())))
             self._closing_sockets.add(closing)
             started.discard(self)
@@ -200,11 +203,17 @@ class TaskLoop(Loop):
 
     def ask_attention(self) -> None:
         """Have a turn soon. Any thread, no lock needed."""
+        self.call_there(self._plan_turn)
+
+    def call_there(self, function: Callable[[], None]) -> None:
+        """Call a function on the event loop: now if that runs here, else soon. Any thread, no lock needed."""
+        if self.state not in (State.RUNNING, State.CLOSING):
+            return
         if asyncio._get_running_loop() is self._event_loop:
-            self._plan_turn()
+            function()
             return
         try:
-            self._event_loop.call_soon_threadsafe(self._plan_turn)
+            self._event_loop.call_soon_threadsafe(function)
         except RuntimeError:
             if not self._event_loop.is_closed():
                 raise
@@ -424,3 +433,7 @@ class TaskLoop(Loop):
         super()._report(callback, argument, error)
         if isinstance(error, KeyboardInterrupt):
             raise error
+
+
+def _defer_nothing() -> None:
+    """A deferred Ctrl-C is sent again a moment later."""
