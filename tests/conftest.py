@@ -188,11 +188,21 @@ class MessengerFactory:
 
 @pytest.fixture(params=["thread", "asyncio", "uvloop"])
 def driver(request: pytest.FixtureRequest) -> str:
-    """What the one body of tests runs on; see `threads_only` for tests of what only threads can do."""
+    """What the one body of tests runs on."""
     name: str = request.param
-    if name != "thread" and request.node.get_closest_marker("threads_only"):
-        pytest.skip("of threads only")
     return name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what only threads can do on event loops, and uvloop on all transports but one, to save time."""
+
+    def is_wanted(item: pytest.Item) -> bool:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        name = params.get("driver", "thread")
+        is_threads_only = item.get_closest_marker("threads_only") is not None
+        return name == "thread" or not (is_threads_only or (name == "uvloop" and params.get("transport") != "tcp"))
+
+    items[:] = [item for item in items if is_wanted(item)]
 
 
 @pytest.fixture

@@ -257,6 +257,8 @@ class ThreadLoop(Loop):
             self.announce_calls()
             return
         self.announce_calls()
+        if waiter.done:
+            return  # What was to be sent could not be, which settled it.
         self._wake_at = self._exchange.next_deadline_at
         self._leader_sleeps = True
         try:
