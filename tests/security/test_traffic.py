@@ -1,5 +1,6 @@
 """What sessions promise holds with keys too: over links that are cut, in both directions, for large messages."""
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from messenger import DestinationInvalid, Message
+from messenger import AsyncMessenger, DestinationInvalid, Message, NotDelivered, Security
 from messenger.limits import HANDSHAKE_FAILURES_MAX, HANDSHAKE_FAILURES_S
 from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, contents_of, free_port, wait_until
 from tests.security.conftest import SecuredServer, answer, ask
@@ -162,3 +163,33 @@ def test_a_listener_on_ipv6(server: SecuredServer) -> None:
     except DestinationInvalid as error:
         pytest.skip(f"this machine has no IPv6: {error}")
     assert ask(server.client(server.alice), listener.destination) == b"alice said hello"
+
+
+def test_an_async_messenger_has_keys_too(server: SecuredServer) -> None:
+    """On one event loop: a listed client is served, an unlisted one told, a revoked one cut off."""
+    alice, bob = server.alice, server.bob
+
+    async def run() -> list[str]:
+        security = Security(key=server.pair, allow={alice.public: "alice", bob.public: "bob"})
+        told: list[str] = []
+
+        async def tell(client: AsyncMessenger, destination: object) -> None:
+            try:
+                response = await client.request(str(destination), b"hello", timeout=TIMEOUT_S)
+                told.append(response.contents.decode())
+            except NotDelivered as error:
+                told.append("refused" if "not on the allow-list" in str(error) else str(error))
+
+        async with (
+            AsyncMessenger("server", security=security) as listening,
+            AsyncMessenger(security=Security(key=alice, servers=server.pair.public)) as one,
+            AsyncMessenger(security=Security(key=server.mallory, servers=server.pair.public)) as other,
+        ):
+            listener = listening.listen_for_connection("tcp://127.0.0.1:0", answer)
+            for client in (one, other):
+                await tell(client, listener.destination)
+            await asyncio.to_thread(security.reload, {bob.public: "bob"})
+            await tell(one, listener.destination)
+        return told
+
+    assert asyncio.run(run()) == ["alice said hello", "refused", "refused"]
