@@ -3,6 +3,7 @@
 `python -m tests.security.flood` does the first with 2,000 connections, and measures what a listed client feels.
 """
 
+import ctypes
 import select
 import socket
 import time
@@ -10,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from messenger import KeyPair, Limits, Listener, NotDelivered, Security
+from messenger import KeyPair, Limits, Listener, Message, NotDelivered, Security
 from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S
 from messenger.transports import zap
-from tests.conftest import MessengerFactory, PlainPeers, dropped, wait_until
+from tests.conftest import Inbox, MessengerFactory, PlainPeers, dropped, wait_until
 from tests.security.conftest import SecuredServer, ask
 from tests.security.flood import GARBAGE, open_idle
 from tests.transports.test_bad_input import RawSession
@@ -106,6 +107,25 @@ def test_one_key_has_so_many_open_challenges(server: SecuredServer, plain: Plain
     wait_until(lambda: dropped(server.messenger, "too_many_challenges") == 3)
     server.allow(server.alice, server.bob)
     assert ask(server.client(server.bob), server.destination) == b"bob said hello"
+
+
+def test_routing_ids_cannot_be_guessed(messenger: MessengerFactory, plain: PlainPeers) -> None:
+    """libzmq aborts the process when a peer shows the routing id that it gives out next; it must not be known.
+
+    Its own numbers start at what rand() gives, which it never seeds, so they are the same in each process.
+    """
+    libc = ctypes.CDLL(None)
+    ids: set[str] = set()
+    for _ in range(3):
+        libc.srand(1)
+        server = messenger()
+        received: Inbox[Message] = Inbox()
+        listener = server.listen_for_connection("tcp://127.0.0.1:0", received)
+        plain.dealer(listener.destination).send(b"", b"0-0-x")
+        ids.update(message.sender for message in received.wait())
+    assert len(ids) == 3
+    first_known = 0x6B8B4567
+    assert not any(int(sender[4:], 16) & 0x7FFFFFFF in range(first_known, first_known + 1_000) for sender in ids)
 
 
 def test_so_many_refused_keys_are_logged_at_a_time(

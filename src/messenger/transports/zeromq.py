@@ -47,7 +47,7 @@ from ..outgoing import Outgoing
 from ..security import KeyPair, ServerKey
 from ..wire import encode_identity
 from .local import IpcLock, inproc_names, is_own_socket
-from .sockets import POLLIN, Monitor, context, cut
+from .sockets import POLLIN, Monitor, context, cut, scramble_routing_ids
 from .wakeup import check_descriptors
 
 logger = logging.getLogger("messenger")
@@ -410,6 +410,7 @@ class ListenerLink(SocketLink):
             DestinationInUse, DestinationInvalid: Nothing is left open.
         """
         is_tcp = endpoint.startswith("tcp:")
+        scramble_routing_ids()
         super().__init__(
             zmq.ROUTER, ACCEPTED | DOWN | BAD_PROTOCOL | HUNG_UP if is_tcp else 0, handle, callback, exchange, limits
         )
