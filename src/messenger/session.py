@@ -459,8 +459,9 @@ class Session(Outlet):
 
     def note_ended(self, number: int) -> None:
         """Note that a callback that went on has ended; in any order."""
-        self._running[number] -= 1
-        if not self._running[number]:
+        if number in self._running:  # Else it is of a session that the peer has ended under the same incarnation.
+            self._running[number] -= 1
+        if self._running.get(number) == 0:
             del self._running[number]
             self.note_processed(self._returned_through)
 
