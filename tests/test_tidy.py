@@ -22,7 +22,7 @@ SOURCE = ROOT / "src"
 ORDER = (
     *("errors", "limits", "destination", "wire", "control", "outgoing", "link", "session"),
     *("handshake", "message", "outcomes", "exchange"),
-    *("transports", "endpoint", "waiting", "loop", "messenger", "aio"),
+    *("security", "transports", "endpoint", "loop", "base", "threads", "messenger", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
 CORE = {
@@ -37,24 +37,17 @@ CORE = {
     "exchange",
     "transports",
     "endpoint",
-    "waiting",
     "loop",
+    "base",
+    "threads",
+    "tasks",
 }
 COMPONENTS = {"replication", "models"}
 SURFACES = {"cli", "dashboard"}
 
 PURE = {
-    "errors",
-    "limits",
-    "wire",
-    "control",
-    "outgoing",
-    "link",
-    "session",
-    "handshake",
-    "message",
-    "outcomes",
-    "exchange",
+    *("errors", "limits", "wire", "control", "outgoing", "link", "session"),
+    *("handshake", "message", "outcomes", "exchange"),
 }
 IMPURE_IMPORTS = {
     *("asyncio", "concurrent", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "queue", "random"),

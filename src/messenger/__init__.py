@@ -1,7 +1,7 @@
 """Messages with callbacks between the parts of a system: in this process, on this machine, on another."""
 
 from .destination import Destination
-from .endpoint import Connection, Listener, Security
+from .endpoint import Connection, Listener
 from .errors import (
     CalledFromCallback,
     Cancelled,
@@ -19,10 +19,12 @@ from .errors import (
     NotDelivered,
     OutcomeUnknown,
     QueueFull,
+    SecurityError,
 )
 from .limits import Limits
 from .message import Message, Statistics
 from .messenger import Messenger
+from .security import KeyPair, Security
 from .wire import ECHO, NOOP, BuiltinCallback
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ __all__ = [
     "ForkedError",
     "HandlerError",
     "IdentityInUse",
+    "KeyPair",
     "LimitReached",
     "Limits",
     "Listener",
@@ -54,6 +57,7 @@ __all__ = [
     "OutcomeUnknown",
     "QueueFull",
     "Security",
+    "SecurityError",
     "Statistics",
     "__version__",
 ]

@@ -10,30 +10,29 @@ from typing import Any, Protocol, Self
 import msgspec
 
 from .destination import Destination
-from .errors import DestinationInvalid, LimitReached, MessengerClosed
+from .errors import DestinationInvalid, LimitReached, MessengerClosed, SecurityError
 from .exchange import Exchange
 from .limits import Limits
 from .link import GoneOutlet, Outlet
 from .message import Callback, Message
+from .security import KeyPair, Security, ServerKey
+from .transports.curve import CurveListenerLink
 from .transports.local import best_endpoint
+from .transports.zap import Gate
 from .transports.zeromq import ConnectionLink, ListenerLink, SocketLink
 from .wire import encode_identity
 
 logger = logging.getLogger("messenger")
 
 
-class Security(msgspec.Struct, frozen=True, kw_only=True):
-    """Who may connect.
+class Driver(Protocol):
+    """What the endpoints need of the loop that serves them.
 
     Attributes:
-        insecure: Allow listeners that other machines can reach, with neither encryption nor a check of who connects.
+        uses_threads: Whether a listener may have worker threads.
     """
 
-    insecure: bool = False
-
-
-class Driver(Protocol):
-    """What the endpoints need of the loop that serves them."""
+    uses_threads: bool
 
     def add(self, link: SocketLink) -> None:
         """Receive from a link from now on."""
@@ -120,9 +119,11 @@ class Listener(_Endpoint):
         destination: What was opened; a port of 0 has become the port that was free.
         identity: What plain peers see as the sender of its messages.
         closed: Whether `close` was called.
+        worker_count: How many of its messages may be in its callback at one time, 0 if that was not said.
     """
 
     identity: str
+    worker_count = 0
     workers: "Workers | None" = None
 
     def __init__(self, messenger: Any, destination: Destination) -> None:
@@ -221,6 +222,8 @@ class Endpoints:
         self._limits = limits
         self._security = security
         self._exchange = exchange
+        self._gate = Gate(security, security.key, messenger.identity) if security.key is not None else None
+        self._counted_refusals = 0
         self._open: set[Connection | Listener] = set()
         self._by_destination: dict[Any, Connection] = {}
 
@@ -236,7 +239,8 @@ class Endpoints:
         self._check_count(Listener, "listeners_max", self._limits.listeners_max)
         listener = Listener(self._messenger, destination)
         listener.identity = identity
-        if callback is not None and worker_count:
+        listener.worker_count = worker_count
+        if callback is not None and worker_count and driver.uses_threads:
             user_callback = callback
             backlog_max = self._limits.worker_backlog_max
             listener.workers = Workers(
@@ -252,7 +256,7 @@ class Endpoints:
             listener.close_links(0)
             raise
         self._adopt(listener, driver)
-        if not destination.is_loopback():
+        if self._gate is None and not destination.is_loopback():
             logger.warning("! %s can be reached by anybody, without security", destination)
         return listener
 
@@ -261,7 +265,12 @@ class Endpoints:
 
         def bind(endpoint: str) -> None:
             identity = encode_identity(listener.identity)
-            link = ListenerLink(endpoint, identity, listener, callback, self._exchange, self._limits)
+            others = (endpoint, identity, listener, callback, self._exchange, self._limits)
+            if self._gate is not None and endpoint.startswith("tcp:"):
+                self._gate.open()
+                link: ListenerLink = CurveListenerLink(self._gate, *others)
+            else:
+                link = ListenerLink(*others)
             link.has_workers = listener.workers is not None
             listener.add_link(link)
 
@@ -284,8 +293,9 @@ class Endpoints:
         is_basic = dialect == "basic"
         connection.routing_id = self._make_routing_id(destination) if is_basic else ""
         routing_id = encode_identity(connection.routing_id)
-        endpoint = best_endpoint(destination.endpoints())
-        link = ConnectionLink(routing_id, connection, callback, self._exchange, self._limits)
+        keys = self._keys_for(destination)
+        endpoint = best_endpoint(self._endpoints_of(destination))
+        link = ConnectionLink(routing_id, connection, callback, self._exchange, self._limits, keys)
         connection.link = link
         connection.outlet = link if is_basic else self._exchange.handshake.open(link)
         self._adopt(connection, driver)
@@ -297,6 +307,19 @@ class Endpoints:
             link.close(0)
             raise
         return connection
+
+    def _keys_for(self, destination: Destination) -> tuple[KeyPair, ServerKey] | None:
+        """Return the keys for a connection, None if it does without; refuse one that would have to and must not."""
+        own, server = self._security.key, self._security.server_key(destination)
+        if own is not None and server is None and destination.transport == "tcp":
+            raise SecurityError(f"{destination}: the key of the server there is not known; give Security(servers=…) it")
+        return None if own is None or server is None else (own, server)
+
+    def _endpoints_of(self, destination: Destination) -> list[str]:
+        """Return the endpoints that may be used: who has a key uses no tcp without the key of the server."""
+        endpoints = destination.endpoints()
+        is_local = self._gate is not None and self._security.server_key(destination) is None
+        return [endpoint for endpoint in endpoints if not (is_local and endpoint.startswith("tcp:"))]
 
     def _make_routing_id(self, destination: Destination) -> str:
         """Return the identity, with a number if another connection may already show it to the same socket."""
@@ -355,7 +378,7 @@ class Endpoints:
         """Choose anew for connections that lead nowhere; return their links."""
         for endpoint in self._open:
             if isinstance(endpoint, Connection) and endpoint.link.must_attach():
-                best = best_endpoint(endpoint.destination.endpoints())
+                best = best_endpoint(self._endpoints_of(endpoint.destination))
                 if best.startswith("inproc:") or best != endpoint.endpoint:
                     endpoint.link.attach(best)
                 yield endpoint.link
@@ -374,8 +397,29 @@ class Endpoints:
             if isinstance(endpoint, Listener)
         )
 
+    def count_refusals(self) -> None:
+        """Add up what the gate has refused; it takes no lock, so it does not count among the rest itself."""
+        if self._gate is not None and self._gate.refused_count > self._counted_refusals:
+            refused_count = self._gate.refused_count
+            self._exchange.dropped["refused_key"] += refused_count - self._counted_refusals
+            self._counted_refusals = refused_count
+
+    def cut_revoked(self) -> None:
+        """End the sessions of those whose keys are not on the allow-list any more."""
+        handshake = self._exchange.handshake
+        links = [link for endpoint in self._open for link in endpoint.links if isinstance(link, CurveListenerLink)]
+        for link in links:
+            for session in [session for session in handshake.sessions if session.link is link]:
+                if link.is_revoked(session.routing_id):
+                    handshake.expel(session, "its key was taken off the allow-list")
+                    logger.warning("! the session with %r was ended, its key is not allowed any more", session.peer)
+            link.forget_revoked()
+
     def close_all(self, linger_s: float) -> None:
         """Close everything, once nobody uses the sockets. Called without the lock."""
+        self._security.off_reload(self._messenger._cut_revoked)
+        if self._gate is not None:
+            self._gate.close()
         for endpoint in list(self._open):
             self.discard(endpoint)
             endpoint.close_links(linger_s)
@@ -385,8 +429,12 @@ class Endpoints:
             raise LimitReached(f"{limit} are open, that is {name}")
 
     def _check_exposed(self, destination: Destination) -> None:
-        if not destination.is_loopback() and not self._security.insecure:
+        security = self._security
+        if not destination.is_loopback() and security.key is None and not security.insecure:
             raise DestinationInvalid(
-                f"{destination} can be reached from other machines, and nothing would check who connects; listen on a "
-                "loopback address, or say Messenger(security=Security(insecure=True)) if the network is trusted"
+                f"{destination} can be reached from other machines, and nothing would check who connects; give "
+                "Messenger(security=Security(key=…, allow=…)) (`messenger keygen` makes keys), listen on a loopback "
+                "address, or say Security(insecure=True) if the network is trusted"
             )
+        if destination.transport in (None, "tcp") and security.key is not None and not security.allowed:
+            raise SecurityError(f"{destination}: nobody could connect; say Security(allow=…) who may")

@@ -13,6 +13,10 @@ class DestinationInvalid(MessengerError, ValueError):
     """The destination cannot be parsed, or may not be used like this."""
 
 
+class SecurityError(MessengerError, ValueError):
+    """A key, an allow-list, or the way in which they are used is not safe. Nothing was opened."""
+
+
 class DestinationInUse(MessengerError):
     """Another listener, here or in another process, already has this destination. Nothing was opened."""
 

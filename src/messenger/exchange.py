@@ -19,7 +19,7 @@ from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarg
 from .handshake import Decoded, Handshake
 from .limits import BATCH_MSGS_MAX, LARGE_BYTES_MIN, TIMEOUT_S, Limits
 from .link import FOREVER, Link, Outlet, Random
-from .message import Callback, ErrorCallback, Message, Statistics, Waiter
+from .message import Callback, ErrorCallback, Message, Statistics, Taker
 from .outcomes import Outcomes
 from .outgoing import Outgoing
 from .session import Session
@@ -98,7 +98,7 @@ class Exchange(Outcomes):
         outlet: Outlet,
         peer: bytes,
         contents: Buffer,
-        callback: Callback | Waiter | None,
+        callback: Callback | Taker | None,
         on_error: ErrorCallback | None,
         dest_callback_id: int,
         deadline_at: float,
@@ -297,7 +297,7 @@ class Exchange(Outcomes):
                 del outstanding[dest_id]
                 response_count += 1
                 msc = entry.callback
-                if isinstance(msc, Waiter):
+                if isinstance(msc, Taker):
                     msc.settle(message, None)
                 elif msc is not None:
                     calls.append((msc, message))
@@ -421,7 +421,7 @@ class Exchange(Outcomes):
                 return False
             del self._outstanding[dest_callback_id]
             self._response_msgs += 1
-            if isinstance(entry.callback, Waiter):
+            if isinstance(entry.callback, Taker):
                 entry.callback.settle(message, None)
             elif entry.callback is not None:
                 self.calls.append((entry.callback, message))

@@ -206,6 +206,8 @@ class Handshake:
         if session is None or session.incarnation != dest:
             return None
         if session.link is not link or session.routing_id != routing_id:
+            if not link.may_speak_for(routing_id, session.peer):
+                return None
             session.attach(link, routing_id)
         return session
 
@@ -244,6 +246,13 @@ class Handshake:
         self, session: Session, link: Link, header: Header, challenge: Challenge, is_known: bool, now: float
     ) -> None:
         _check_identity(challenge.identity)
+        if not link.may_speak_for(b"", challenge.identity):
+            self._owner.drop("foreign_identity")
+            name = decode_identity(challenge.identity)
+            text = f"the other end calls itself {name!r}, which is not the identity that goes with its key"
+            session.nonce, session.hello_at = 0, now + HELLO_S_MAX
+            self._owner.handle_refused(session, Reason.KEY, text, False)
+            return
         if session.nonce and challenge.echo == session.nonce:
             session.nonce = 0
             session.hello_at = FOREVER
@@ -267,11 +276,15 @@ class Handshake:
     ) -> None:
         session = self._by_incarnation.get(header.source_incarnation)
         challenged = self._challenged.get(header.source_incarnation)
+        hello = decode_hello(frame) if header.kind == Kind.HELLO else challenged and challenged.hello
+        claimed = hello.identity if hello is not None else b"" if session is None else session.peer
+        if claimed and not self._may_speak(link, routing_id, header, claimed):
+            return
         if challenged is not None and challenged.expires_at <= now:
             challenged = None
         is_known = session is not None and header.dest_incarnation == session.incarnation
-        if header.kind == Kind.HELLO:
-            self._handle_hello(link, routing_id, header.source_incarnation, decode_hello(frame), now)
+        if hello is not None and header.kind == Kind.HELLO:
+            self._handle_hello(link, routing_id, header.source_incarnation, hello, now)
         elif session is not None and is_known and header.kind == Kind.GOODBYE:
             session.take_back(decode_goodbye(frame))
             self._end(session, "the other end has closed")
@@ -287,6 +300,15 @@ class Handshake:
             link.send_frames(routing_id, [unknown])
         elif not (is_known and header.kind == Kind.RESPONSE):
             self._owner.drop("stale_session")
+
+    def _may_speak(self, link: Link, routing_id: bytes, header: Header, identity: bytes) -> bool:
+        """Return whether a peer of a listener is whom its frame claims; if it is not, tell it."""
+        if link.may_speak_for(routing_id, identity):
+            return True
+        self._owner.drop("foreign_identity")
+        text = f"its key here is not that of {decode_identity(identity)!r}; take the identity that goes with the key"
+        link.send_frames(routing_id, [encode_refusal(header.source_incarnation, Reason.KEY, text)])
+        return False
 
     def _handle_hello(self, link: Link, routing_id: bytes, source_incarnation: int, hello: Hello, now: float) -> None:
         session = self._by_incarnation.get(source_incarnation)
@@ -333,9 +355,9 @@ class Handshake:
             return
         for other in others:
             self._end(other, "its process has ended, and a new one has its identity")
-        if len(self._by_incarnation) >= self._limits.sessions_max:
+        text = self._why_too_many(hello.identity)
+        if text:
             self._owner.drop("too_many_sessions")
-            text = f"{len(self._by_incarnation)} sessions are open here, that is sessions_max"
             link.send_frames(routing_id, [encode_refusal(peer_incarnation, Reason.LIMIT, text, challenged.incarnation)])
             return
         session = Session(challenged.incarnation, link.handle, link.callback, self._limits, self._rng)
@@ -347,6 +369,14 @@ class Handshake:
         self._by_incarnation[peer_incarnation] = session
         self._by_identity.setdefault(hello.identity, {})[session] = None
         self._owner.mark_dirty(session)
+
+    def _why_too_many(self, identity: bytes) -> str:
+        if len(self._by_incarnation) >= self._limits.sessions_max:
+            return f"{len(self._by_incarnation)} sessions are open here, that is sessions_max"
+        own_count = len(self._by_identity.get(identity, ()))
+        if own_count >= self._limits.sessions_per_identity_max:
+            return f"{own_count} sessions of {decode_identity(identity)!r} are open, that is sessions_per_identity_max"
+        return ""
 
     def _receive_data(
         self, session: Session, flags: int, data: Data, frame: bytes, extra: list[bytes], now: float
@@ -370,6 +400,11 @@ class Handshake:
         """Return the session of a listener with a peer, the one that can be reached now if there are several."""
         found = [session for session in self._by_identity.get(identity, ()) if session.handle is handle]
         return max(found, key=lambda session: (session.link is not None, session.heard_at), default=None)
+
+    def expel(self, session: Session, why: str) -> None:
+        """Say goodbye to a peer of a listener, and forget it."""
+        session.say_goodbye()
+        self._end(session, why)
 
     def _end(self, session: Session, why: str) -> None:
         """Forget a peer of a listener."""

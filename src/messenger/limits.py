@@ -27,7 +27,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         window_msgs: Messages of one session that were sent and whose callbacks have not returned. Both ends keep it, so
             the smaller one counts.
         window_bytes: The same in bytes, at least one message.
+        peer_connections_max: Connections of peers to one tcp socket of a listener, whether or not they have said who
+            they are, so also handshakes in progress. The newest beyond it are cut. Each holds a descriptor; never more
+            than half of those that the process may have.
         sessions_max: Sessions of peers that listeners of this messenger know, alive or not. About 3 KB each.
+        sessions_per_identity_max: The same of one identity, so that no peer can take what others need.
         session_idle_s_max: Seconds after which a listener forgets a session that it hears nothing of.
     """
 
@@ -40,7 +44,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     worker_backlog_max: int = 100_000
     window_msgs: int = 8_192
     window_bytes: int = 64 * MIB
+    peer_connections_max: int = 4_096
     sessions_max: int = 10_000
+    sessions_per_identity_max: int = 1_000
     session_idle_s_max: int = 600
 
     def __post_init__(self) -> None:
@@ -76,6 +82,26 @@ CLOSE_TIMEOUT_S = 1.0
 SOCKETS_MAX = 65_535
 # So many must be free before anything is opened: a ZeroMQ socket with its monitor takes 3, a context 7, and links more.
 DESCRIPTORS_RESERVED = 32
+
+# A connection that has not said who it is by then is cut. A handshake with keys takes three round trips.
+HANDSHAKE_S = 3.0
+
+# Keys.
+
+ALLOWED_KEYS_MAX = 100_000
+ALLOW_FILE_BYTES_MAX = 32 * MIB
+KEY_FILE_BYTES_MAX = 4 * KIB
+# A listener starts only when it has refused a random key, which takes milliseconds.
+SELF_TEST_S = 5.0
+# A connection that was refused tries again so much later, since the list may have changed.
+RETRY_S = 1.0
+# A server that has another key than the one we know just hangs up; after so many times in a row that counts as refused.
+HANDSHAKE_FAILURES_MAX = 3
+# Refused keys are counted each, but logged once in so many seconds a key, and so many keys in that time.
+# Connections of plain peers with one key, to one socket, that can be told apart: its identity, and `#2` to so many.
+NAMES_PER_KEY_MAX = 64
+REFUSAL_LOG_S = 60.0
+REFUSAL_LOG_KEYS_MAX = 100
 
 # Sessions.
 

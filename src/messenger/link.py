@@ -110,6 +110,13 @@ class Link(Outlet):
         """Return all links of the same handle, itself included, in order of preference."""
         return (self,)
 
+    def may_speak_for(self, routing_id: bytes, identity: bytes) -> bool:
+        """Return whether a peer of this link may have an identity: where there are no keys, any peer may."""
+        return True
+
+    def revive(self) -> None:
+        """Try again to reach somebody, some time after a refusal."""
+
     def send_frames(self, routing_id: bytes, frames: Sequence[bytes]) -> bool:
         """Send one ZeroMQ message to a peer; return False if there is no way to it now."""
         raise NotImplementedError

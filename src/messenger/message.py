@@ -94,8 +94,22 @@ Callback = Callable[[Message], object]
 ErrorCallback = Callable[[DeliveryError], object]
 
 
-class Waiter:
+class Taker:
     """Takes an outcome in place of a callback, at once, inside the core: it only notes it and wakes who waits."""
+
+    __slots__ = ()
+
+    def __call__(self, response: Message) -> None:
+        """Take the response, where a callback would be called."""
+        self.settle(response, None)
+
+    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
+        """Note the outcome. Called once, by the core."""
+        raise NotImplementedError
+
+
+class Waiter(Taker):
+    """Notes the outcome, for a thread that waits for it."""
 
     __slots__ = ("done", "error", "response")
 
@@ -103,10 +117,6 @@ class Waiter:
         self.done = False
         self.response: Message | None = None
         self.error: DeliveryError | None = None
-
-    def __call__(self, response: Message) -> None:
-        """Take the response, where a callback would be called."""
-        self.settle(response, None)
 
     def settle(self, response: Message | None, error: DeliveryError | None) -> None:
         """Note the outcome. Called once, by the core."""

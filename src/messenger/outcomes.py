@@ -19,7 +19,7 @@ from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, Outco
 from .handshake import Handshake
 from .limits import BATCH_MSGS_MAX
 from .link import FOREVER, Link, Outlet
-from .message import ErrorCallback, Waiter
+from .message import ErrorCallback, Taker
 from .outgoing import Outgoing
 from .session import Session
 from .wire import ControlKind, Option, OptionKind, Reason, decode_identity
@@ -51,6 +51,8 @@ class Outcomes:
         self._dirty: list[Outlet] = []
         self._sweep_at = FOREVER
         self._sessions_at = FOREVER
+        # When links that were refused are to try again.
+        self._revive_at: dict[Link, float] = {}
         self._not_delivered_msgs = 0
         self._outcome_unknown_msgs = 0
 
@@ -130,9 +132,13 @@ class Outcomes:
         if self._sweep_at <= now:
             self._sweep(now)
         if self._sessions_at <= now:
+            for link in [link for link, revive_at in self._revive_at.items() if revive_at <= now]:
+                del self._revive_at[link]
+                link.revive()
             self.handshake.handle_deadline(now)
             self.flush(now)
-            self._sessions_at = max(self.handshake.next_deadline_at(), now + SWEEP_SPACING_S)
+            revive_at = min(self._revive_at.values(), default=FOREVER)
+            self._sessions_at = max(min(self.handshake.next_deadline_at(), revive_at), now + SWEEP_SPACING_S)
 
     def _sweep(self, now: float) -> None:
         """End every message whose deadline has passed."""
@@ -201,6 +207,7 @@ class Outcomes:
     def close_link(self, link: Link, why: str, now: float) -> None:
         """Send what a link and its sessions have, say goodbye to their peers, and end every message."""
         self.links.discard(link)
+        self._revive_at.pop(link, None)
         link.flush(now)
         for session in [s for s in self.handshake.sessions if s.handle is link.handle]:
             session.flush(now)
@@ -263,7 +270,20 @@ class Outcomes:
             session.queue_bytes += sum(outgoing.size_bytes for outgoing in sent)
         self.abandon(session, f"refused: {text}", IdentityInUse if reason == Reason.IDENTITY_IN_USE else NotDelivered)
 
-    def forget(self, waiter: Waiter) -> None:
+    def handle_link_refused(self, link: Link, text: str) -> None:
+        """A connection's link was refused before anything could be sent on it."""
+        if link.session is not None:
+            self.handle_refused(link.session, Reason.KEY, text, False)
+        else:
+            self.drop("refused")
+            self.abandon(link, f"refused: {text}")
+
+    def revive_later(self, link: Link, revive_at: float) -> None:
+        """Have a link try again at an instant."""
+        self._revive_at[link] = revive_at
+        self._sessions_at = min(self._sessions_at, revive_at)
+
+    def forget(self, waiter: Taker) -> None:
         """Drop the entry of a waiter that nobody waits on any more (an interrupted `request`)."""
         for entry in [entry for entry in self._outstanding.values() if entry.callback is waiter]:
             self._give_up(entry)
@@ -278,7 +298,7 @@ class Outcomes:
         elif kind is OutcomeUnknown:
             self._outcome_unknown_msgs += 1
         error = kind(f"message {message_id} to {entry.outlet.owner}: {why}", message_id, *details)
-        if isinstance(entry.callback, Waiter):
+        if isinstance(entry.callback, Taker):
             entry.callback.settle(None, error)
         else:
             self.calls.append((self._on_unheard if entry.on_error is None else entry.on_error, error))

@@ -149,6 +149,7 @@ class Reason(IntEnum):
     VERSION = 1
     IDENTITY_IN_USE = 2
     LIMIT = 3
+    KEY = 4
 
 
 class OptionKind(IntEnum):

@@ -24,7 +24,7 @@ from messenger import (
     NotDelivered,
     Security,
 )
-from messenger.transports.zeromq import context
+from messenger.transports.sockets import context
 from tests.conftest import (
     TIMEOUT_S,
     Inbox,

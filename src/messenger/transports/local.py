@@ -95,12 +95,14 @@ class IpcLock:
 
 
 def has_ipc_listener(path: Path) -> bool:
-    """Return whether a living process holds the path."""
+    """Return whether a living process of this user holds the path."""
     try:
-        descriptor = os.open(_lock_path(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(_lock_path(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return False
     try:
+        if os.fstat(descriptor).st_uid != os.getuid():
+            return False
         # A shared lock, so that two senders that look at once do not take each other for a listener.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -108,6 +110,14 @@ def has_ipc_listener(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def is_own_socket(endpoint: str) -> bool:
+    """Return whether the socket at an ipc endpoint is this user's; another user may have put one there."""
+    try:
+        return os.lstat(endpoint.removeprefix("ipc://")).st_uid == os.getuid()
+    except OSError:
+        return False
 
 
 def best_endpoint(endpoints: list[str]) -> str:

@@ -12,31 +12,30 @@ The traps of ZeroMQ that this file is about:
 * A ROUTER drops what it cannot route unless it is MANDATORY, and then it raises for one peer; that never stops others.
 * A DEALER takes messages while nobody is there. With IMMEDIATE it does not, but then it throws away what it has
   received when its link breaks. So a monitor tells when somebody is there; until then messages wait in our own queue.
-* A socket is really closed, and its port free, only when its monitor says that it stopped. That is told by a send that
-  blocks the thread which closes all sockets of the process, so a monitor that was not told is kept until it is.
 
 Source: docs/protocol.md, "Basic dialect".
 """
 
 import errno
-import itertools
+import logging
 import os
-import threading
+import resource
 import time
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
 from ..limits import (
     BATCH_MSGS_MAX,
+    HANDSHAKE_FAILURES_MAX,
+    HANDSHAKE_S,
     HEADER_BYTES_MAX,
     LARGE_BYTES_MIN,
-    SOCKETS_MAX,
+    RETRY_S,
     TURN_DROPPED_FRAMES_MAX,
     TURN_MSGS_MAX,
     Limits,
@@ -44,44 +43,26 @@ from ..limits import (
 from ..link import Link
 from ..message import Callback
 from ..outgoing import Outgoing
-from .local import IpcLock, inproc_names
+from ..security import KeyPair, ServerKey
+from ..wire import encode_identity
+from .local import IpcLock, inproc_names, is_own_socket
+from .sockets import POLLIN, Monitor, context, cut
 from .wakeup import check_descriptors
 
+logger = logging.getLogger("messenger")
 # libzmq takes milliseconds in 31 bits.
 LINGER_S_MAX = 1_000_000.0
 NOBLOCK = int(zmq.NOBLOCK)
 SNDMORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
 RCVMORE = zmq.RCVMORE
-POLLIN = int(zmq.POLLIN)
+ACCEPTED, UP, DOWN = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_DISCONNECTED)
+NOT_ALLOWED, BAD_PROTOCOL, HUNG_UP = (
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH),
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL),
+)
 # Beyond twice the largest message libzmq cuts the peer off itself; up to there we drop the message and count it.
 FRAME_BYTES_FACTOR = 2
-
-_context: zmq.Context[zmq.Socket[bytes]] | None = None
-_context_lock = threading.Lock()
-_monitor_numbers = itertools.count(1)
-# Of closed sockets that have not stopped yet.
-_untold_monitors: list[zmq.Socket[bytes]] = []
-
-
-def context() -> zmq.Context[zmq.Socket[bytes]]:
-    """Return the context of this process, made at first use: inproc reaches only within one context."""
-    global _context
-    with _context_lock:
-        if _context is None:
-            _context = zmq.Context(io_threads=1)
-            _context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)
-        return _context
-
-
-def _forget_context() -> None:
-    """Drop the parent's context in the child of a fork: its threads do not exist here."""
-    global _context, _context_lock
-    _context = None
-    _untold_monitors.clear()
-    _context_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_context)
 
 
 def _touch_nothing(link: "SocketLink") -> None:
@@ -119,7 +100,7 @@ class SocketLink(Link):
             zmq.SNDHWM: limits.queue_msgs_max + 2 * limits.window_msgs,
             zmq.RCVHWM: limits.queue_msgs_max,
             zmq.MAXMSGSIZE: FRAME_BYTES_FACTOR * self._frame_bytes_max,
-            zmq.HANDSHAKE_IVL: 5_000,
+            zmq.HANDSHAKE_IVL: int(HANDSHAKE_S * 1000),
             zmq.RECONNECT_IVL: 50,
             zmq.RECONNECT_IVL_MAX: 500,
             zmq.CONNECT_TIMEOUT: 3_000,
@@ -131,15 +112,8 @@ class SocketLink(Link):
         for option, value in options.items():
             self.socket.setsockopt(option, value)
         self.descriptor: int = self.socket.getsockopt(zmq.FD)  # type: ignore[assignment]
-        self._monitor = context().socket(zmq.PAIR)
-        self._monitor.setsockopt(zmq.LINGER, 0)
-        # libzmq's own threads must never wait for us to read.
-        self._monitor.setsockopt(zmq.RCVHWM, 0)
-        # libzmq frees a name some time after its socket was closed, so each is used once.
-        name = f"inproc://messenger-monitor-{next(_monitor_numbers)}"
-        self.socket.monitor(name, events | zmq.EVENT_MONITOR_STOPPED)
-        self._monitor.connect(name)
-        self.monitor_descriptor: int = self._monitor.getsockopt(zmq.FD)  # type: ignore[assignment]
+        self._monitor = Monitor(self.socket, events)
+        self.monitor_descriptor = self._monitor.descriptor
 
     def has_input(self) -> bool:
         """Read the socket's events, as must be done before anybody sleeps on its descriptor."""
@@ -148,10 +122,11 @@ class SocketLink(Link):
 
     def read_news(self) -> None:
         """Take what the monitor tells of the link."""
-        while self._monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
-            event = recv_monitor_message(self._monitor)["event"]
-            if event in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
-                self.note_up(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        for event, value in self._monitor.read():
+            self._handle_news(event, value)
+
+    def _handle_news(self, event: int, value: int) -> None:
+        """Take one event of the monitor."""
 
     def note_up(self, is_up: bool) -> None:
         """Note that somebody is there now, or that nobody is."""
@@ -242,52 +217,85 @@ class SocketLink(Link):
         linger_ms = int(min(linger_s, LINGER_S_MAX) * 1000) if self._is_up_now() else 0
         self.socket.close(linger=linger_ms)
         # An inproc socket stops only when its peers have noticed, which this thread may have to do for them.
-        has_stopped = not self.endpoint.startswith("inproc:") and self._await_stop(linger_ms + 50)
-        with _context_lock:
-            if has_stopped:
-                self._monitor.close()
-            else:
-                _untold_monitors.append(self._monitor)
-            for monitor in [other for other in _untold_monitors if _has_stopped(other)]:
-                _untold_monitors.remove(monitor)
-                monitor.close()
+        self._monitor.close(0 if self.endpoint.startswith("inproc:") else linger_ms / 1000 + 0.05)
 
     def _is_up_now(self) -> bool:
-        """Read what the monitor has, without telling anybody."""
-        is_up = self.is_up
-        while self._monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
-            is_up = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        return is_up
-
-    def _await_stop(self, timeout_ms: int) -> bool:
-        ends_at = time.monotonic() + timeout_ms / 1000
-        while (left_s := ends_at - time.monotonic()) > 0:
-            if self._monitor.poll(int(left_s * 1000) + 1) and _has_stopped(self._monitor):
-                return True
-        return False
-
-
-def _has_stopped(monitor: zmq.Socket[bytes]) -> bool:
-    """Read what a monitor has; return whether its socket is closed for good."""
-    while monitor.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
-        if recv_monitor_message(monitor)["event"] == zmq.EVENT_MONITOR_STOPPED:
-            return True
-    return False
+        return self.is_up
 
 
 class ConnectionLink(SocketLink):
-    """A DEALER that is connected to one endpoint."""
+    """A DEALER that is connected to one endpoint.
+
+    Args:
+        keys: Ours and the server's, with which it speaks CURVE on tcp.
+    """
 
     def __init__(
-        self, routing_id: bytes, handle: object, callback: Callback | None, exchange: Exchange, limits: Limits
+        self,
+        routing_id: bytes,
+        handle: object,
+        callback: Callback | None,
+        exchange: Exchange,
+        limits: Limits,
+        keys: tuple[KeyPair, ServerKey] | None = None,
     ) -> None:
-        news = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        super().__init__(zmq.DEALER, news, handle, callback, exchange, limits)
+        super().__init__(
+            zmq.DEALER, UP | DOWN | NOT_ALLOWED | BAD_PROTOCOL | HUNG_UP, handle, callback, exchange, limits
+        )
         # A session's routing id is ZeroMQ's own and means nothing; in the basic dialect it is the identity.
         if routing_id:
             self.socket.setsockopt(zmq.ROUTING_ID, routing_id)
         self.socket.setsockopt(zmq.IPV6, 1)
         self._inproc_binding = 0
+        self._keys = keys
+        self._failure_count = 0
+        self._is_refused = False
+
+    def _handle_news(self, event: int, value: int) -> None:
+        if event == UP and self.endpoint.startswith("ipc:") and not is_own_socket(self.endpoint):
+            self._detach()
+            self._take_refusal("the socket is not this user's, so whoever listens there gets nothing", True)
+        elif event in (UP, DOWN):
+            if event == UP:
+                self._failure_count, self._is_refused = 0, False
+            self.note_up(event == UP)
+        elif event == NOT_ALLOWED:
+            key = self._keys[0].public if self._keys else ""
+            self._take_refusal(f"our key {key} is not on the allow-list there", True)
+        elif event == HUNG_UP and self._keys is not None:
+            self._failure_count += 1
+            if self._failure_count >= HANDSHAKE_FAILURES_MAX:
+                key = self._keys[1].public
+                text = f"it hung up {self._failure_count} times in the handshake, so its key is probably not {key}"
+                self._take_refusal(text, False)
+        elif event == BAD_PROTOCOL and self._keys is not None:
+            self._take_refusal("it does not speak CURVE, so it has no key", True)
+        elif event == BAD_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            self._take_refusal("it lets in only who has a key: Security(key=…, servers=…)", True)
+
+    def _take_refusal(self, text: str, is_over: bool) -> None:
+        """End what waits to be sent, and have another try later; libzmq itself makes none if it `is_over`."""
+        if not self._is_refused:
+            logger.warning("! %s refused a connection: %s", self.endpoint, text)
+        self._is_refused = True
+        self._exchange.handle_link_refused(self, f"{self.endpoint}: {text}")
+        if is_over:
+            self._exchange.revive_later(self, time.monotonic() + RETRY_S)
+
+    def revive(self) -> None:
+        """Connect anew, unless that has happened meanwhile."""
+        if not self.is_up:
+            self.attach(self.endpoint)
+
+    def may_speak_for(self, routing_id: bytes, identity: bytes) -> bool:
+        """Return whether the server may have an identity: that which its key was given with, if there was one."""
+        name = self._keys[1].name if self._keys is not None and self.endpoint.startswith("tcp:") else ""
+        return not name or identity == encode_identity(name)
+
+    def _is_up_now(self) -> bool:
+        """Read what the monitor has, without telling anybody."""
+        states = [event == UP for event, _ in self._monitor.read() if event in (UP, DOWN)]
+        return states[-1] if states else self.is_up
 
     def attach(self, endpoint: str) -> None:
         """Connect to an endpoint, in place of the present one if there is one; what is queued here goes there.
@@ -302,12 +310,25 @@ class ConnectionLink(SocketLink):
             self._inproc_binding = inproc_names.binding(endpoint)
             if not self._inproc_binding:
                 return
+        self._take_keys(endpoint.startswith("tcp:"))
         try:
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
             raise DestinationInvalid(f"cannot connect to {endpoint}: {error}") from error
         if self._inproc_binding:
             self.note_up(True)
+
+    def _take_keys(self, is_tcp: bool) -> None:
+        """Speak CURVE from the next connect on, or do not."""
+        if self._keys is None:
+            return
+        own, server = self._keys
+        if is_tcp:
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, server.public.encode())
+            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, own.public.encode())
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, own.reveal())
+        else:
+            self.socket.setsockopt(zmq.CURVE_SERVER, 0)  # This unsets the mechanism.
 
     def _detach(self) -> None:
         if self.endpoint and (self._inproc_binding or not self.endpoint.startswith("inproc:")):
@@ -361,8 +382,16 @@ class ListenerLink(SocketLink):
         Raises:
             DestinationInUse, DestinationInvalid: Nothing is left open.
         """
-        super().__init__(zmq.ROUTER, 0, handle, callback, exchange, limits)
+        is_tcp = endpoint.startswith("tcp:")
+        super().__init__(
+            zmq.ROUTER, ACCEPTED | DOWN | BAD_PROTOCOL | HUNG_UP if is_tcp else 0, handle, callback, exchange, limits
+        )
         self.is_shared = True
+        # The descriptors of the connections that peers hold to this socket.
+        self._accepted: set[int] = set()
+        self._accepted_max = min(limits.peer_connections_max, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        # The routing ids of plain peers that do not have their identity as routing id (transports/curve.py).
+        self._routing_ids: dict[bytes, bytes] = {}
         self._ipc_lock: IpcLock | None = None
         try:
             if endpoint.startswith("ipc:"):
@@ -370,8 +399,7 @@ class ListenerLink(SocketLink):
             self.is_up = True
             self.identity = identity
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            # A plain peer that restarts under its routing id is served at once, even if its old link is not known dead.
-            self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            self._guard(endpoint)
             # With it, libzmq shows IPv4 addresses in the form of IPv6.
             self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
             self._bind(endpoint)
@@ -387,6 +415,31 @@ class ListenerLink(SocketLink):
             raise DestinationInvalid(f"cannot listen on {endpoint}: {error}") from error
         if endpoint.startswith("inproc:"):
             inproc_names.add(endpoint)
+
+    def _guard(self, endpoint: str) -> None:
+        """Set what says who may connect and be whom, before the socket is bound."""
+        # A plain peer that restarts under its routing id is served at once, even if its old link is not known dead.
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        if endpoint.startswith("ipc:"):
+            # Beside the modes of the folder and of the file, which somebody may change.
+            self.socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+
+    def _handle_news(self, event: int, value: int) -> None:
+        """Count the connections of peers, and cut those that are too many."""
+        if event == DOWN:
+            self._accepted.discard(value)
+        elif event == ACCEPTED:
+            self._accepted.add(value)
+            if len(self._accepted) > self._accepted_max:
+                self._exchange.drop("too_many_connections")
+                cut(value, self.port)
+        else:
+            self._exchange.drop("failed_handshakes")
+
+    @property
+    def port(self) -> int:
+        """The port of tcp."""
+        return int(self.endpoint.rpartition(":")[2])
 
     def _bind(self, endpoint: str) -> None:
         self.socket.bind(endpoint)
@@ -413,15 +466,16 @@ class ListenerLink(SocketLink):
     def flush(self, now: float) -> None:
         """Give the queue to ZeroMQ; what it refuses goes back to the exchange."""
         queue = self.queue
-        send = self.socket.send
+        send, routing_ids = self.socket.send, self._routing_ids
         if queue:
             self.touch(self)
         while queue:
             outgoing: Outgoing = queue.popleft()
             self.queue_bytes -= outgoing.size_bytes
             data = outgoing.whole()
+            peer = outgoing.peer
             try:
-                send(outgoing.peer, SNDMORE_NOBLOCK)
+                send(routing_ids.get(peer, peer), SNDMORE_NOBLOCK)
             except zmq.Again:
                 self._exchange.handle_unsendable(self, outgoing, "peer_full")
             except zmq.ZMQError as error:

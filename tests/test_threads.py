@@ -1,4 +1,4 @@
-"""`loop`: what a thread that leads must have done before it sleeps, and whom it wakes; the rest: tests/transports."""
+"""`threads`: what a leader must have done before it sleeps, and whom it wakes; the rest: tests/transports."""
 
 import time
 from pathlib import Path
@@ -8,8 +8,8 @@ from messenger import Messenger
 from messenger.exchange import Exchange
 from messenger.limits import ACK_DELAY_S, Limits
 from messenger.link import Link
-from messenger.loop import Loop, State
-from messenger.waiting import ThreadWaiter
+from messenger.loop import State
+from messenger.threads import ThreadLoop, ThreadWaiter
 
 
 class FakeRandom:
@@ -61,7 +61,8 @@ class FakeWakeup:
 def test_a_leader_sends_what_input_made_ready_before_it_sleeps() -> None:
     """It once went to sleep on it, so that a first request on a new connection could wait for the next deadline."""
     exchange = Exchange("messenger", Limits(), lambda error: None, b"me", FakeRandom())
-    loop = Loop("loop", exchange, lambda: None, lambda: True, lambda timeout: None)
+    endpoints: Any = None  # It has none.
+    loop = ThreadLoop("loop", exchange, endpoints, lambda: None)
     waiter = ThreadWaiter()
     wakeup: Any = FakeWakeup(exchange, waiter)
     loop._wakeup = wakeup
@@ -69,7 +70,7 @@ def test_a_leader_sends_what_input_made_ready_before_it_sleeps() -> None:
     link: Any = FakeLink(exchange)
     loop._readable.add(link)
     with loop.lock:
-        loop.await_outcome(waiter, time.monotonic() + 1)
+        loop.await_outcome(waiter, link, time.monotonic() + 1)
     assert wakeup.was_dirty == [False]
     assert link.flush_count == 1
 

@@ -1,0 +1,322 @@
+"""The public calls that `Messenger` and `AsyncMessenger` share, on the core and the links.
+
+What differs stands in the two drivers: how a call waits, and what runs the server loop (`threads.py`, `tasks.py`).
+"""
+
+import logging
+import os
+import secrets
+import socket
+from threading import get_ident
+from time import monotonic
+from typing import ClassVar, Literal
+
+from .destination import Destination
+from .endpoint import Connection, Endpoints, Listener, To
+from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
+from .exchange import Exchange
+from .limits import CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, TIMEOUT_S, Limits
+from .link import FOREVER
+from .loop import Loop, State
+from .message import Callback, ErrorCallback, Message, Statistics, Taker
+from .security import Security
+from .wire import ID_MAX, NOOP, Buffer, encode_identity
+
+logger = logging.getLogger("messenger")
+# Draws incarnations and nonces, which others must not guess.
+_rng = secrets.SystemRandom()
+
+Contents = Buffer | str
+RUNNING = State.RUNNING
+
+
+class BaseMessenger:
+    """The calls of a messenger that are the same in every driver; see `Messenger`."""
+
+    _loop_class: ClassVar[type[Loop]]
+
+    def __init__(
+        self, identity: str | None = None, *, security: Security | None = None, limits: Limits | None = None
+    ) -> None:
+        security = security or Security()
+        if identity is None:
+            identity = security.key.name if security.key is not None else ""
+        if not identity:
+            identity = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        _check_identity(identity)
+        self.identity = identity
+        self.limits = limits or Limits()
+        self._exchange = Exchange(self, self.limits, _log_unheard, encode_identity(identity), _rng)
+        self._endpoints = Endpoints(self, self.limits, security, self._exchange)
+        self._loop = self._loop_class(f"messenger-{identity}", self._exchange, self._endpoints, self._attach_links)
+        self._security = security
+        security.on_reload(self._cut_revoked)
+
+    def listen_for_connection(
+        self,
+        destination: Destination | str | int,
+        callback: Callback | None,
+        *,
+        identity: str | None = None,
+        workers: int = 0,
+    ) -> Listener:
+        """Open a destination and run a server-loop callback (SLC) on every message that arrives there.
+
+        Args:
+            destination: A bare port or `"host:port"` opens inproc, ipc and tcp at once. Port 0 takes any free one.
+            callback: The SLC, run on the messenger's thread; None to only serve built-in and registered callbacks.
+            identity: What plain peers see as the sender of its messages; by default the messenger's.
+            workers: Run the SLC on so many threads of its own instead; messages start in order but end in any.
+
+        Raises:
+            DestinationInUse: Somebody listens there already. Nothing was opened.
+            DestinationInvalid: It cannot be used, or is not loopback and `security` does not allow that.
+            LimitReached, MessengerClosed, ForkedError.
+
+        Thread: any. Source: docs/protocol.md, "Destinations".
+        """
+        _check_callable("callback", callback)
+        if identity is not None:
+            _check_identity(identity)
+        if workers < 0:
+            raise ValueError(f"workers is {workers}, it must be at least 0")
+        parsed = Destination.parse(destination)
+        with self._loop.lock:
+            self._require_open()
+            listener = self._endpoints.listen(parsed, callback, identity or self.identity, workers, self._loop)
+        logger.info("= %s listens on %s", self.identity, ", ".join(listener.endpoints))
+        return listener
+
+    def make_connection(
+        self,
+        destination: Destination | str | int,
+        *,
+        callback: Callback | None = None,
+        dialect: Literal["session", "basic"] = "session",
+    ) -> Connection:
+        """Connect to a destination. Nobody need be there yet; messages wait until somebody is.
+
+        Args:
+            destination: A bare port or `"host:port"` takes the best transport that has a listener now, else tcp.
+            callback: Run on every message that arrives on this connection, as an SLC is at a listener.
+            dialect: `"basic"` for servers that are plain ZeroMQ programs; fire and forget, as ZeroMQ is.
+
+        Raises:
+            DestinationInvalid, LimitReached, MessengerClosed, ForkedError.
+
+        Thread: any. Source: docs/protocol.md, "Destinations".
+        """
+        _check_callable("callback", callback)
+        if dialect not in ("session", "basic"):
+            raise ValueError(f"dialect is {dialect!r}, it must be 'session' or 'basic'")
+        parsed = Destination.parse(destination)
+        with self._loop.lock:
+            self._require_open()
+            return self._endpoints.connect(parsed, callback, dialect, self._loop)
+
+    def send_message(
+        self,
+        to: To,
+        contents: Contents,
+        callback: Callback | None = None,
+        *,
+        on_error: ErrorCallback | None = None,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        redeliver: bool = False,
+    ) -> int:
+        """Queue one message and return its id, unique in this process's life, at once.
+
+        It is processed exactly once, in order, while both processes live. Exactly one of `callback` and `on_error` is
+        called, once, on the messenger's thread. To a plain peer it is fire and forget, and its deadline tells.
+
+        Args:
+            to: A connection, a message to answer, a (listener, identity) pair, or a destination (connected once).
+            contents: Bytes, or text that is sent as UTF-8; at most `limits.message_bytes_max` bytes.
+            callback: The message-specific callback (MSC), run on the response.
+            on_error: Told what became of the message if no response came; without it, that is logged.
+            remote_callback: The callback that the receiver is to run; in an answer, by default the one asked for.
+            timeout: Seconds, > 0, until the message ends as `NotDelivered` (nobody took it) or `OutcomeUnknown`.
+            redeliver: Give it to the receiver's next process too, if the first ends without an answer.
+
+        Raises:
+            QueueFull: The queue stayed full for `timeout` seconds; in a callback: is full. Nothing was sent.
+            MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid.
+
+        Thread: any. Source: docs/protocol.md, "Messages".
+        """
+        if callback is not None and not callable(callback):
+            _check_callable("callback", callback)
+        if on_error is not None and not callable(on_error):
+            _check_callable("on_error", on_error)
+        if type(contents) is not bytes:
+            contents = _as_bytes(contents)
+        is_timed = timeout != TIMEOUT_S
+        if is_timed or remote_callback:
+            _check_numbers(timeout, remote_callback)
+        deadline_at = monotonic() + timeout
+        loop, exchange = self._loop, self._exchange
+        # Not `with`, which costs twice as much.
+        loop.acquire()
+        try:
+            if loop.state is not RUNNING:
+                self._require_open(type(to) is Message)
+            peer, roams = b"", False
+            if type(to) is Connection and to.messenger is self and not to.closed:
+                outlet = to.outlet  # The usual way without a call; all others, and every refusal, stand in `route`.
+            else:
+                outlet, peer, roams = self._endpoints.route(to, loop)
+                if type(to) is Message:
+                    remote_callback = remote_callback or to.source_callback_id
+            message_id = 0
+            while not message_id:
+                try:
+                    message_id = exchange.send(
+                        *(outlet, peer, contents, callback, on_error),
+                        *(remote_callback, deadline_at, roams, redeliver, is_timed),
+                    )
+                except QueueFull:
+                    loop.wait_room(outlet, deadline_at)
+                    self._require_open(type(to) is Message)
+                    self._endpoints.route(to, loop)  # It may have been closed meanwhile.
+            if isinstance(callback, Taker):
+                loop.await_outcome(callback, outlet, deadline_at)
+            elif exchange.is_urgent:
+                loop.flush()
+            elif loop.thread_id != get_ident():
+                loop.flush_soon(outlet, deadline_at - timeout)
+        finally:
+            loop.release()
+        return message_id
+
+    def cancel(self, message_id: int) -> bool:
+        """Give a message up: its `on_error` gets `Cancelled`, unless it has its outcome already.
+
+        The receiver is told: it does not start the message if it has not yet, and `message.cancelled` becomes true.
+
+        Returns:
+            Whether it had no outcome yet.
+
+        Thread: any.
+        """
+        with self._loop.lock:
+            is_open = self._exchange.cancel(message_id)
+            if is_open:
+                self._loop.flush()
+        return is_open
+
+    def register_callback(self, callback_id: int, callback: Callback) -> None:
+        """Let peers run `callback`, on the messenger's thread, by naming a fixed id as `remote_callback`.
+
+        Raises:
+            ValueError: The id is not 64 to 1023, or is taken.
+
+        Thread: any.
+        """
+        _check_callable("callback", callback)
+        with self._loop.lock:
+            self._exchange.register_callback(callback_id, callback)
+
+    def statistics(self) -> Statistics:
+        """Return what was counted so far, as one immutable object. Thread: any."""
+        with self._loop.lock:
+            self._endpoints.count_refusals()
+            connections, listeners = self._endpoints.count(Connection), self._endpoints.count(Listener)
+            return self._exchange.statistics(self.identity, connections, listeners)
+
+    def _answer(self, message: Message, contents: bytes) -> int:
+        """Do what `send_message(message, contents)` does, which most replies are, with less work. Takes the lock."""
+        loop, exchange = self._loop, self._exchange
+        now = monotonic()
+        message_id = 0
+        loop.acquire()
+        try:
+            outlet = message.link
+            # What is not the usual case is one for `send_message`.
+            is_same = message.incarnation and message.incarnation == outlet.peer_incarnation
+            if is_same and loop.state is RUNNING and not outlet.handle.closed:
+                message_id = exchange.answer(message, contents, now + TIMEOUT_S)
+                if exchange.is_urgent:
+                    loop.flush()
+                elif loop.thread_id != get_ident():
+                    loop.flush_soon(outlet, now)
+        finally:
+            loop.release()
+        return message_id or self.send_message(message, contents)
+
+    def _is_given_up(self, message: Message) -> bool:
+        """Do what `message.cancelled` says."""
+        now = monotonic()
+        if self._loop.is_own_thread():
+            # Nobody else may take the input that would tell.
+            self._loop.poll(now)
+        return message.is_given_up(now) or message.is_sender_gone
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.identity!r}, {self._loop.state.value}>"
+
+    # Called with the loop's lock held.
+
+    def _require_open(self, is_answer: bool = False) -> None:
+        state = self._loop.state
+        if state is State.RUNNING:
+            return
+        if state is State.NEW:
+            self._loop.start()
+        elif state is State.FORKED:
+            raise ForkedError(f"messenger {self.identity!r} was made before a fork; make a new one in the child")
+        # While the messenger closes, callbacks may still send, and workers answer.
+        elif state is State.CLOSED or not (is_answer or self._loop.is_own_thread()):
+            raise MessengerClosed(f"messenger {self.identity!r} is {state.value}")
+
+    def _close_endpoint(self, endpoint: Connection | Listener) -> None:
+        """Close a connection or listener. Called without the lock."""
+        with self._loop.lock:
+            if endpoint.closed or self._loop.state is State.FORKED:
+                return
+            self._endpoints.discard(endpoint)
+            for link in endpoint.links:
+                self._loop.remove(link, "it was closed")
+        endpoint.close_links(CLOSE_TIMEOUT_S)
+
+    def _cut_revoked(self) -> None:
+        """End the sessions of who is not allowed any more. Called without the lock, by any thread."""
+        with self._loop.lock:
+            if self._loop.state in (RUNNING, State.CLOSING):
+                self._endpoints.cut_revoked()
+                self._loop.flush()
+
+    def _attach_links(self) -> None:
+        for link in self._endpoints.attach_connections():
+            self._loop.touch(link)
+
+
+def _as_bytes(contents: Contents) -> Buffer:
+    if isinstance(contents, str):
+        return contents.encode()
+    return contents if isinstance(contents, (bytes, bytearray)) else memoryview(contents).cast("B")
+
+
+def _check_numbers(timeout: float, remote_callback: int) -> None:
+    if not 0 < timeout < FOREVER:
+        raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
+    if not 0 <= remote_callback <= ID_MAX:
+        raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
+
+
+def _log_unheard(error: DeliveryError) -> None:
+    logger.warning("! %s: %s (give on_error= to handle this)", type(error).__name__, error)
+
+
+def _check_callable(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} is {value!r}, it must be callable")
+
+
+def _check_identity(identity: str) -> None:
+    try:
+        length = len(encode_identity(identity))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"identity {identity!r} cannot be encoded as UTF-8") from error
+    if not 0 < length <= IDENTITY_BYTES_MAX or "\0" in identity:
+        raise ValueError(f"identity {identity!r} is {length} bytes, it must be 1 to {IDENTITY_BYTES_MAX} without NUL")

@@ -1,0 +1,345 @@
+"""The server loop of a `Messenger`: a thread of its own, the lock, and who leads.
+
+One lock guards the core and all sockets; whoever holds it may use them. Any thread sends by itself, without waking the
+loop. A thread that waits for an outcome **leads** meanwhile, if nobody else does: it takes the input itself
+(`transports/wakeup.py`), which saves two thread switches. Callbacks always run on the loop's own thread, so that what a
+callback may rely on does not depend on who waits.
+
+What must never happen here: a socket that two threads use without the lock.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+
+from .endpoint import Endpoints
+from .errors import DeliveryError, QueueFull
+from .exchange import Exchange
+from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S, POLL_S
+from .link import FOREVER, Outlet
+from .loop import Loop, State, started
+from .message import Message, Waiter
+from .transports.local import inproc_names
+from .transports.wakeup import SLEEP_S_MAX, Wakeup
+
+logger = logging.getLogger("messenger")
+
+
+class ThreadWaiter(Waiter):
+    """A thread that waits for an outcome. It leads, or it follows: then it sleeps on `wake`."""
+
+    __slots__ = ("wake",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wake: threading.Lock | None = None
+
+    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
+        """Note the outcome and wake the thread."""
+        super().settle(response, error)
+        self.wake_up()
+
+    def wake_up(self) -> None:
+        """Wake the thread, if it follows."""
+        if self.wake is not None:
+            self.wake.release()
+            self.wake = None
+
+
+class ThreadLoop(Loop):
+    """The thread and the lock of one messenger. Methods are called with `lock` held unless they say otherwise."""
+
+    uses_threads = True
+
+    def __init__(self, name: str, exchange: Exchange, endpoints: Endpoints, attach_links: Callable[[], None]) -> None:
+        super().__init__(name, exchange, endpoints, attach_links)
+        self._own_thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        # Notified when a full queue gets room, and when a leader leaves while the messenger closes.
+        self._changed = threading.Condition(self._lock)
+        self._wakeup: Wakeup
+        self._leader: ThreadWaiter | None = None
+        self._followers: deque[ThreadWaiter] = deque()
+        # Whether the leader, and the loop's thread, sleep; only then need they be woken.
+        self._leader_sleeps = False
+        self._thread_sleeps = False
+        self._wake_at = FOREVER
+        self._thread_wake_at = FOREVER
+        self._poll_at = 0.0
+
+    def _set_lock(self) -> None:
+        self.lock = self._lock = threading.Lock()
+        self.acquire, self.release = self._lock.acquire, self._lock.release
+
+    # Life.
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._wakeup = Wakeup()
+        self.state = State.RUNNING
+        started.add(self)
+        self._own_thread.start()
+        self.thread_id = self._own_thread.ident or 0
+        inproc_names.watch(self)
+
+    def close(self, timeout: float) -> None:
+        """Stop when all is settled or `timeout` is over. Called without the lock; waits, except in a callback."""
+        self.begin_close(timeout)
+        if self._own_thread.is_alive() and not self.is_own_thread():
+            self._own_thread.join(min(timeout, SLEEP_S_MAX) + CLOSE_TIMEOUT_S)
+            if self._own_thread.is_alive():
+                logger.error(
+                    "! %s: a callback still runs after the close; nothing is sent any more", self._own_thread.name
+                )
+
+    def begin_close(self, timeout: float) -> None:
+        """Close as `close` does, but do not wait. Called without the lock."""
+        with self.lock:
+            if self.state is State.NEW:
+                self.state = State.CLOSED
+            if self.state is State.RUNNING:
+                self.state = State.CLOSING
+                self.close_at = monotonic() + timeout
+                self._exchange.ask_all()
+                self._changed.notify_all()
+                self._wakeup.ask_attention()
+                self._wakeup.announce_calls()
+
+    def is_own_thread(self) -> bool:
+        """Return whether the caller is a callback on the loop's thread. No lock needed."""
+        return self.thread_id == threading.get_ident()
+
+    def end_at_exit(self) -> None:
+        """Wait for the thread, for a while."""
+        self.close(CLOSE_TIMEOUT_S)
+
+    # What the loop sleeps on.
+
+    def _watch(self, descriptor: int) -> None:
+        self._wakeup.add(descriptor)
+
+    def _unwatch(self, descriptor: int) -> None:
+        self._wakeup.remove(descriptor)
+
+    def ask_attention(self) -> None:
+        """Wake whoever leads."""
+        self._wakeup.ask_attention()
+
+    def _announce_room(self) -> None:
+        self._changed.notify_all()
+
+    # Sending.
+
+    def flush(self) -> None:
+        """Give what waits to the network; whoever sleeps is woken if that brought work."""
+        exchange = self._exchange
+        exchange.flush(monotonic())
+        # The flush may have used up the descriptor's signal for input that came meanwhile.
+        if self._leader_sleeps and (self._read_events() or exchange.next_deadline_at < self._wake_at):
+            self._wakeup.ask_attention()
+        self.announce_calls()
+        if self._room_wanted_count:
+            self._changed.notify_all()
+
+    def flush_soon(self, outlet: Outlet, now: float) -> None:
+        """Send what another thread than the loop's has queued, or leave that to the loop's thread.
+
+        In a callback messages wait for the end of the turn, so that one frame holds what it sends. In other threads
+        they leave at once, but behind messages that are on their way they wait for the loop as well, so that a thread
+        which sends in a tight loop fills frames; unless the loop is held up by a callback.
+        """
+        if outlet.is_quiet or now - self._callback_at > FLUSH_S:
+            self.flush()
+        elif self._thread_sleeps:
+            self._thread_sleeps = False
+            self._wakeup.announce_calls()
+
+    def announce_calls(self) -> None:
+        """Wake the loop's thread if it sleeps and there are callbacks to run."""
+        if self._thread_sleeps and self._exchange.calls:
+            self._thread_sleeps = False
+            self._wakeup.announce_calls()
+
+    def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
+        """Wait until a full queue takes a message. In a callback it raises at once, since it would wait for itself.
+
+        Raises:
+            QueueFull: There was no room before the deadline.
+        """
+        if self.is_own_thread():
+            raise QueueFull(f"the queue to {outlet} is full ({len(outlet.queue)} messages), and a callback cannot wait")
+        self._room_wanted_count += 1
+        try:
+            while self._exchange.is_full(outlet) and self.state is State.RUNNING:
+                if not self._changed.wait(deadline_at - monotonic()):
+                    raise QueueFull(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
+        finally:
+            self._room_wanted_count -= 1
+
+    # Waiting in another thread.
+
+    def await_outcome(self, waiter: ThreadWaiter, outlet: Outlet, deadline_at: float) -> None:
+        """Send what is queued and wait until a waiter is settled: lead if nobody does, else follow."""
+        try:
+            if self._leader is not None:
+                self.flush()
+            while not waiter.done:
+                if self.state is not State.RUNNING:
+                    # The loop's own thread ends everything now.
+                    if self._leader is waiter:
+                        self._leave_lead()
+                    self._follow(waiter, deadline_at)
+                    continue
+                if self._leader is None:
+                    self._leader = waiter
+                    self._leader_sleeps = False
+                    self._wakeup.take_lead()
+                if self._leader is waiter:
+                    self._lead(waiter)
+                else:
+                    self._follow(waiter, deadline_at)
+        finally:
+            if not waiter.done:
+                self._exchange.forget(waiter)
+                self.flush()
+            if self._leader is waiter:
+                self._leave_lead()
+
+    def _lead(self, waiter: ThreadWaiter) -> None:
+        """Take input once, if need be after a sleep until there is some."""
+        if self._read_events():
+            # What came may have to be answered, so nobody sleeps before the events were read again.
+            self._take_input([])
+            self.announce_calls()
+            return
+        self.announce_calls()
+        self._wake_at = self._exchange.next_deadline_at
+        self._leader_sleeps = True
+        try:
+            # In here, so that a Ctrl-C that is raised as it returns leaves with the lock taken, as all else expects.
+            self.release()
+            descriptors = self._wakeup.wait_input(max(0.0, self._wake_at - monotonic()))
+        finally:
+            self.acquire()
+            self._leader_sleeps = False
+        self._take_input(descriptors)
+
+    def _follow(self, waiter: ThreadWaiter, deadline_at: float) -> None:
+        """Sleep until the leader settles the waiter or hands the lead over, or the deadline is over."""
+        wake = threading.Lock()
+        wake.acquire()
+        waiter.wake = wake
+        self._followers.append(waiter)
+        try:
+            self.release()
+            wake.acquire(timeout=max(0.001, deadline_at - monotonic()))
+        finally:
+            self.acquire()
+            waiter.wake = None
+            if waiter in self._followers:
+                self._followers.remove(waiter)
+        now = monotonic()
+        if not waiter.done and now >= deadline_at:
+            # Whoever leads may be in a long callback.
+            self._exchange.handle_deadline(now)
+
+    def _leave_lead(self) -> None:
+        if self._followers and self.state is State.RUNNING:
+            self._leader = self._followers.popleft()
+            self._leader.wake_up()
+            return
+        self._leader = None
+        has_input = self._read_events()
+        self._wakeup.give_lead_back()
+        # The loop's thread leads again; it may sleep on until the time that it chose when it went to sleep.
+        self._leader_sleeps = self._thread_sleeps
+        self._wake_at = self._thread_wake_at
+        is_late = self._exchange.next_deadline_at < self._wake_at
+        if has_input or is_late or self._exchange.calls or self.state is not State.RUNNING:
+            self._wakeup.announce_calls()
+            self._changed.notify_all()
+
+    def poll(self, now: float) -> None:
+        """Take input in the middle of a callback, if nobody else does and not long after the last time.
+
+        What comes is processed, and what that runs waits for its turn. Called without the lock, on the loop's thread.
+        """
+        if now >= self._poll_at:
+            self._poll_at = now + POLL_S
+            with self.lock:
+                if self._leader is None and self.state in (State.RUNNING, State.CLOSING):
+                    self._read_events()
+                    self._take_input(self._wakeup.wait_input(0))
+
+    # The loop's own thread; called without the lock.
+
+    def _serve(self) -> None:
+        wake_at: float | None = 0.0
+        while wake_at is not None:
+            with self.lock:
+                self._thread_sleeps = False
+                if self._leader is None:
+                    self._leader_sleeps = False
+                    self._take_input(self._wakeup.wait_input(0))
+            self._run_calls()
+            with self.lock:
+                wake_at = self._plan_sleep()
+            if wake_at:
+                self._wakeup.sleep(max(0.0, wake_at - monotonic()))
+        self._stop()
+
+    def _plan_sleep(self) -> float | None:
+        """Return until when the thread may sleep, 0 if there is something to do, None if all is over."""
+        self._note_processed()
+        if self.state is State.CLOSING and self._is_over():
+            return None
+        leads = self._leader is None
+        has_input = self._read_events()
+        if has_input and self._leader_sleeps and not leads:
+            self._wakeup.ask_attention()
+        if self._exchange.calls or (leads and has_input):
+            return 0.0
+        deadline_at = self._exchange.next_deadline_at
+        if leads:
+            self._wake_at = wake_at = min(deadline_at, self.close_at)
+            self._leader_sleeps = True
+        else:
+            # Whoever leads minds the deadlines. This thread wakes for them too, if not often: one that sleeps for ever
+            # would have to be woken each time that the lead comes back with a deadline.
+            now = monotonic()
+            wake_at = min(deadline_at if deadline_at > now else now + ACK_DELAY_S, self.close_at)
+        self._thread_wake_at = wake_at
+        self._thread_sleeps = True
+        return wake_at
+
+    def run_in_worker(self, callback: Callable[[Message], object], message: Message) -> None:
+        """Run a user's callback in a worker thread, survive it, and note that the message is processed."""
+        if message.is_given_up(monotonic()) and not message.is_response:
+            self.count_drop("expired")
+        else:
+            try:
+                callback(message)
+            except BaseException as error:
+                self._report(callback, message, error)
+        with self.lock:
+            self._exchange.note_one_processed(message)
+            if self.state in (State.RUNNING, State.CLOSING):
+                self.flush()
+                if self.state is State.CLOSING:
+                    self._wakeup.announce_calls()
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.state = State.CLOSED
+            self._remove_all()
+            self._wakeup.ask_attention()
+            while self._leader is not None:
+                self._changed.wait()
+        while self._exchange.calls:
+            self._run_calls()
+        inproc_names.unwatch(self)
+        self._endpoints.close_all(max(0.05, self.close_at - monotonic()))
+        with self.lock:
+            self._wakeup.close()
+        started.discard(self)

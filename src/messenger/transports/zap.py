@@ -1,0 +1,163 @@
+"""Who is let in: libzmq asks during each CURVE handshake (ZAP, https://rfc.zeromq.org/spec/27/), and this answers.
+
+libzmq asks one place per context, so one thread of this process answers for all messengers. It is no messenger's own
+thread, because a callback that blocks must keep nobody out. Each messenger with an allow-list has a `Gate`, and its
+sockets carry the gate's domain. Everything fails closed: a domain that nobody answers for, a request that is not
+understood, an answer that does not come. `prove_refusal` shows that before a listener is used.
+
+What must never happen here: an answer that lets in whose key is not on the list now; a wait for a messenger's lock.
+"""
+
+import itertools
+import logging
+import os
+import threading
+import time
+
+import zmq
+from zmq.utils import z85
+
+from ..errors import SecurityError
+from ..limits import REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S, SELF_TEST_S
+from ..security import KeyPair, Security
+from .sockets import Monitor, context
+
+logger = logging.getLogger("messenger")
+KEY_BYTES = 32
+_ENDPOINT = "inproc://zeromq.zap.01"
+_gates: dict[bytes, "Gate"] = {}
+_domains = itertools.count(1)
+_lock = threading.Lock()
+_is_served = False
+
+
+class Gate:
+    """What answers for the listeners of one messenger.
+
+    Attributes:
+        domain: By which libzmq's questions name it.
+        key: Of the messenger.
+        refused_count: Handshakes that were refused. Written by one thread.
+    """
+
+    def __init__(self, security: Security, key: KeyPair, owner: str) -> None:
+        self.domain = b"messenger-%d" % next(_domains)
+        self.key = key
+        self.refused_count = 0
+        self._security = security
+        self._owner = owner
+        self._test_keys: set[str] = set()
+        # Two threads log refusals.
+        self._log_lock = threading.Lock()
+        self._logged_at: dict[str, float] = {}
+
+    def open(self) -> None:
+        """Answer for the domain from now on; the first of a process starts the thread."""
+        global _is_served
+        with _lock:
+            _gates[self.domain] = self
+            if not _is_served:
+                server = context().socket(zmq.REP)
+                server.setsockopt(zmq.LINGER, 0)
+                server.bind(_ENDPOINT)
+                threading.Thread(target=_serve, args=(server,), name="messenger-zap", daemon=True).start()
+                _is_served = True
+
+    def close(self) -> None:
+        """Refuse everybody from now on."""
+        with _lock:
+            _gates.pop(self.domain, None)
+
+    def identity_of(self, key: str) -> str | None:
+        """Return the identity that goes with a key now, None if the key is not on the list."""
+        return self._security.allowed.get(key)
+
+    def admits(self, key: str, address: str) -> bool:
+        """Return whether a key is on the list; if not, count that and log it."""
+        if key in self._security.allowed:
+            return True
+        if key not in self._test_keys:
+            self.refused_count += 1
+            self.log_refused(key, "the key %s from %s, which is not on the allow-list", key, address)
+        return False
+
+    def log_refused(self, about: str, text: str, *values: object) -> None:
+        """Log a refusal, but not the same again and again: whoever is refused may try for ever."""
+        now = time.monotonic()
+        with self._log_lock:
+            if self._logged_at.get(about, now) > now:
+                return
+            if len(self._logged_at) >= REFUSAL_LOG_KEYS_MAX:
+                self._logged_at = {key: until for key, until in self._logged_at.items() if until > now}
+                if len(self._logged_at) >= REFUSAL_LOG_KEYS_MAX:
+                    return
+            self._logged_at[about] = now + REFUSAL_LOG_S
+        logger.warning(f"! %s refused {text}", self._owner, *values)
+
+    def prove_refusal(self, endpoint: str) -> None:
+        """Knock at a listener of this gate with a random key, which must be refused.
+
+        Raises:
+            SecurityError: It was let in, or nothing came of it in time.
+        """
+        pair = KeyPair.generate()
+        self._test_keys.add(pair.public)
+        try:
+            event = _knock(
+                endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"), pair, self.key
+            )
+        finally:
+            self._test_keys.discard(pair.public)
+        if event != zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            what = "was let in" if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else f"was not refused in {SELF_TEST_S} s"
+            raise SecurityError(f"{endpoint} was closed again: in its self-test a random key {what}")
+
+
+def _knock(endpoint: str, pair: KeyPair, server: KeyPair) -> int:
+    """Return the event that a connection ends with, 0 if nothing happens in time."""
+    socket = context().socket(zmq.DEALER)
+    monitor = Monitor(socket, zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    try:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.CURVE_SERVERKEY, server.public.encode())
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public.encode())
+        socket.setsockopt(zmq.CURVE_SECRETKEY, pair.reveal())
+        socket.connect(endpoint)
+        news = monitor.wait(SELF_TEST_S)
+        return news[0][0] if news else 0
+    finally:
+        socket.close(0)
+        monitor.close(0.05)
+
+
+def _serve(server: "zmq.Socket[bytes]") -> None:
+    while True:
+        frames = server.recv_multipart()
+        try:
+            reply = _answer(frames)
+        except Exception:
+            logger.exception("! the question whether to let somebody in failed, so the answer is no")
+            reply = [b"500", b"error", b"", b""]
+        server.send_multipart([b"1.0", *frames[1:2], *reply])
+
+
+def _answer(frames: list[bytes]) -> list[bytes]:
+    """Return status, its text, the user's id and metadata, for version, request id, domain, address, …, key."""
+    if len(frames) == 7 and frames[0] == b"1.0" and frames[5] == b"CURVE" and len(frames[6]) == KEY_BYTES:
+        gate = _gates.get(frames[2])
+        key = z85.encode(frames[6]).decode()
+        if gate is not None and gate.admits(key, frames[3].decode(errors="replace")):
+            return [b"200", b"OK", key.encode(), b""]
+    return [b"400", b"the key is not on the allow-list", b"", b""]
+
+
+def _forget() -> None:
+    """The thread does not exist in the child of a fork, nor the context that it served."""
+    global _is_served, _lock
+    _is_served = False
+    _lock = threading.Lock()
+    _gates.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
