@@ -20,12 +20,13 @@ SOURCE = ROOT / "src"
 
 # A module imports only from those to its left. A new module takes its place here.
 ORDER = (
-    *("errors", "limits", "destination", "wire", "control", "outgoing", "link", "session"),
+    *("errors", "limits", "interrupts", "destination", "wire", "control", "outgoing", "link", "session"),
     *("handshake", "message", "outcomes", "exchange"),
     *("security", "transports", "endpoint", "loop", "base", "threads", "messenger", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
 CORE = {
+    "interrupts",
     "wire",
     "control",
     "outgoing",

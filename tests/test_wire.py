@@ -283,7 +283,7 @@ def test_the_numbers_that_stand_on_the_wire() -> None:
     assert flags == {"ASK": 1, "RESEND": 2, "OPTIONS": 4, "CONTROLS": 8, "DEADLINES": 16}
     # Plain integers, since each operation on an enumeration of flags is slow.
     assert {type(flag) for flag in flags.values()} == {int}
-    assert {reason.name: int(reason) for reason in Reason} == {"VERSION": 1, "IDENTITY_IN_USE": 2, "LIMIT": 3}
+    assert {reason.name: int(reason) for reason in Reason} == {"VERSION": 1, "IDENTITY_IN_USE": 2, "LIMIT": 3, "KEY": 4}
     assert {kind.name: int(kind) for kind in OptionKind} == {"HANDLER_ERROR": 1, "NO_HANDLER": 2, "REDELIVERED": 3}
     assert (MAGIC, VERSION) == (0x4D, 1)
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
+from . import interrupts
 from .endpoint import Endpoints
 from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
@@ -48,6 +49,19 @@ class ThreadWaiter(Waiter):
             self.wake = None
 
 
+class _Guard:
+    """The lock for `with`, given back as by `release`."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+
+    def __enter__(self) -> None:
+        self._loop.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.release()
+
+
 class ThreadLoop(Loop):
     """The thread and the lock of one messenger. Methods are called with `lock` held unless they say otherwise."""
 
@@ -56,8 +70,8 @@ class ThreadLoop(Loop):
     def __init__(self, name: str, exchange: Exchange, endpoints: Endpoints, attach_links: Callable[[], None]) -> None:
         super().__init__(name, exchange, endpoints, attach_links)
         self._own_thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        # Notified when a full queue gets room, and when a leader leaves while the messenger closes.
-        self._changed = threading.Condition(self._lock)
+        # Of threads that sleep until a full queue gets room, or a leader has left while the messenger closes.
+        self._sleepers: list[threading.Lock] = []
         self._wakeup: Wakeup
         self._leader: ThreadWaiter | None = None
         self._followers: deque[ThreadWaiter] = deque()
@@ -69,13 +83,27 @@ class ThreadLoop(Loop):
         self._poll_at = 0.0
 
     def _set_lock(self) -> None:
-        self.lock = self._lock = threading.Lock()
+        self._lock = threading.Lock()
+        self.lock = _Guard(self)
         self.acquire, self.release = self._lock.acquire, self._lock.release
+
+    def interrupt_at_release(self) -> None:
+        """Raise a deferred Ctrl-C when the main thread gives the lock back. For a signal handler: takes no lock."""
+
+        def release() -> None:
+            self._lock.release()
+            if threading.get_ident() == threading.main_thread().ident:
+                self.release = self._lock.release
+                if interrupts.take():
+                    raise KeyboardInterrupt
+
+        self.release = release
 
     # Life.
 
     def start(self) -> None:
         """Start the thread."""
+        interrupts.install(_interrupt_at_release)
         self._wakeup = Wakeup()
         self.state = State.RUNNING
         started.add(self)
@@ -83,6 +111,7 @@ class ThreadLoop(Loop):
         self.thread_id = self._own_thread.ident or 0
         inproc_names.watch(self)
 
+    @interrupts.sleeps
     def close(self, timeout: float) -> None:
         """Stop when all is settled or `timeout` is over. Called without the lock; waits, except in a callback."""
         self.begin_close(timeout)
@@ -102,7 +131,7 @@ class ThreadLoop(Loop):
                 self.state = State.CLOSING
                 self.close_at = monotonic() + timeout
                 self._exchange.ask_all()
-                self._changed.notify_all()
+                self._announce_room()
                 self._wakeup.ask_attention()
                 self._wakeup.announce_calls()
 
@@ -127,7 +156,10 @@ class ThreadLoop(Loop):
         self._wakeup.ask_attention()
 
     def _announce_room(self) -> None:
-        self._changed.notify_all()
+        for wake in self._sleepers:
+            wake.release()
+        self._sleepers.clear()
+        self._room_wanted_count = 0
 
     # Sending.
 
@@ -140,7 +172,7 @@ class ThreadLoop(Loop):
             self._wakeup.ask_attention()
         self.announce_calls()
         if self._room_wanted_count:
-            self._changed.notify_all()
+            self._announce_room()
 
     def flush_soon(self, outlet: Outlet, now: float) -> None:
         """Send what another thread than the loop's has queued, or leave that to the loop's thread.
@@ -169,13 +201,26 @@ class ThreadLoop(Loop):
         """
         if self.is_own_thread():
             raise QueueFull(f"the queue to {outlet} is full ({len(outlet.queue)} messages), and a callback cannot wait")
-        self._room_wanted_count += 1
+        while self._exchange.is_full(outlet) and self.state is State.RUNNING:
+            left_s = deadline_at - monotonic()
+            if left_s <= 0:
+                raise QueueFull(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
+            self._sleep(left_s)
+
+    def _sleep(self, timeout: float) -> None:
+        """Sleep until something has changed, or `timeout` seconds are over."""
+        wake = _locked()
+        self._sleepers.append(wake)
+        self._room_wanted_count = len(self._sleepers)
+        self._give_way(wake, timeout)
+
+    def _give_way(self, wake: threading.Lock, timeout: float) -> None:
+        """Let others have the lock until `wake` is released, or `timeout` seconds are over."""
         try:
-            while self._exchange.is_full(outlet) and self.state is State.RUNNING:
-                if not self._changed.wait(deadline_at - monotonic()):
-                    raise QueueFull(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
+            self.release()
+            _await(wake, timeout)
         finally:
-            self._room_wanted_count -= 1
+            self.acquire()
 
     # Waiting in another thread.
 
@@ -217,7 +262,6 @@ class ThreadLoop(Loop):
         self._wake_at = self._exchange.next_deadline_at
         self._leader_sleeps = True
         try:
-            # In here, so that a Ctrl-C that is raised as it returns leaves with the lock taken, as all else expects.
             self.release()
             descriptors = self._wakeup.wait_input(max(0.0, self._wake_at - monotonic()))
         finally:
@@ -227,15 +271,11 @@ class ThreadLoop(Loop):
 
     def _follow(self, waiter: ThreadWaiter, deadline_at: float) -> None:
         """Sleep until the leader settles the waiter or hands the lead over, or the deadline is over."""
-        wake = threading.Lock()
-        wake.acquire()
-        waiter.wake = wake
+        waiter.wake = _locked()
         self._followers.append(waiter)
         try:
-            self.release()
-            wake.acquire(timeout=max(0.001, deadline_at - monotonic()))
+            self._give_way(waiter.wake, max(0.001, deadline_at - monotonic()))
         finally:
-            self.acquire()
             waiter.wake = None
             if waiter in self._followers:
                 self._followers.remove(waiter)
@@ -258,7 +298,7 @@ class ThreadLoop(Loop):
         is_late = self._exchange.next_deadline_at < self._wake_at
         if has_input or is_late or self._exchange.calls or self.state is not State.RUNNING:
             self._wakeup.announce_calls()
-            self._changed.notify_all()
+            self._announce_room()
 
     def poll(self, now: float) -> None:
         """Take input in the middle of a callback, if nobody else does and not long after the last time.
@@ -277,13 +317,13 @@ class ThreadLoop(Loop):
     def _serve(self) -> None:
         wake_at: float | None = 0.0
         while wake_at is not None:
-            with self.lock:
+            with self._lock:
                 self._thread_sleeps = False
                 if self._leader is None:
                     self._leader_sleeps = False
                     self._take_input(self._wakeup.wait_input(0))
             self._run_calls()
-            with self.lock:
+            with self._lock:
                 wake_at = self._plan_sleep()
             if wake_at:
                 self._wakeup.sleep(max(0.0, wake_at - monotonic()))
@@ -322,7 +362,7 @@ class ThreadLoop(Loop):
                 callback(message)
             except BaseException as error:
                 self._report(callback, message, error)
-        with self.lock:
+        with self._lock:
             self._exchange.note_one_processed(message)
             if self.state in (State.RUNNING, State.CLOSING):
                 self.flush()
@@ -330,16 +370,33 @@ class ThreadLoop(Loop):
                     self._wakeup.announce_calls()
 
     def _stop(self) -> None:
-        with self.lock:
+        with self._lock:
             self.state = State.CLOSED
             self._remove_all()
             self._wakeup.ask_attention()
             while self._leader is not None:
-                self._changed.wait()
+                self._sleep(SLEEP_S_MAX)
         while self._exchange.calls:
             self._run_calls()
         inproc_names.unwatch(self)
         self._endpoints.close_all(max(0.05, self.close_at - monotonic()))
-        with self.lock:
+        with self._lock:
             self._wakeup.close()
         started.discard(self)
+
+
+def _interrupt_at_release() -> None:
+    for loop in list(started):
+        if isinstance(loop, ThreadLoop):
+            loop.interrupt_at_release()
+
+
+def _locked() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+@interrupts.sleeps
+def _await(wake: threading.Lock, timeout: float) -> None:
+    wake.acquire(timeout=timeout)

@@ -16,6 +16,7 @@ import select
 from collections.abc import Callable
 
 from ..errors import LimitReached
+from ..interrupts import sleeps
 from ..limits import DESCRIPTORS_RESERVED
 
 # epoll takes whole milliseconds, in 31 bits; a longer sleep just wakes up once more.
@@ -84,7 +85,7 @@ class Wakeup:
 
     def wait_input(self, timeout: float) -> list[int]:
         """Return the sockets' descriptors that are readable, after at most `timeout` seconds."""
-        ready = [descriptor for descriptor, _ in self._inner.poll(min(timeout, SLEEP_S_MAX))]
+        ready = [descriptor for descriptor, _ in _poll(self._inner, min(timeout, SLEEP_S_MAX))]
         if self._attention in ready:
             ready.remove(self._attention)
             _clear(self._attention)
@@ -97,6 +98,11 @@ class Wakeup:
             close()
         os.close(self._attention)
         os.close(self._calls)
+
+
+@sleeps
+def _poll(epoll: select.epoll, timeout: float) -> list[tuple[int, int]]:
+    return epoll.poll(timeout)
 
 
 def _clear(descriptor: int) -> None:

@@ -1,0 +1,88 @@
+"""Ctrl-C that never tears the core: SIGINT waits as long as the main thread is inside of it.
+
+Python raises `KeyboardInterrupt` between any two instructions of the main thread: also after a lock was taken and
+before the `try` that gives it back, and between the two halves of a change. A check at each call would cost every
+message. So the handler looks at what it interrupts: in the core, but for the functions that only sleep, the signal is
+deferred until the main thread gives the lock back (`threads.py`), and if it does not, is sent again a moment later.
+Everywhere else it is raised as ever.
+
+It takes the place of Python's own handler only, when the first messenger starts in the main thread, and stays. A
+handler of the user's is left alone; if that raises, it may tear a messenger that is just sending.
+
+What must never happen here: a signal that is lost, or raised twice; a lock that is taken (the main thread may hold it).
+"""
+
+import _thread
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any, TypeVar
+
+AGAIN_S = 0.02
+_PACKAGE = __name__.partition(".")[0]
+# These use the core as anybody does.
+_USERS = {f"{_PACKAGE}.{name}" for name in ("cli", "models", "replication")}
+# What the core calls that is not its own.
+_CALLED = {"enum", "logging", "threading", "zmq"}
+_sleeps: set[CodeType] = set()
+# The signal while it is deferred; whoever pops it raises it.
+_deferred: list[int] = []
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def sleeps(function: F) -> F:
+    """Mark a function of the core that leaves everything whole wherever it is interrupted."""
+    _sleeps.add(function.__code__)
+    return function
+
+
+def install(defer: Callable[[], None]) -> None:
+    """Take the place of Python's own handler, if this is the main thread and no other handler is there.
+
+    Args:
+        defer: Called in the handler: have `take` called when the main thread leaves the core.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not _is_inside(frame):
+            signal.default_int_handler(number, frame)
+        if not _deferred:
+            _deferred.append(number)
+            defer()
+            # Not `threading.Thread`, whose start takes locks.
+            _thread.start_new_thread(_send_again, ())
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, handle)
+
+
+def take() -> bool:
+    """Return whether a signal was deferred; the caller raises it."""
+    try:
+        _deferred.pop()
+    except IndexError:
+        return False
+    return True
+
+
+def _is_inside(frame: FrameType | None) -> bool:
+    """Return whether the innermost frame that is not of a library is the core's, and does not sleep."""
+    while frame is not None:
+        names = frame.f_globals.get("__name__", "").split(".")
+        if names[0] == _PACKAGE and ".".join(names[:2]) not in _USERS:
+            return frame.f_code not in _sleeps
+        if names[0] not in _CALLED:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _send_again() -> None:
+    time.sleep(AGAIN_S)
+    if take():
+        # To that thread, so that it ends a sleep there.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
