@@ -33,7 +33,6 @@ from messenger.wire import (
     CONTROLS_MAX,
     ID_MAX,
     Control,
-    ControlKind,
     Kind,
     Option,
     OptionKind,
@@ -2014,7 +2013,7 @@ def test_only_the_latest_cancellations_are_known() -> None:
     world = World(server_limits=Limits(window_msgs=3))
     world.connect()
     for number in range(5):
-        world.session.controls.tell(ControlKind.CANCEL, number)
+        world.session.controls.tell_cancelled(number)
     world.client.exchange.mark_dirty(world.session)
     world.deliver()
     assert list(world.server_session.cancelled) == [2, 3, 4]
@@ -2024,7 +2023,7 @@ def test_more_cancellations_than_a_frame_has_room_for() -> None:
     world = World()
     world.connect()
     for number in range(CONTROLS_MAX + 1):
-        world.session.controls.tell(ControlKind.CANCEL, number)
+        world.session.controls.tell_cancelled(number)
     world.client.exchange.mark_dirty(world.session)
     world.client.exchange.flush(0.0)
     assert len(world.connection_link.sent) == 2

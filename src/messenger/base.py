@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+from collections import deque
 from threading import get_ident
 from time import monotonic
 from typing import ClassVar, Literal
@@ -20,6 +21,7 @@ from .link import FOREVER
 from .loop import Loop, State
 from .message import Callback, ErrorCallback, Message, Statistics, Taker
 from .security import Security
+from .streams import Parts
 from .wire import ID_MAX, NOOP, Buffer, encode_identity
 
 logger = logging.getLogger("messenger")
@@ -49,6 +51,7 @@ class BaseMessenger:
         self._exchange = Exchange(self, self.limits, _log_unheard, encode_identity(identity), _rng)
         self._endpoints = Endpoints(self, self.limits, security, self._exchange)
         self._loop = self._loop_class(f"messenger-{identity}", self._exchange, self._endpoints, self._attach_links)
+        self._abandoned: deque[Parts] = deque()
         self._security = security
         security.on_reload(self._cut_revoked)
 
@@ -161,19 +164,18 @@ class BaseMessenger:
         try:
             if loop.state is not RUNNING:
                 self._require_open(type(to) is Message)
-            peer, roams = b"", False
+            peer, roams, dest_id = b"", False, remote_callback
             if type(to) is Connection and to.messenger is self and not to.closed:
                 outlet = to.outlet  # The usual way without a call; all others, and every refusal, stand in `route`.
             else:
                 outlet, peer, roams = self._endpoints.route(to, loop)
                 if type(to) is Message:
-                    remote_callback = remote_callback or to.source_callback_id
+                    dest_id = dest_id or to.source_callback_id
             message_id = 0
             while not message_id:
                 try:
                     message_id = exchange.send(
-                        *(outlet, peer, contents, callback, on_error),
-                        *(remote_callback, deadline_at, roams, redeliver, is_timed),
+                        outlet, peer, contents, callback, on_error, dest_id, deadline_at, roams, redeliver, is_timed
                     )
                 except QueueFull:
                     loop.wait_room(outlet, deadline_at)
@@ -244,6 +246,49 @@ class BaseMessenger:
             loop.release()
         return message_id or self.send_message(message, contents)
 
+    def _reply_part(self, message: Message, contents: Contents, *, timeout: float = TIMEOUT_S) -> int:
+        """Do what `message.reply(contents, more=True)` says. Takes the lock; waits, but not in a callback."""
+        _check_numbers(timeout, NOOP)
+        data = _as_bytes(contents)
+        loop = self._loop
+        now = monotonic()
+        deadline_at = now + timeout
+        message_id = 0
+        with loop.lock:
+            while not message_id:
+                self._require_open(is_answer=True)
+                try:
+                    message_id = self._exchange.reply_part(message, data, monotonic())
+                except QueueFull:
+                    loop.wait_room(message.link, deadline_at, message)
+            if self._exchange.is_urgent:
+                loop.flush()
+            elif loop.thread_id != get_ident():
+                loop.flush_soon(message.link, now)
+        return message_id
+
+    def _open_stream(self, to: To, contents: Contents, parts: Parts, remote_callback: int, timeout: float) -> None:
+        """Send the message that `parts` answer. Takes the lock, and waits for room."""
+        _check_numbers(timeout, remote_callback)
+        data = _as_bytes(contents)
+        deadline_at = monotonic() + timeout
+        with self._loop.lock:
+            while not parts.message_id:
+                self._require_open()
+                outlet, _, _ = self._endpoints.route(to, self._loop)
+                if type(to) is Message:
+                    remote_callback = remote_callback or to.source_callback_id
+                try:
+                    self._exchange.open_stream(outlet, parts, data, remote_callback, deadline_at)
+                except QueueFull:
+                    self._loop.wait_room(outlet, deadline_at)
+            self._loop.flush()
+
+    def _abandon_stream(self, parts: Parts) -> None:
+        """End a stream soon that nobody holds any more. For a destructor, which may run with the lock held."""
+        self._abandoned.append(parts)
+        self._loop.notice_change()
+
     def _is_given_up(self, message: Message) -> bool:
         """Do what `message.cancelled` says."""
         now = monotonic()
@@ -287,6 +332,8 @@ class BaseMessenger:
                 self._loop.flush()
 
     def _attach_links(self) -> None:
+        while self._abandoned:
+            self._exchange.end_stream(self._abandoned.popleft())
         for link in self._endpoints.attach_connections():
             self._loop.touch(link)
 

@@ -10,7 +10,6 @@ that grows with what a peer claims instead of with what it sent.
 Source: docs/protocol.md, "Order of processing".
 """
 
-from collections.abc import Callable, Sequence
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -20,9 +19,9 @@ from .handshake import Decoded, Handshake
 from .limits import BATCH_MSGS_MAX, LARGE_BYTES_MIN, TIMEOUT_S, Limits
 from .link import FOREVER, Link, Outlet, Random
 from .message import Callback, ErrorCallback, Message, Statistics, Taker
-from .outcomes import Outcomes
 from .outgoing import Outgoing
 from .session import Session
+from .streams import Parts, Streams
 from .wire import (
     ECHO,
     ID_MAX,
@@ -32,8 +31,6 @@ from .wire import (
     REGISTERED_ID_MAX,
     REGISTERED_ID_MIN,
     Buffer,
-    Control,
-    ControlKind,
     Option,
     OptionKind,
     decode_message,
@@ -46,7 +43,7 @@ BATCH_PROCESSED = None
 ERROR_TEXT_MAX = 2_000
 
 
-class Exchange(Outcomes):
+class Exchange(Streams):
     """The core of one messenger.
 
     A driver calls `send`, `receive` and `handle_…` under its lock, then takes (function, argument) pairs off `calls`,
@@ -86,10 +83,6 @@ class Exchange(Outcomes):
         self._received_msgs = 0
         self._response_msgs = 0
         self._callback_error_count = 0
-        # When `drop_expired` may have something to do.
-        self.expires_at = FOREVER
-        # Told, with the lock held, of each message of a peer that was cancelled, by session and source id.
-        self.on_cancelled: Callable[[Session, int], None] | None = None
 
     # Sending.
 
@@ -351,38 +344,16 @@ class Exchange(Outcomes):
             message.link.note_one_processed(message.number)
             self.mark_dirty(message.link)
 
-    # What was given up.
-
-    def handle_controls(self, session: Session, controls: Sequence[Control]) -> None:
-        """Take what the other end says beside its messages. A kind that is not known here says nothing."""
-        for control in controls:
-            if control.kind == ControlKind.CANCEL:
-                session.controls.note_cancelled(control.message_id)
-                self.expires_at = -FOREVER
-                if self.on_cancelled is not None:
-                    self.on_cancelled(session, control.message_id)
-
-    def drop_expired(self, now: float) -> None:
-        """Take out of `calls` what was given up before its turn came; only the thread that runs them calls this."""
-        calls = list(self.calls)
-        self.calls.clear()
-        self.expires_at = FOREVER
-        for callback, argument in calls:
-            if isinstance(argument, Message) and not argument.is_response and argument.source_callback_id:
-                if argument.is_given_up(now):
-                    self.drop("expired")
-                    if callback is argument.link.callback and isinstance(argument.link, Session):
-                        argument.link.note_unrun(argument.number)
-                        self.mark_dirty(argument.link)
-                    continue
-                self.expires_at = min(self.expires_at, argument.deadline_at)
-            self.calls.append((callback, argument))
-
     def _process_option(self, session: Session, message: Message, option: Option) -> None:
         """Process a message that is an error response, or that may have run before."""
+        if option.kind == OptionKind.MORE:
+            self._process_part(session, message)
+            return
         if option.kind not in (OptionKind.HANDLER_ERROR, OptionKind.NO_HANDLER):
             # A kind that is not known here says nothing.
             message.redelivered = option.kind == OptionKind.REDELIVERED
+            if option.kind == OptionKind.STREAM:
+                self._open_reply(session, message)
             self._process(message)
             return
         message_id = message.dest_callback_id
@@ -407,6 +378,21 @@ class Exchange(Outcomes):
             self.calls.append((callback, message))
         elif not is_handled and message.source_callback_id:
             self._answer_error(message, OptionKind.NO_HANDLER)
+
+    def _process_part(self, session: Session, message: Message) -> None:
+        """Give a part to the stream that it belongs to; to anybody else it is a response like any other."""
+        entry = self._outstanding.get(message.dest_callback_id)
+        if entry is not None and not isinstance(entry.callback, Parts):
+            self._process(message)
+            return
+        entry = self._find_asked(message)
+        if entry is None:
+            # Whoever sends it does not know yet that nobody reads.
+            self._give_up_reply(session, message)
+        else:
+            self._add_part(entry, message)
+        if message.link.callback is not None:
+            self.calls.append((message.link.callback, message))
 
     def process_message(self, message: Message) -> bool:
         """Run what the message names: a built-in, a registered callback, or an MSC, which is forgotten first.

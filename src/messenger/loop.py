@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any
 
 from .endpoint import Endpoints
-from .errors import DeliveryError
+from .errors import Cancelled, DeliveryError
 from .exchange import BATCH_PROCESSED, Exchange
 from .limits import CLOSE_TIMEOUT_S, FLUSH_S
 from .link import FOREVER, Outlet
@@ -109,8 +109,8 @@ class Loop:
         """Send what is queued at an outlet for a waiter, and see to it that the waiter is settled."""
         raise NotImplementedError
 
-    def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
-        """Wait until a full queue takes a message.
+    def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
+        """Wait until a full queue takes a message, or a part of the response to a message.
 
         Raises:
             QueueFull: There was no room before the deadline, or the caller cannot wait.
@@ -127,6 +127,13 @@ class Loop:
 
     def run_in_worker(self, callback: Any, message: Message) -> None:
         """Run a user's callback in the calling thread, survive it, and note that it is processed. Without the lock."""
+        raise NotImplementedError
+
+    def poll(self, now: float) -> None:
+        """Take input in the middle of a callback, if nobody else does and not long after the last time.
+
+        What comes is processed, and what that runs waits for its turn. Called without the lock.
+        """
         raise NotImplementedError
 
     def announce_calls(self) -> None:
@@ -194,14 +201,11 @@ class Loop:
         """Have a link's events read before the next sleep."""
         self._touched.add(link)
 
-    def notice_inproc_change(self) -> None:
+    def notice_change(self) -> None:
         """Look again which inproc endpoints have a listener. For the transports; any thread, no lock held or taken."""
         self._must_attach = True
         if self.state in (State.RUNNING, State.CLOSING):
             self.ask_attention()
-
-    def poll(self, now: float) -> None:
-        """Take input in the middle of a callback, if nobody else does. Called without the lock, by a callback."""
 
     # A turn of the loop.
 
@@ -287,6 +291,8 @@ class Loop:
 
     def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
         """Tell of a callback that raised; whatever it was, the loop serves others and goes on. Takes the lock."""
+        if type(error) is Cancelled and type(argument) is Message and error.message_id == argument.source_callback_id:
+            return  # It had parts to send that nobody reads; that is the usual end of one.
         logger.error("! a callback raised: %r on %r", callback, argument, exc_info=error)
         with self.lock:
             self._exchange.report_raised(argument, error)

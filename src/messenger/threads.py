@@ -16,37 +16,17 @@ from time import monotonic
 
 from . import interrupts
 from .endpoint import Endpoints
-from .errors import DeliveryError, QueueFull
+from .errors import QueueFull
 from .exchange import Exchange
 from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S, POLL_S
 from .link import FOREVER, Outlet
 from .loop import Loop, State, started
-from .message import Message, Waiter
+from .message import Message
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX, Wakeup
+from .waiting import ThreadParts, ThreadWaiter
 
 logger = logging.getLogger("messenger")
-
-
-class ThreadWaiter(Waiter):
-    """A thread that waits for an outcome. It leads, or it follows: then it sleeps on `wake`."""
-
-    __slots__ = ("wake",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wake: threading.Lock | None = None
-
-    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
-        """Note the outcome and wake the thread."""
-        super().settle(response, error)
-        self.wake_up()
-
-    def wake_up(self) -> None:
-        """Wake the thread, if it follows."""
-        if self.wake is not None:
-            self.wake.release()
-            self.wake = None
 
 
 class _Guard:
@@ -73,8 +53,8 @@ class ThreadLoop(Loop):
         # Of threads that sleep until a full queue gets room, or a leader has left while the messenger closes.
         self._sleepers: list[threading.Lock] = []
         self._wakeup: Wakeup
-        self._leader: ThreadWaiter | None = None
-        self._followers: deque[ThreadWaiter] = deque()
+        self._leader: ThreadWaiter | ThreadParts | None = None
+        self._followers: deque[ThreadWaiter | ThreadParts] = deque()
         # Whether the leader, and the loop's thread, sleep; only then need they be woken.
         self._leader_sleeps = False
         self._thread_sleeps = False
@@ -193,18 +173,20 @@ class ThreadLoop(Loop):
             self._thread_sleeps = False
             self._wakeup.announce_calls()
 
-    def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
-        """Wait until a full queue takes a message. In a callback it raises at once, since it would wait for itself.
+    def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
+        """Wait until a full queue takes a message, or a part of the response to a message.
+
+        In a callback it raises at once, since it would wait for itself.
 
         Raises:
             QueueFull: There was no room before the deadline.
         """
         if self.is_own_thread():
-            raise QueueFull(f"the queue to {outlet} is full ({len(outlet.queue)} messages), and a callback cannot wait")
-        while self._exchange.is_full(outlet) and self.state is State.RUNNING:
+            raise QueueFull(f"{self._exchange.why_held_up(outlet, message)}, and a callback cannot wait")
+        while self._exchange.is_held_up(outlet, message) and self.state is State.RUNNING:
             left_s = deadline_at - monotonic()
             if left_s <= 0:
-                raise QueueFull(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
+                raise QueueFull(f"{self._exchange.why_held_up(outlet, message)}, and that did not change in time")
             self._sleep(left_s)
 
     def _sleep(self, timeout: float) -> None:
@@ -222,9 +204,21 @@ class ThreadLoop(Loop):
         finally:
             self.acquire()
 
+    def poll(self, now: float) -> None:
+        """Take input in the middle of a callback, if nobody else does and not long after the last time.
+
+        What comes is processed, and what that runs waits for its turn. Called without the lock.
+        """
+        if now >= self._poll_at:
+            self._poll_at = now + POLL_S
+            with self._lock:
+                if self._leader is None and self.state in (State.RUNNING, State.CLOSING):
+                    self._read_events()
+                    self._take_input(self._wakeup.wait_input(0))
+
     # Waiting in another thread.
 
-    def await_outcome(self, waiter: ThreadWaiter, outlet: Outlet, deadline_at: float) -> None:
+    def await_outcome(self, waiter: ThreadWaiter | ThreadParts, outlet: Outlet, deadline_at: float) -> None:
         """Send what is queued and wait until a waiter is settled: lead if nobody does, else follow."""
         try:
             if self._leader is not None:
@@ -251,7 +245,7 @@ class ThreadLoop(Loop):
             if self._leader is waiter:
                 self._leave_lead()
 
-    def _lead(self, waiter: ThreadWaiter) -> None:
+    def _lead(self, waiter: ThreadWaiter | ThreadParts) -> None:
         """Take input once, if need be after a sleep until there is some."""
         if self._read_events():
             # What came may have to be answered, so nobody sleeps before the events were read again.
@@ -269,7 +263,7 @@ class ThreadLoop(Loop):
             self._leader_sleeps = False
         self._take_input(descriptors)
 
-    def _follow(self, waiter: ThreadWaiter, deadline_at: float) -> None:
+    def _follow(self, waiter: ThreadWaiter | ThreadParts, deadline_at: float) -> None:
         """Sleep until the leader settles the waiter or hands the lead over, or the deadline is over."""
         waiter.wake = _locked()
         self._followers.append(waiter)
@@ -299,18 +293,6 @@ class ThreadLoop(Loop):
         if has_input or is_late or self._exchange.calls or self.state is not State.RUNNING:
             self._wakeup.announce_calls()
             self._announce_room()
-
-    def poll(self, now: float) -> None:
-        """Take input in the middle of a callback, if nobody else does and not long after the last time.
-
-        What comes is processed, and what that runs waits for its turn. Called without the lock, on the loop's thread.
-        """
-        if now >= self._poll_at:
-            self._poll_at = now + POLL_S
-            with self.lock:
-                if self._leader is None and self.state in (State.RUNNING, State.CLOSING):
-                    self._read_events()
-                    self._take_input(self._wakeup.wait_input(0))
 
     # The loop's own thread; called without the lock.
 

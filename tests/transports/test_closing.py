@@ -25,9 +25,9 @@ def answer(message: Message) -> None:
 
 
 def is_waiting(thread: threading.Thread) -> bool:
-    """Returns whether a thread stands in a condition's `wait`."""
+    """Returns whether a thread sleeps until there is room."""
     frame = sys._current_frames().get(thread.ident or 0)
-    return frame is not None and frame.f_code.co_name == "wait"
+    return frame is not None and frame.f_code.co_name == "_await"
 
 
 def test_close_twice(messenger: MessengerFactory, destination: To) -> None:
