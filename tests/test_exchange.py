@@ -426,7 +426,7 @@ def test_a_waiter_that_nobody_waits_on_is_forgotten() -> None:
     core.exchange.forget(waiter)
     assert core.exchange.outstanding_count == 1
     core.exchange.receive(core.link, b"", b"0-%d-x" % message_id)
-    assert not waiter.done
+    assert type(waiter.error) is Cancelled
     assert core.dropped() == {"late_response": 1}
 
 
