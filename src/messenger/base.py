@@ -13,7 +13,7 @@ from time import monotonic
 from typing import ClassVar, Literal
 
 from .destination import Destination
-from .endpoint import Connection, Endpoints, Listener, To
+from .endpoint import Connection, Endpoints, KeyFunction, Listener, To
 from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
 from .limits import CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, TIMEOUT_S, Limits
@@ -62,6 +62,7 @@ class BaseMessenger:
         *,
         identity: str | None = None,
         workers: int = 0,
+        order_by: KeyFunction | None = None,
     ) -> Listener:
         """Open a destination and run a server-loop callback (SLC) on every message that arrives there.
 
@@ -70,6 +71,9 @@ class BaseMessenger:
             callback: The SLC, run on the messenger's thread; None to only serve built-in and registered callbacks.
             identity: What plain peers see as the sender of its messages; by default the messenger's.
             workers: Run the SLC on so many threads of its own instead; messages start in order but end in any.
+            order_by: Names the key of a message, such as `lambda message: message.sender`; with `workers`, messages of
+                one key run one after the other, those of different keys at once. It is called on the messenger's
+                thread. If it raises, or what it returns cannot be hashed, the sender gets `HandlerError`.
 
         Raises:
             DestinationInUse: Somebody listens there already. Nothing was opened.
@@ -83,10 +87,15 @@ class BaseMessenger:
             _check_identity(identity)
         if workers < 0:
             raise ValueError(f"workers is {workers}, it must be at least 0")
+        _check_callable("order_by", order_by)
+        if order_by is not None and not workers:
+            raise ValueError("order_by needs workers; without them messages run one after the other anyway")
         parsed = Destination.parse(destination)
         with self._loop.lock:
             self._require_open()
-            listener = self._endpoints.listen(parsed, callback, identity or self.identity, workers, self._loop)
+            listener = self._endpoints.listen(
+                parsed, callback, identity or self.identity, workers, self._loop, order_by
+            )
         logger.info("= %s listens on %s", self.identity, ", ".join(listener.endpoints))
         return listener
 
