@@ -2,13 +2,14 @@
 
 from typing import NamedTuple
 
-from . import models, ours, peers, plain, postgresql, transactions
+from . import asynchronous, models, ours, peers, plain, postgresql, transactions
 from .contender import Contender
 
 CONTENDERS: dict[str, Contender] = {
     **ours.CONTENDERS,
     **plain.CONTENDERS,
     **peers.CONTENDERS,
+    **asynchronous.CONTENDERS,
     **transactions.CONTENDERS,
     **postgresql.CONTENDERS,
     **models.CONTENDERS,
@@ -69,6 +70,8 @@ ONE_IN_FLIGHT = (
     Target("messenger, request", ("messenger basic, request",), 1.15, 1.0),
     Target("messenger", ("messenger basic",), 1.15, 1.0),
 )
+ASYNC_OURS = ("AsyncMessenger, uvloop", "AsyncMessenger, asyncio", "AsyncMessenger, coroutine callback")
+ASYNC_PEERS = ("zmq.asyncio", "nats-py", "grpc.aio")
 
 ROW_BYTES = 8 * 30
 SERVERS = ("FastAPI + uvicorn", "LitServe")
@@ -134,6 +137,26 @@ WORKS = (
         baseline="pyzmq best",
         targets=ONE_IN_FLIGHT,
         pinned=True,
+    ),
+    Work(
+        *("asyncio: 64 bytes, one in flight", "µs", 64, 1, 3_000),
+        contenders=(*ASYNC_OURS, "messenger, request", "pyzmq best", *ASYNC_PEERS),
+        baseline="pyzmq best",
+        targets=(
+            Target("AsyncMessenger, uvloop", ("pyzmq best",), 1.6, 1.0),
+            Target("AsyncMessenger, asyncio", ("pyzmq best",), 2.0, 1.5),
+            Target("AsyncMessenger, uvloop", ASYNC_PEERS, 1.0, 0.6),
+        ),
+    ),
+    Work(
+        *("asyncio: 64 bytes, 1,000 in flight by gather", "round trips/s", 64, 1_000, 200_000),
+        contenders=(*ASYNC_OURS, "messenger", "pyzmq best", *ASYNC_PEERS),
+        baseline="zmq.asyncio",
+        targets=(
+            Target("AsyncMessenger, uvloop", ("zmq.asyncio",), 5.0, 10.0),
+            Target("AsyncMessenger, asyncio", ("zmq.asyncio",), 5.0, 10.0),
+            Target("AsyncMessenger, uvloop", ASYNC_PEERS, 5.0, 10.0),
+        ),
     ),
     Work(
         *("64 bytes, one way", "messages/s", 64, 0, 300_000),

@@ -5,6 +5,7 @@ No test sleeps a fixed time: callbacks go into an `Inbox`, which is waited on, a
 Plain peers are nothing but pyzmq sockets, so that no mistake of the library hides itself.
 """
 
+import asyncio
 import fcntl
 import os
 import random
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pytest
+import uvloop
 import zmq
 
 from messenger import Destination, Limits, Message, Messenger, Security
 from messenger.wire import Data, decode_data_frame
+from tests.drivers import Host, HostedMessenger
 
 # Long enough for a machine under load; a test that passes never waits for it.
 TIMEOUT_S = 10.0
@@ -156,26 +159,55 @@ def destination(transport: str, new_destination: NewDestination) -> str | int:
 
 
 class MessengerFactory:
-    """Makes messengers and closes them all."""
+    """Makes messengers of one driver and closes them all."""
 
-    def __init__(self) -> None:
+    def __init__(self, driver: str = "thread") -> None:
+        self.driver = driver
         self.made: list[Messenger] = []
+        self._hosts: list[Host] = []
 
     def __call__(
         self, identity: str | None = None, *, limits: Limits | None = None, security: Security | None = None
     ) -> Messenger:
-        made = Messenger(identity, limits=limits, security=security)
+        made: Any
+        if self.driver == "thread":
+            made = Messenger(identity, limits=limits, security=security)
+        else:
+            host = Host(asyncio.new_event_loop if self.driver == "asyncio" else uvloop.new_event_loop)
+            self._hosts.append(host)
+            made = HostedMessenger(host, identity, limits=limits, security=security)
         self.made.append(made)
-        return made
+        return made  # type: ignore[no-any-return]
 
     def close(self) -> None:
         for made in reversed(self.made):
             made.close(timeout=0)
+        for host in self._hosts:
+            assert host.close() == []
+
+
+@pytest.fixture(params=["thread", "asyncio", "uvloop"])
+def driver(request: pytest.FixtureRequest) -> str:
+    """What the one body of tests runs on."""
+    name: str = request.param
+    return name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out what only threads can do on event loops, and uvloop on all transports but one, to save time."""
+
+    def is_wanted(item: pytest.Item) -> bool:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        name = params.get("driver", "thread")
+        is_threads_only = item.get_closest_marker("threads_only") is not None
+        return name == "thread" or not (is_threads_only or (name == "uvloop" and params.get("transport") != "tcp"))
+
+    items[:] = [item for item in items if is_wanted(item)]
 
 
 @pytest.fixture
-def messenger() -> Iterator[MessengerFactory]:
-    factory = MessengerFactory()
+def messenger(driver: str) -> Iterator[MessengerFactory]:
+    factory = MessengerFactory(driver)
     yield factory
     factory.close()
 

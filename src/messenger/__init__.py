@@ -1,5 +1,7 @@
 """Messages with callbacks between the parts of a system: in this process, on this machine, on another."""
 
+from typing import TYPE_CHECKING
+
 from .destination import Destination
 from .endpoint import Connection, Listener
 from .errors import (
@@ -27,11 +29,15 @@ from .messenger import Messenger, Stream
 from .security import KeyPair, Security
 from .wire import ECHO, NOOP, BuiltinCallback
 
+if TYPE_CHECKING:
+    from .aio import AsyncMessenger
+
 __version__ = "0.1.0"
 
 __all__ = [
     "ECHO",
     "NOOP",
+    "AsyncMessenger",
     "BuiltinCallback",
     "CalledFromCallback",
     "Cancelled",
@@ -62,3 +68,12 @@ __all__ = [
     "Stream",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import `AsyncMessenger` at its first use: programs without asyncio do not pay for it."""
+    if name == "AsyncMessenger":
+        from .aio import AsyncMessenger
+
+        return AsyncMessenger
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from .destination import Destination
 from .endpoint import Connection, Endpoints, KeyFunction, Listener, To
 from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
-from .limits import CLOSE_TIMEOUT_S, IDENTITY_BYTES_MAX, TIMEOUT_S, Limits
+from .limits import IDENTITY_BYTES_MAX, TIMEOUT_S, Limits
 from .link import FOREVER
 from .loop import Loop, State
 from .message import Callback, ErrorCallback, Message, Statistics, Taker
@@ -309,7 +309,7 @@ class BaseMessenger:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.identity!r}, {self._loop.state.value}>"
 
-    # Called with the loop's lock held.
+    # Called with the loop's lock held, but for what takes it.
 
     def _require_open(self, is_answer: bool = False) -> None:
         state = self._loop.state
@@ -323,15 +323,15 @@ class BaseMessenger:
         elif state is State.CLOSED or not (is_answer or self._loop.is_own_thread()):
             raise MessengerClosed(f"messenger {self.identity!r} is {state.value}")
 
-    def _close_endpoint(self, endpoint: Connection | Listener) -> None:
-        """Close a connection or listener. Called without the lock."""
+    def _detach_endpoint(self, endpoint: Connection | Listener) -> bool:
+        """Forget a connection or listener that is to be closed, if it is open; return whether it was."""
         with self._loop.lock:
             if endpoint.closed or self._loop.state is State.FORKED:
-                return
+                return False
             self._endpoints.discard(endpoint)
             for link in endpoint.links:
                 self._loop.remove(link, "it was closed")
-        endpoint.close_links(CLOSE_TIMEOUT_S)
+        return True
 
     def _cut_revoked(self) -> None:
         """End the sessions of who is not allowed any more. Called without the lock, by any thread."""
@@ -362,6 +362,12 @@ def _check_numbers(timeout: float, remote_callback: int) -> None:
 
 def _log_unheard(error: DeliveryError) -> None:
     logger.warning("! %s: %s (give on_error= to handle this)", type(error).__name__, error)
+
+
+def check_close_timeout(timeout: float) -> None:
+    """Refuse what is no time to wait for."""
+    if not timeout >= 0:
+        raise ValueError(f"timeout is {timeout!r}, it must be a number of seconds of at least 0")
 
 
 def _check_callable(name: str, value: object) -> None:

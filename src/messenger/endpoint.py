@@ -49,6 +49,9 @@ class Driver(Protocol):
 
 
 class _Endpoint:
+    # How many of its messages may be in its callback at one time, 0 if that was not said.
+    worker_count = 0
+
     def __init__(self, messenger: Any, destination: Destination) -> None:
         self.messenger = messenger
         self.destination = destination
@@ -59,19 +62,30 @@ class _Endpoint:
         """The sockets, for the messenger."""
         raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> Any:
         """Send what ZeroMQ already has, for up to a second, then close. Twice is fine.
 
         Messages that wait for a response here end with an error: `NotDelivered`, or `OutcomeUnknown` if they have left.
 
+        Returns:
+            Of an `AsyncMessenger`: an awaitable that waits until its endpoints are free; it is closing even so.
+
         Thread: any.
         """
-        self.messenger._close_endpoint(self)
+        return self.messenger._close_endpoint(self)
 
     def close_links(self, linger_s: float) -> None:
         """Close the sockets, once nobody uses them any more."""
         for link in self.links:
             link.close(linger_s)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -258,7 +272,7 @@ class Endpoints:
 
     def __init__(self, messenger: Any, limits: Limits, security: Security, exchange: Exchange) -> None:
         self._messenger = messenger
-        self._limits = limits
+        self.limits = limits
         self._security = security
         self._exchange = exchange
         self._gate = Gate(security, security.key, messenger.identity) if security.key is not None else None
@@ -281,14 +295,14 @@ class Endpoints:
     ) -> Listener:
         """Open a listener; see `Messenger.listen_for_connection`."""
         self._check_exposed(destination)
-        self._check_count(Listener, "listeners_max", self._limits.listeners_max)
+        self._check_count(Listener, "listeners_max", self.limits.listeners_max)
         listener = Listener(self._messenger, destination)
         listener.identity = identity
         listener.worker_count = worker_count
         listener.order_by = order_by
         if callback is not None and worker_count and driver.uses_threads:
             user_callback = callback
-            backlog_max = self._limits.worker_backlog_max
+            backlog_max = self.limits.worker_backlog_max
 
             def tell_key_error(message: Message, error: BaseException) -> None:
                 def fail(_: Message) -> None:
@@ -320,7 +334,7 @@ class Endpoints:
 
         def bind(endpoint: str) -> None:
             identity = encode_identity(listener.identity)
-            others = (endpoint, identity, listener, callback, self._exchange, self._limits)
+            others = (endpoint, identity, listener, callback, self._exchange, self.limits)
             if self._gate is not None and endpoint.startswith("tcp:"):
                 self._gate.open()
                 link: ListenerLink = CurveListenerLink(self._gate, *others)
@@ -343,14 +357,14 @@ class Endpoints:
         """Open a connection; see `Messenger.make_connection`."""
         if destination.port == 0 and destination.transport in (None, "tcp"):
             raise DestinationInvalid(f"{destination}: port 0 is only for listeners")
-        self._check_count(Connection, "connections_max", self._limits.connections_max)
+        self._check_count(Connection, "connections_max", self.limits.connections_max)
         connection = Connection(self._messenger, destination)
         is_basic = dialect == "basic"
         connection.routing_id = self._make_routing_id(destination) if is_basic else ""
         routing_id = encode_identity(connection.routing_id)
         keys = self._keys_for(destination)
         endpoint = best_endpoint(self._endpoints_of(destination))
-        link = ConnectionLink(routing_id, connection, callback, self._exchange, self._limits, keys)
+        link = ConnectionLink(routing_id, connection, callback, self._exchange, self.limits, keys)
         connection.link = link
         connection.outlet = link if is_basic else self._exchange.handshake.open(link)
         self._adopt(connection, driver)
@@ -470,13 +484,19 @@ class Endpoints:
                     logger.warning("! the session with %r was ended, its key is not allowed any more", session.peer)
             link.forget_revoked()
 
-    def close_all(self, linger_s: float) -> None:
-        """Close everything, once nobody uses the sockets. Called without the lock."""
+    def detach_all(self) -> list[Connection | Listener]:
+        """Forget all endpoints, once nobody uses the sockets, and return them. Called without the lock."""
         self._security.off_reload(self._messenger._cut_revoked)
         if self._gate is not None:
             self._gate.close()
-        for endpoint in list(self._open):
+        endpoints = list(self._open)
+        for endpoint in endpoints:
             self.discard(endpoint)
+        return endpoints
+
+    def close_all(self, linger_s: float) -> None:
+        """Close everything, once nobody uses the sockets. Called without the lock."""
+        for endpoint in self.detach_all():
             endpoint.close_links(linger_s)
 
     def _check_count(self, kind: type, name: str, limit: int) -> None:

@@ -81,6 +81,7 @@ class Loop:
         # When the callback that runs now began.
         self._callback_at = FOREVER
         self._must_attach = False
+        self._poll_at = 0.0
         self._room_wanted_count = 0
 
     # What the drivers say.

@@ -4,8 +4,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
-from .base import BaseMessenger, Contents
-from .endpoint import To
+from .base import BaseMessenger, Contents, check_close_timeout
+from .endpoint import Connection, Listener, To
 from .errors import CalledFromCallback
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .message import Message
@@ -94,8 +94,7 @@ class Messenger(BaseMessenger):
 
         Thread: any.
         """
-        if not timeout >= 0:
-            raise ValueError(f"timeout is {timeout!r}, it must be a number of seconds of at least 0")
+        check_close_timeout(timeout)
         self._loop.close(timeout)
 
     def __enter__(self) -> Self:
@@ -107,6 +106,10 @@ class Messenger(BaseMessenger):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _close_endpoint(self, endpoint: Connection | Listener) -> None:
+        if self._detach_endpoint(endpoint):
+            endpoint.close_links(CLOSE_TIMEOUT_S)
 
 
 class Stream:

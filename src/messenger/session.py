@@ -50,15 +50,14 @@ from .limits import (
     BATCH_BYTES_MAX,
     BATCH_MSGS_MAX,
     IDLE_PROBE_S,
-    RTO_INITIAL_S,
     RTO_MAX_S,
-    RTO_MIN_S,
     TIMEOUT_S,
     TIMEOUT_SLACK_S,
     Limits,
 )
 from .link import FOREVER, Link, Outlet, Random
 from .outgoing import Batch, Outgoing
+from .roundtrip import RoundTrip
 from .wire import (
     Control,
     Data,
@@ -144,21 +143,18 @@ class Session(Outlet):
         self._resend_asked_at = -FOREVER
         self._resend_asked_after = -1
         self._done_early: set[int] = set()
+        self._running: dict[int, int] = {}
+        self._returned_through = 0
         self._held: deque[tuple[int, int]] = deque()
         self._held_bytes = 0
-        self._resent_after = -1
-        self._resent_at = -FOREVER
+        self._resent_after, self._resent_at = -1, -FOREVER
         self.controls = Controls(self._window_msgs, self._window_bytes)
         self.cancelled = self.controls.cancelled
         self.must_answer = False
         self._must_ask_resend = False
         # Time.
         self.heard_at = now
-        self._smoothed_rtt: float | None = None
-        self._rtt_variation = 0.0
-        self._rto = RTO_INITIAL_S
-        self._timed_number = 0
-        self._timed_at = 0.0
+        self._trip = RoundTrip()
         self._unanswered_count = 0
         self.probe_at = now + IDLE_PROBE_S
         self.ack_at = FOREVER
@@ -178,8 +174,7 @@ class Session(Outlet):
 
     def attach(self, link: Link | None, routing_id: bytes = b"") -> None:
         """Use a link from now on; what may have been lost on the way there is sent again."""
-        self.link = link
-        self.routing_id = routing_id
+        self.link, self.routing_id = link, routing_id
         self._resending = deque(self._unreceived)
         self.controls.repeat_credits()
         if link is not None and self.received_through:
@@ -264,16 +259,17 @@ class Session(Outlet):
             batch = self._resending.popleft()
             if batch.last > self.peer_received_through:
                 batch.is_plain = False  # Of its messages some may have been given up meanwhile.
-                self._timed_number = 0  # Karn's rule: what was sent twice tells no round trip time.
+                self._trip.timed_number = 0
                 return batch
         new = self._take_batch() if self.queue else None
         if new is None:
             return None
         if not self._unreceived:
-            self.probe_at = now + self._rto
+            self.probe_at = now + self._trip.timeout_s
             self._unanswered_count = 0
-        if not self._timed_number:
-            self._timed_number, self._timed_at = new.last, now
+        trip = self._trip
+        if not trip.timed_number:
+            trip.timed_number, trip.timed_at = new.last, now
         self._unreceived.append(new)
         self._unprocessed.append(new)
         self._unprocessed_bytes += new.size_bytes
@@ -421,7 +417,7 @@ class Session(Outlet):
         expected = self.received_through + 1
         if data.first > expected:
             # Once for each number, and again when the answer seems lost.
-            if self._resend_asked_after != self.received_through or now >= self._resend_asked_at + self._rto:
+            if self._resend_asked_after != self.received_through or now >= self._resend_asked_at + self._trip.timeout_s:
                 self._resend_asked_after, self._resend_asked_at = self.received_through, now
                 self._must_ask_resend = True
             return None
@@ -438,12 +434,15 @@ class Session(Outlet):
 
     def _resend(self, now: float) -> None:
         """Send again what is not known to have arrived; once, not once for each time that the peer asks."""
-        if self._resent_after != self.peer_received_through or now >= self._resent_at + self._rto / 2:
+        if self._resent_after != self.peer_received_through or now >= self._resent_at + self._trip.timeout_s / 2:
             self._resent_after, self._resent_at = self.peer_received_through, now
             self._resending = deque(self._unreceived)
 
     def note_processed(self, number: int) -> None:
-        """Note that the callbacks of all messages up to a number have returned."""
+        """Note that the callbacks of all messages up to a number have returned; some may still run as coroutines."""
+        if self._running:
+            self._returned_through = max(number, self._returned_through)
+            number = min(number, next(iter(self._running)) - 1)
         if number > self.processed_through:
             self.processed_through = number
         while self._held and self._held[0][0] <= self.processed_through:
@@ -453,6 +452,17 @@ class Session(Outlet):
         """Note a message that no worker will ever be done with, since it was dropped or is no message of the user's."""
         if self.has_workers:
             self.note_one_processed(number)
+
+    def note_running(self, number: int) -> None:
+        """Note that a callback of a message goes on. Called in the order of the messages."""
+        self._running[number] = self._running.get(number, 0) + 1
+
+    def note_ended(self, number: int) -> None:
+        """Note that a callback that went on has ended; in any order."""
+        self._running[number] -= 1
+        if not self._running[number]:
+            del self._running[number]
+            self.note_processed(self._returned_through)
 
     def note_one_processed(self, number: int) -> None:
         """Note that the callbacks of one message have returned, in any order (a listener with workers)."""
@@ -469,24 +479,15 @@ class Session(Outlet):
             unreceived = self._unreceived
             while unreceived and unreceived[0].last <= data.received_through:
                 unreceived.popleft().forget_bytes()
-            if self._timed_number and data.received_through >= self._timed_number:
-                self._note_round_trip(now - self._timed_at)
-                self._timed_number = 0
-            self.probe_at = now + (self._rto if unreceived else IDLE_PROBE_S)
+            trip = self._trip
+            if trip.timed_number and data.received_through >= trip.timed_number:
+                trip.note(now - trip.timed_at)
+            self.probe_at = now + (trip.timeout_s if unreceived else IDLE_PROBE_S)
         if data.processed_through > self.peer_processed_through:
             self.peer_processed_through = data.processed_through
             unprocessed = self._unprocessed
             while unprocessed and unprocessed[0].last <= data.processed_through:
                 self._unprocessed_bytes -= unprocessed.popleft().size_bytes
-
-    def _note_round_trip(self, seconds: float) -> None:
-        """RFC 6298, section 2."""
-        if self._smoothed_rtt is None:
-            self._smoothed_rtt, self._rtt_variation = seconds, seconds / 2
-        else:
-            self._rtt_variation += (abs(self._smoothed_rtt - seconds) - self._rtt_variation) / 4
-            self._smoothed_rtt += (seconds - self._smoothed_rtt) / 8
-        self._rto = min(max(self._smoothed_rtt + 4 * self._rtt_variation, RTO_MIN_S), RTO_MAX_S)
 
     # Time.
 
@@ -511,7 +512,7 @@ class Session(Outlet):
             self._unanswered_count += 1
             wait_s = IDLE_PROBE_S
             if self.unreceived_count or self.unprocessed_count:
-                wait_s = min(self._rto * 2 ** min(self._unanswered_count, 10), RTO_MAX_S)
+                wait_s = min(self._trip.timeout_s * 2 ** min(self._unanswered_count, 10), RTO_MAX_S)
             self.probe_at = now + wait_s * (0.75 + 0.5 * self._rng.random())
             self._send_empty(Flag.ASK)
 

@@ -60,7 +60,6 @@ class ThreadLoop(Loop):
         self._thread_sleeps = False
         self._wake_at = FOREVER
         self._thread_wake_at = FOREVER
-        self._poll_at = 0.0
 
     def _set_lock(self) -> None:
         self._lock = threading.Lock()
@@ -83,7 +82,7 @@ class ThreadLoop(Loop):
 
     def start(self) -> None:
         """Start the thread."""
-        interrupts.install(_interrupt_at_release)
+        interrupts.install()
         self._wakeup = Wakeup()
         self.state = State.RUNNING
         started.add(self)
@@ -253,6 +252,8 @@ class ThreadLoop(Loop):
             self.announce_calls()
             return
         self.announce_calls()
+        if waiter.done:
+            return  # What was to be sent could not be, which settled it.
         self._wake_at = self._exchange.next_deadline_at
         self._leader_sleeps = True
         try:
@@ -371,6 +372,9 @@ def _interrupt_at_release() -> None:
     for loop in list(started):
         if isinstance(loop, ThreadLoop):
             loop.interrupt_at_release()
+
+
+interrupts.on_defer(_interrupt_at_release)
 
 
 def _locked() -> threading.Lock:

@@ -547,6 +547,7 @@ def test_threads_request_at_once(server: Messenger, client: Messenger, destinati
     assert answers.wait(320) == [True] * 320
 
 
+@pytest.mark.threads_only
 def test_sleeping_callback_does_not_hold_up_requests(server: Messenger, client: Messenger, destination: To) -> None:
     awake, asleep = threading.Event(), threading.Event()
 

@@ -264,6 +264,7 @@ def test_connections_of_one_messenger_share_its_identity(messenger: MessengerFac
 # Restarts.
 
 
+@pytest.mark.threads_only
 def test_restart_of_the_listeners_messenger(messenger: MessengerFactory, destination: To) -> None:
     """What was sent ends as `OutcomeUnknown` and runs nowhere else; what was queued goes to the successor."""
     client = messenger("client", limits=Limits(window_msgs=5))

@@ -79,6 +79,7 @@ class Monitor:
         watched.monitor(name, events | zmq.EVENT_MONITOR_STOPPED)
         self._socket.connect(name)
         self.descriptor: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]
+        self._is_stopped = False
 
     def read(self) -> list[tuple[int, int]]:
         """Return the events that came, each with its value."""
@@ -93,19 +94,22 @@ class Monitor:
         self._socket.poll(int(timeout_s * 1000) + 1)
         return self.read()
 
-    def close(self, timeout_s: float) -> None:
-        """Close, once the watched socket, which was closed before, has stopped; wait so long for that."""
+    def has_stopped(self) -> bool:
+        """Read what there is; return whether the watched socket, which was closed before, has stopped."""
+        if not self._is_stopped:
+            self._is_stopped = any(event == zmq.EVENT_MONITOR_STOPPED for event, _ in self.read())
+        return self._is_stopped
+
+    def wait_stop(self, timeout_s: float) -> None:
+        """Wait until the watched socket has stopped, at most so long."""
         ends_at = time.monotonic() + timeout_s
-        has_stopped = False
-        while not has_stopped and (left_s := ends_at - time.monotonic()) > 0:
+        while (left_s := ends_at - time.monotonic()) > 0 and not self.has_stopped():
             self._socket.poll(int(left_s * 1000) + 1)
-            has_stopped = self._has_stopped()
+
+    def close(self) -> None:
+        """Close, now or once the watched socket has stopped."""
         with _lock:
             _untold.append(self)
-            for monitor in [other for other in _untold if (has_stopped and other is self) or other._has_stopped()]:
+            for monitor in [other for other in _untold if other.has_stopped()]:
                 _untold.remove(monitor)
                 monitor._socket.close()
-
-    def _has_stopped(self) -> bool:
-        """Read what there is; return whether the watched socket is closed for good."""
-        return any(event == zmq.EVENT_MONITOR_STOPPED for event, _ in self.read())

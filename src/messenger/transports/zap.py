@@ -128,7 +128,8 @@ def _knock(endpoint: str, pair: KeyPair, server: KeyPair) -> int:
         return news[0][0] if news else 0
     finally:
         socket.close(0)
-        monitor.close(0.05)
+        monitor.wait_stop(0.05)
+        monitor.close()
 
 
 def _serve(server: "zmq.Socket[bytes]") -> None:

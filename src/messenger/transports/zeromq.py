@@ -213,11 +213,24 @@ class SocketLink(Link):
 
     def close(self, linger_s: float) -> None:
         """Close the socket; wait at most `linger_s` until what was given to it is sent and its endpoints are free."""
+        self._monitor.wait_stop(self.begin_close(linger_s))
+        self.end_close()
+
+    def begin_close(self, linger_s: float) -> float:
+        """Close the socket; return how many seconds to wait at most until it has stopped, and then to end the close."""
         # Where nobody is, nothing can be flushed to.
         linger_ms = int(min(linger_s, LINGER_S_MAX) * 1000) if self._is_up_now() else 0
         self.socket.close(linger=linger_ms)
         # An inproc socket stops only when its peers have noticed, which this thread may have to do for them.
-        self._monitor.close(0 if self.endpoint.startswith("inproc:") else linger_ms / 1000 + 0.05)
+        return 0.0 if self.endpoint.startswith("inproc:") else linger_ms / 1000 + 0.05
+
+    def has_stopped(self) -> bool:
+        """Return whether what was given to the closed socket is sent and its endpoint is free."""
+        return self._monitor.has_stopped()
+
+    def end_close(self) -> None:
+        """Let go of what only the open socket needed."""
+        self._monitor.close()
 
     def _is_up_now(self) -> bool:
         return self.is_up
@@ -487,12 +500,16 @@ class ListenerLink(SocketLink):
                 send(b"", SNDMORE_NOBLOCK)
                 send(data, NOBLOCK, copy=len(data) < LARGE_BYTES_MIN)
 
-    def close(self, linger_s: float) -> None:
-        """Close the socket and free its endpoint for others."""
+    def begin_close(self, linger_s: float) -> float:
+        """Close the socket."""
         if self.endpoint.startswith("inproc:"):
             # Frees the name at once; after a close libzmq's own thread would do that some time later.
             self.socket.unbind(self.endpoint)
-        super().close(linger_s)
+        return super().begin_close(linger_s)
+
+    def end_close(self) -> None:
+        """Free the endpoint for others."""
+        super().end_close()
         if self.endpoint.startswith("inproc:"):
             inproc_names.remove(self.endpoint)
         if self._ipc_lock is not None:

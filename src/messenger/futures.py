@@ -1,0 +1,118 @@
+"""What the calls of an `AsyncMessenger` return: awaitables that cost no task.
+
+`create_task` and `TaskGroup` take nothing but coroutines, so these have the methods of a coroutine as well.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Generator
+from typing import Any
+
+from .errors import DeliveryError, QueueFull
+from .link import Outlet
+from .message import Message, Taker
+
+
+class Sent(int):
+    """The id of a message that was queued. It is awaitable, at once, because every `send_message` is awaited."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, None, int]:
+        """Return the id."""
+        return self
+        yield
+
+    def send(self, value: None) -> Any:
+        """Return the id, as a coroutine does: so `create_task` takes it."""
+        raise StopIteration(int(self))
+
+    def throw(self, *error: Any) -> Any:
+        """Raise what was thrown in."""
+        raise error[0]
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Response(Taker, asyncio.Future[Message]):
+    """What `request` returns: a future of the response, which also may be given to `create_task` as a coroutine.
+
+    To cancel it, or the task that awaits it, gives the message up, as `AsyncMessenger.cancel` does.
+
+    Attributes:
+        message_id: Of the message, once it is queued.
+    """
+
+    __slots__ = ("_messenger", "_steps", "message_id")
+
+    def note_sent(self, messenger: Any, message_id: int) -> None:
+        """Note what to give up if this is cancelled."""
+        self._messenger = messenger
+        self.message_id = message_id
+
+    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
+        """Take the outcome."""
+        if self.done():
+            return
+        try:
+            if error is None:
+                self.set_result(response)  # type: ignore[arg-type]  # Settled without an error.
+            else:
+                self.set_exception(error)
+        except RuntimeError:
+            if not self.get_loop().is_closed():
+                raise
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Give the message up, if it has no outcome yet."""
+        if not super().cancel(msg):
+            return False
+        messenger = getattr(self, "_messenger", None)
+        if messenger is not None:
+            messenger.cancel(self.message_id)
+        return True
+
+    def send(self, value: None) -> Any:
+        """Take a step, as a coroutine does."""
+        return self._coroutine().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise at the present step, as a coroutine does."""
+        return self._coroutine().throw(*error)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to clean up."""
+
+    def _coroutine(self) -> Any:
+        try:
+            return self._steps
+        except AttributeError:
+            self._steps: Any = self.__await__()
+            return self._steps
+
+
+class NoRoom(QueueFull):
+    """A queue is full and the caller, who is no plain function, can wait for room.
+
+    Attributes:
+        outlet: Whose queue.
+        deadline_at: Until when.
+    """
+
+    def __init__(self, outlet: Outlet, deadline_at: float) -> None:
+        super().__init__(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
+        self.outlet = outlet
+        self.deadline_at = deadline_at
+
+
+class Done:
+    """An awaitable that waits for nothing."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Return."""
+        return
+        yield
+
+
+Coroutine.register(Sent)
+Coroutine.register(Response)

@@ -1,0 +1,441 @@
+"""The server loop of an `AsyncMessenger`: turns on the caller's event loop, and the tasks of coroutine callbacks.
+
+The sockets' descriptors are watched by the event loop. A turn begins when one becomes readable, when a deadline is
+reached, or soon after something was queued: it receives, runs callbacks, sends, and reads the events of all links that
+were used, because a descriptor tells only of what is new (it is edge-triggered). Nothing here is touched by another
+thread than the event loop's, so the lock only checks that.
+
+A callback may be a coroutine function. Its coroutines become tasks; those of a listener's callback wait in its **lane**
+until one of `workers` is free, so they start in the order in which the messages came. A message counts as processed
+when its task has ended (`Session.note_running`).
+
+What must never happen here: a task that is left behind by `close`; a wait that blocks the event loop; a sleep of the
+event loop with a touched link whose events were not read again.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from . import interrupts
+from .endpoint import Endpoints
+from .errors import DeliveryError, QueueFull
+from .exchange import Exchange
+from .futures import Done, NoRoom, Response, Sent
+from .limits import CLOSE_TIMEOUT_S, POLL_S
+from .link import FOREVER, Outlet
+from .loop import Loop, State, started
+from .message import Message
+from .transports.local import inproc_names
+from .transports.wakeup import SLEEP_S_MAX
+from .transports.zeromq import SocketLink
+
+logger = logging.getLogger("messenger")
+
+# Event loops may round to whole milliseconds; a shorter sleep would end before its time, again and again.
+TIMER_S_MIN = 0.001
+# How often a socket that is being closed is asked whether it is: at first, and later.
+SOCKET_POLL_S = 0.001
+SOCKET_POLL_S_MAX = 0.02
+
+
+class Lane:
+    """The coroutines of one listener's callback: some run, the others wait for their turn."""
+
+    def __init__(self, active_max: int) -> None:
+        self.active_max = active_max
+        self.active_count = 0
+        self.waiting: deque[tuple[Any, Any, Any]] = deque()
+
+
+class _Guard:
+    """The lock of a loop that only one thread uses: it checks that this is so."""
+
+    def __init__(self) -> None:
+        self.event_loop: asyncio.AbstractEventLoop | None = None
+
+    def acquire(self) -> None:
+        if self.event_loop is not None and asyncio._get_running_loop() is not self.event_loop:
+            raise RuntimeError(
+                "an AsyncMessenger may only be used on the event loop that it was first used on; from another thread "
+                "call it by asyncio.run_coroutine_threadsafe or loop.call_soon_threadsafe"
+            )
+
+    def release(self) -> None:
+        return
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        return
+
+
+class TaskLoop(Loop):
+    """The turns of one messenger on an event loop, and the tasks of its callbacks."""
+
+    _event_loop: asyncio.AbstractEventLoop
+
+    def __init__(self, name: str, exchange: Exchange, endpoints: Endpoints, attach_links: Callable[[], None]) -> None:
+        super().__init__(name, exchange, endpoints, attach_links)
+        self._is_turn_planned = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = FOREVER
+        # Of coroutine callbacks, and of sockets that are being closed.
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing_sockets: set[asyncio.Task[None]] = set()
+        self._lanes: dict[Any, Lane] = {}
+        # By outlet: who waits for room, and how to send then.
+        self._room_wanted: dict[Outlet, OrderedDict[asyncio.Future[Any], Callable[[], object]]] = {}
+        self._closer: asyncio.Task[None] | None = None
+        # Set after each turn while the messenger closes.
+        self._turned = asyncio.Event()
+
+    def _set_lock(self) -> None:
+        self.lock = self._guard = _Guard()
+        self.acquire, self.release = self._guard.acquire, self._guard.release
+
+    # Life.
+
+    def start(self) -> None:
+        """Serve on the event loop that runs now."""
+        event_loop = asyncio._get_running_loop()
+        if event_loop is None:
+            raise RuntimeError("an AsyncMessenger needs a running event loop; without one, use Messenger")
+        # Where asyncio takes Ctrl-C itself, as in `asyncio.run`, this leaves it alone.
+        interrupts.install()
+        self._event_loop = self._guard.event_loop = event_loop
+        self.state = State.RUNNING
+        started.add(self)
+        inproc_names.watch(self)
+
+    def is_own_thread(self) -> bool:
+        """Return whether the caller is a callback that is a plain function. No lock needed."""
+        return self._callback_at != FOREVER
+
+    def close(self, timeout: float) -> Awaitable[None]:
+        """Stop when all is settled or `timeout` is over; what is returned waits for that, except in a callback."""
+        with self.lock:
+            self.begin_close(timeout)
+            if self._closer is None or self.is_own_thread() or asyncio.current_task() in self._tasks:
+                return Done()
+            return asyncio.shield(self._closer)
+
+    def begin_close(self, timeout: float) -> None:
+        """Close as `close` does."""
+        if self.state is State.NEW:
+            self.state = State.CLOSED
+        if self.state is State.RUNNING:
+            self.state = State.CLOSING
+            self.close_at = monotonic() + timeout
+            self._exchange.ask_all()
+            self._announce_room()
+            if self._event_loop.is_running():
+                self._plan_turn()
+                self._closer = self._event_loop.create_task(self._close(), name=f"{self._name} closes")
+
+    def end_at_exit(self) -> None:
+        """Say goodbye, although no event loop runs any more."""
+        self._guard.event_loop = None
+        self._stop()
+        self._endpoints.close_all(CLOSE_TIMEOUT_S)
+        started.discard(self)
+
+    async def _close(self) -> None:
+        try:
+            while not self._is_over():
+                self._turned.clear()
+                waiting = asyncio.ensure_future(self._turned.wait())
+                await asyncio.wait((waiting,), timeout=min(max(0.0, self.close_at - monotonic()), SLEEP_S_MAX))
+                waiting.cancel()
+            await self._end_tasks(0.0)
+        finally:
+            # Also if this task is cancelled, because the program ends.
+            self._stop()
+            links = [link for endpoint in self._endpoints.detach_all() for link in endpoint.links]
+            closing = self._event_loop.create_task(self._close_sockets(links, max(0.05, self.close_at - monotonic())))
+            self._closing_sockets.add(closing)
+            started.discard(self)
+        # What the end of all messages has started.
+        await self._end_tasks(CLOSE_TIMEOUT_S)
+        await asyncio.gather(*self._closing_sockets)
+
+    def _is_over(self) -> bool:
+        return monotonic() >= self.close_at or (not self._tasks and super()._is_over())
+
+    def _stop(self) -> None:
+        """End every message and give up all links."""
+        self.state = State.CLOSED
+        self._remove_all()
+        for lane in self._lanes.values():
+            for _, _, coroutine in lane.waiting:
+                coroutine.close()
+            lane.waiting.clear()
+        while self._exchange.calls:
+            self._run_calls()
+        inproc_names.unwatch(self)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def _end_tasks(self, wait_s: float) -> None:
+        """Wait for the tasks of callbacks, then cancel them."""
+        if self._tasks and wait_s:
+            await asyncio.wait(self._tasks, timeout=wait_s)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
+        if self._tasks:
+            logger.error("! %s: %d callbacks still run after the close", self._name, len(self._tasks))
+
+    # Links.
+
+    def _watch(self, descriptor: int) -> None:
+        self._event_loop.add_reader(descriptor, self._handle_input, descriptor)
+
+    def _unwatch(self, descriptor: int) -> None:
+        if not self._event_loop.is_closed():
+            self._event_loop.remove_reader(descriptor)
+
+    def ask_attention(self) -> None:
+        """Have a turn soon. Any thread, no lock needed."""
+        self.call_there(self._plan_turn)
+
+    def call_there(self, function: Callable[[], None]) -> None:
+        """Call a function on the event loop: now if that runs here, else soon. Any thread, no lock needed."""
+        if self.state not in (State.RUNNING, State.CLOSING):
+            return
+        if asyncio._get_running_loop() is self._event_loop:
+            function()
+            return
+        try:
+            self._event_loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            if not self._event_loop.is_closed():
+                raise
+
+    def close_links(self, links: Iterable[SocketLink]) -> Awaitable[None]:
+        """Close sockets that nobody uses any more; what is returned waits until their endpoints are free."""
+        task = self._event_loop.create_task(self._close_sockets(links, CLOSE_TIMEOUT_S))
+        self._closing_sockets.add(task)
+        task.add_done_callback(self._closing_sockets.discard)
+        return asyncio.shield(task)
+
+    async def _close_sockets(self, links: Iterable[SocketLink], linger_s: float) -> None:
+        links = list(links)
+        ends_at = monotonic() + max(link.begin_close(linger_s) for link in links) if links else 0.0
+        try:
+            pause_s = SOCKET_POLL_S
+            while not all([link.has_stopped() for link in links]) and monotonic() < ends_at:  # noqa: C419  # Ask all.
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, SOCKET_POLL_S_MAX)
+        finally:
+            for link in links:
+                link.end_close()
+
+    # Turns.
+
+    def _plan_turn(self) -> None:
+        if not self._is_turn_planned:
+            self._is_turn_planned = True
+            self._event_loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._is_turn_planned = False
+        self._take_input(())
+        self._finish_turn()
+
+    def _handle_input(self, descriptor: int) -> None:
+        self._take_input((descriptor,))
+        self._finish_turn()
+
+    def _handle_timer(self) -> None:
+        self._timer = None
+        self._timer_at = FOREVER
+        self._turn()
+
+    def _finish_turn(self) -> None:
+        """Run callbacks and send, and see to it that there will be another turn if there is a reason."""
+        if self.state is State.CLOSED:
+            return
+        try:
+            self._run_calls()
+        finally:
+            self._callback_at = FOREVER
+            if self._processed:
+                self._note_processed()
+            self._look_again()
+        if self.state is State.CLOSING:
+            self._turned.set()
+
+    def _look_again(self) -> None:
+        """Read the events of what was used; plan a turn for input and callbacks, and set the timer for deadlines."""
+        exchange = self._exchange
+        if self._read_events() or exchange.calls:
+            self._plan_turn()
+        deadline_at = exchange.next_deadline_at
+        if deadline_at < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = deadline_at
+            delay_s = min(max(TIMER_S_MIN, deadline_at - monotonic()), SLEEP_S_MAX)
+            self._timer = self._event_loop.call_later(delay_s, self._handle_timer)
+
+    def poll(self, now: float) -> None:
+        """Take input in the middle of a callback that is a plain function, if not long after the last time."""
+        if now >= self._poll_at and self.state is not State.CLOSED:
+            self._poll_at = now + POLL_S
+            self._touched.update(self._links.values())
+            self._read_events()
+            self._take_input(())
+
+    def announce_calls(self) -> None:
+        """Have callbacks run in the next turn."""
+        if self._exchange.calls and self.state is not State.CLOSED:
+            self._plan_turn()
+
+    # Sending.
+
+    def flush(self) -> None:
+        """Give what waits to the network."""
+        self._exchange.flush(monotonic())
+        self._look_again()
+
+    def flush_soon(self, outlet: Outlet, now: float) -> None:
+        """Send what was queued: at once if nothing is on its way there, else together with what follows.
+
+        In a callback that is a plain function messages wait for the end of the turn.
+        """
+        if self._callback_at != FOREVER:
+            return
+        if outlet.is_quiet:
+            self.flush()
+        else:
+            self._plan_turn()
+
+    def await_outcome(self, waiter: Response, outlet: Outlet, deadline_at: float) -> None:
+        """Send what was queued; the core settles the waiter."""
+        if self._exchange.is_urgent:
+            self.flush()
+        else:
+            self.flush_soon(outlet, 0.0)
+
+    def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
+        """Tell the caller to wait; a plain function cannot."""
+        why = self._exchange.why_held_up(outlet, message)
+        if self.is_own_thread():
+            raise QueueFull(f"{why}, and a callback that is a plain function cannot wait; make it a coroutine function")
+        raise NoRoom(outlet, deadline_at)
+
+    def make_future(self) -> asyncio.Future[Any]:
+        """Return a future of the event loop."""
+        return self._event_loop.create_future()
+
+    def send_later(self, full: NoRoom, future: asyncio.Future[Any], send: Callable[[], object]) -> None:
+        """Call `send` when there is room, after those who wait already; settle the future if there is none in time.
+
+        Raises:
+            QueueFull: Too many wait already.
+        """
+        waiting = self._room_wanted.setdefault(full.outlet, OrderedDict())
+        if len(waiting) >= self._endpoints.limits.queue_msgs_max:
+            raise QueueFull(f"{len(waiting)} calls wait for room in the queue to {full.outlet}, that is queue_msgs_max")
+        waiting[future] = send
+        self._room_wanted_count += 1
+
+        def expire() -> None:
+            if not future.done():
+                future.set_exception(full)
+
+        def forget(_: object) -> None:
+            timer.cancel()
+            if waiting.pop(future, None) is not None:
+                self._room_wanted_count -= 1
+
+        timer = self._event_loop.call_later(min(max(0.0, full.deadline_at - monotonic()), SLEEP_S_MAX), expire)
+        future.add_done_callback(forget)
+
+    def _announce_room(self) -> None:
+        """Send for those who wait for room, as far as there is."""
+        # What is sent here does not come back here.
+        self._room_wanted_count = 0
+        for outlet, waiting in list(self._room_wanted.items()):
+            while waiting and (self.state is not State.RUNNING or not self._exchange.is_full(outlet)):
+                future, send = waiting.popitem(last=False)
+                if future.done():
+                    continue
+                try:
+                    send()
+                except NoRoom:
+                    waiting[future] = send
+                    waiting.move_to_end(future, last=False)
+                    break
+                except Exception as error:
+                    future.set_exception(error)
+            if not waiting:
+                del self._room_wanted[outlet]
+        self._room_wanted_count = sum(map(len, self._room_wanted.values()))
+
+    # Coroutine callbacks.
+
+    def _take_result(self, callback: Any, argument: Any, result: Any) -> None:
+        """Run the coroutine that a callback returned, now or when its lane has room."""
+        if type(result) is Sent or not isinstance(result, Coroutine):
+            return
+        if self._event_loop.is_closed():
+            result.close()
+            return
+        is_message = isinstance(argument, Message)
+        if not is_message or callback is not argument.link.callback:
+            self._start_task(callback, argument, result, None)
+        else:
+            endpoint = argument.link.handle
+            lane = self._lanes.get(endpoint)
+            if lane is None:
+                lane = self._lanes[endpoint] = Lane(max(1, endpoint.worker_count))
+            if lane.active_count < lane.active_max:
+                lane.active_count += 1
+                self._start_task(callback, argument, result, lane)
+            elif not argument.number and len(lane.waiting) >= self._endpoints.limits.worker_backlog_max:
+                # A session's window bounds what it sends; a plain peer cannot be told to slow down.
+                result.close()
+                self._exchange.drop("workers_full")
+                return
+            else:
+                lane.waiting.append((callback, argument, result))
+        if is_message:
+            self._exchange.note_running(argument)
+
+    def _start_task(self, callback: Any, argument: Any, coroutine: Any, lane: Lane | None) -> None:
+        task = self._event_loop.create_task(self._run_task(callback, argument, coroutine))
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._end_task, argument, coroutine, lane))
+
+    async def _run_task(self, callback: Any, argument: Any, coroutine: Any) -> None:
+        try:
+            await coroutine
+        except BaseException as error:
+            self._report(callback, argument, error)
+
+    def _end_task(self, argument: Any, coroutine: Any, lane: Lane | None, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        coroutine.close()  # If it was cancelled before its first step, it was never started.
+        if isinstance(argument, Message):
+            self._exchange.note_ended(argument)
+        if lane is not None:
+            if lane.waiting:
+                self._start_task(*lane.waiting.popleft(), lane)
+            else:
+                lane.active_count -= 1
+        if self.state is not State.CLOSED:
+            self._plan_turn()
+
+    def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
+        """Tell of a callback that raised. A Ctrl-C goes on to the event loop, whose it is."""
+        super()._report(callback, argument, error)
+        if isinstance(error, KeyboardInterrupt):
+            raise error
