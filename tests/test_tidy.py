@@ -238,7 +238,7 @@ def lock_findings(text: str) -> Iterator[Finding]:
             yield Finding(line, f"is not pinned: {content}")
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-bench.lock"])
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-bench.lock", "requirements-fuzz.lock"])
 def test_lock_names_no_host(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "--hash=sha256:" in text
