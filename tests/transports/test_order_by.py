@@ -17,6 +17,8 @@ from tests.conftest import (
 )
 
 To = str | int
+# An AsyncMessenger has none of this yet.
+pytestmark = pytest.mark.threads_only
 
 
 def first_byte(message: Message) -> bytes:

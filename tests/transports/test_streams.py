@@ -33,6 +33,8 @@ from tests.conftest import (
 )
 
 To = str | int
+# An AsyncMessenger has none of this yet.
+pytestmark = pytest.mark.threads_only
 # A stream may have a quarter of it under way.
 WINDOW = Limits(window_msgs=40, window_bytes=4 * 1024 * 1024)
 
