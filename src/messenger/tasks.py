@@ -317,7 +317,7 @@ class TaskLoop(Loop):
         else:
             self._plan_turn()
 
-    def await_outcome(self, waiter: Response, outlet: Outlet, deadline_at: float) -> None:
+    def await_outcome(self, waiter: Response[Any], outlet: Outlet, deadline_at: float) -> None:
         """Send what was queued; the core settles the waiter."""
         if self._exchange.is_urgent:
             self.flush()
