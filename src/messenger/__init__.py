@@ -7,6 +7,7 @@ from .endpoint import Connection, Listener
 from .errors import (
     CalledFromCallback,
     Cancelled,
+    ContentsInvalid,
     DeliveryError,
     DestinationInUse,
     DestinationInvalid,
@@ -25,8 +26,9 @@ from .errors import (
 )
 from .limits import Limits
 from .message import Message, Statistics
-from .messenger import Messenger
+from .messenger import Messenger, Stream
 from .security import KeyPair, Security
+from .typed import typed
 from .wire import ECHO, NOOP, BuiltinCallback
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ __all__ = [
     "CalledFromCallback",
     "Cancelled",
     "Connection",
+    "ContentsInvalid",
     "DeliveryError",
     "Destination",
     "DestinationInUse",
@@ -65,7 +68,9 @@ __all__ = [
     "Security",
     "SecurityError",
     "Statistics",
+    "Stream",
     "__version__",
+    "typed",
 ]
 
 

@@ -3,15 +3,18 @@
 from collections.abc import Awaitable
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, overload
 
 from .base import BaseMessenger, Contents, check_close_timeout
 from .endpoint import Connection, Listener, To
-from .futures import Done, NoRoom, Response, Sent
+from .futures import Done, NoRoom, Response, Sent, TypedResponse
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .message import Callback, ErrorCallback, Message
 from .tasks import TaskLoop
+from .typed import Encoding, codec_of, encode_as
 from .wire import NOOP
+
+T = TypeVar("T")
 
 
 class AsyncMessenger(BaseMessenger):
@@ -73,25 +76,61 @@ class AsyncMessenger(BaseMessenger):
             self._loop.send_later(full, future, send_now)
             return future
 
+    @overload
     def request(
-        self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S
-    ) -> Response:
+        self,
+        to: To,
+        contents: Contents,
+        *,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        response_type: None = None,
+        encoding: Encoding = "msgpack",
+    ) -> Response[Message]: ...
+
+    @overload
+    def request(
+        self,
+        to: To,
+        contents: Contents,
+        *,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        response_type: type[T],
+        encoding: Encoding = "msgpack",
+    ) -> Response[T]: ...
+
+    def request(
+        self,
+        to: To,
+        contents: Contents,
+        *,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        response_type: Any = None,
+        encoding: Encoding = "msgpack",
+    ) -> Response[Any]:
         """Send one message and return a future of its response; it is on its way before this returns.
 
         To cancel the future, or the task that awaits it, gives the message up as `cancel` does.
 
         Args:
             to, contents, remote_callback, timeout: As `send_message` takes them.
+            response_type, encoding: As `Messenger.request` takes them.
 
         Returns:
             What to await, or to give to `asyncio.gather`, `create_task` or a `TaskGroup`. Awaited, it raises
             NotDelivered, OutcomeUnknown: What became of the message.
+            ContentsInvalid: The response does not decode as `response_type`.
             QueueFull: As `send_message` raises it.
 
         Raises:
             MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid. Nothing was sent.
         """
-        response = Response()
+        response: Response[Any]
+        response = Response() if response_type is None else TypedResponse(codec_of(response_type), encoding)
+        if encoding != "msgpack":
+            contents = encode_as(contents, encoding)
         try:
             response.note_sent(
                 self, super().send_message(to, contents, response, remote_callback=remote_callback, timeout=timeout)

@@ -5,11 +5,14 @@
 
 import asyncio
 from collections.abc import Coroutine, Generator
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import DeliveryError, QueueFull
+from .errors import ContentsInvalid, DeliveryError, QueueFull
 from .link import Outlet
 from .message import Message, Taker
+from .typed import Codec, Encoding
+
+T = TypeVar("T")
 
 
 class Sent(int):
@@ -34,7 +37,7 @@ class Sent(int):
         """Do nothing."""
 
 
-class Response(Taker, asyncio.Future[Message]):
+class Response(Taker, asyncio.Future[T]):
     """What `request` returns: a future of the response, which also may be given to `create_task` as a coroutine.
 
     To cancel it, or the task that awaits it, gives the message up, as `AsyncMessenger.cancel` does.
@@ -50,7 +53,7 @@ class Response(Taker, asyncio.Future[Message]):
         self._messenger = messenger
         self.message_id = message_id
 
-    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
+    def settle(self, response: Message | None, error: DeliveryError | ContentsInvalid | None) -> None:
         """Take the outcome."""
         if self.done():
             return
@@ -89,6 +92,27 @@ class Response(Taker, asyncio.Future[Message]):
         except AttributeError:
             self._steps: Any = self.__await__()
             return self._steps
+
+
+class TypedResponse(Response[T]):
+    """A future of what the contents of a response decode to."""
+
+    __slots__ = ("_codec", "_encoding")
+
+    def __init__(self, codec: Codec, encoding: Encoding) -> None:
+        super().__init__()
+        self._codec = codec
+        self._encoding = encoding
+
+    def settle(self, response: Message | None, error: DeliveryError | ContentsInvalid | None) -> None:
+        """Take the outcome."""
+        value: Any = None
+        if response is not None:
+            try:
+                value = self._codec.decode(response.contents, self._encoding)
+            except ContentsInvalid as invalid:
+                error = invalid
+        super().settle(value, error)
 
 
 class NoRoom(QueueFull):

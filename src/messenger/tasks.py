@@ -317,20 +317,18 @@ class TaskLoop(Loop):
         else:
             self._plan_turn()
 
-    def await_outcome(self, waiter: Response, outlet: Outlet, deadline_at: float) -> None:
+    def await_outcome(self, waiter: Response[Any], outlet: Outlet, deadline_at: float) -> None:
         """Send what was queued; the core settles the waiter."""
         if self._exchange.is_urgent:
             self.flush()
         else:
             self.flush_soon(outlet, 0.0)
 
-    def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
+    def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
         """Tell the caller to wait; a plain function cannot."""
+        why = self._exchange.why_held_up(outlet, message)
         if self.is_own_thread():
-            raise QueueFull(
-                f"the queue to {outlet} is full ({len(outlet.queue)} messages), and a callback that is a plain "
-                "function cannot wait; make it a coroutine function"
-            )
+            raise QueueFull(f"{why}, and a callback that is a plain function cannot wait; make it a coroutine function")
         raise NoRoom(outlet, deadline_at)
 
     def make_future(self) -> asyncio.Future[Any]:
