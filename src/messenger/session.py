@@ -459,10 +459,9 @@ class Session(Outlet):
 
     def note_ended(self, number: int) -> None:
         """Note that a callback that went on has ended; in any order."""
-        if number in self._running:  # Else it is of a session that the peer has ended under the same incarnation.
+        if self._running.get(number, 0) > 1:
             self._running[number] -= 1
-        if self._running.get(number) == 0:
-            del self._running[number]
+        elif self._running.pop(number, 0):  # 0 if the peer began anew under the same incarnation.
             self.note_processed(self._returned_through)
 
     def note_one_processed(self, number: int) -> None:

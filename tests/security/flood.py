@@ -1,8 +1,8 @@
 """`python -m tests.security.flood`: idle connections and garbage against a listener with keys; what does a client feel?
 
 Rounds of two phases: quiet, and the flood (2,000 TCP connections at once that say nothing or garbage, opened anew as
-the listener cuts them, and a thread that sends garbage). In each a listed client asks one message after the other. It must
-not wait three times as long at the 99th percentile, the server's memory must stay bounded, and afterwards every
+the listener cuts them, and a thread that sends garbage). In each a listed client asks one message after the other. It
+must not wait three times as long at the 99th percentile, the server's memory must stay bounded, and afterwards every
 connection is gone.
 """
 
