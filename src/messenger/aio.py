@@ -1,7 +1,6 @@
 """`AsyncMessenger`: the public calls of `base.py` on the caller's asyncio event loop (`tasks.py`)."""
 
 from collections.abc import Awaitable
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -92,15 +91,19 @@ class AsyncMessenger(BaseMessenger):
             MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid. Nothing was sent.
         """
         response = Response()
+        send = super().send_message
+        response.messenger = None
         try:
-            response.note_sent(
-                self, super().send_message(to, contents, response, remote_callback=remote_callback, timeout=timeout)
-            )
+            response.message_id = send(to, contents, response, remote_callback=remote_callback, timeout=timeout)
         except NoRoom as full:
-            send = partial(
-                super().send_message, to, contents, response, remote_callback=remote_callback, timeout=timeout
-            )
-            self._loop.send_later(full, response, lambda: response.note_sent(self, send()))
+
+            def send_now() -> None:
+                response.message_id = send(to, contents, response, remote_callback=remote_callback, timeout=timeout)
+                response.messenger = self
+
+            self._loop.send_later(full, response, send_now)
+        else:
+            response.messenger = self
         return response
 
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> Awaitable[None]:

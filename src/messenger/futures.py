@@ -40,15 +40,13 @@ class Response(Taker, asyncio.Future[Message]):
     To cancel it, or the task that awaits it, gives the message up, as `AsyncMessenger.cancel` does.
 
     Attributes:
+        messenger: Which has sent the message; None as long as it waits for room.
         message_id: Of the message, once it is queued.
     """
 
-    __slots__ = ("_messenger", "_steps", "message_id")
-
-    def note_sent(self, messenger: Any, message_id: int) -> None:
-        """Note what to give up if this is cancelled."""
-        self._messenger = messenger
-        self.message_id = message_id
+    __slots__ = ("_steps", "message_id", "messenger")
+    message_id: int
+    messenger: Any
 
     def settle(self, response: Message | None, error: DeliveryError | None) -> None:
         """Take the outcome."""
@@ -67,9 +65,8 @@ class Response(Taker, asyncio.Future[Message]):
         """Give the message up, if it has no outcome yet."""
         if not super().cancel(msg):
             return False
-        messenger = getattr(self, "_messenger", None)
-        if messenger is not None:
-            messenger.cancel(self.message_id)
+        if self.messenger is not None:
+            self.messenger.cancel(self.message_id)
         return True
 
     def send(self, value: None) -> Any:

@@ -300,9 +300,10 @@ class TaskLoop(Loop):
     def flush_soon(self, outlet: Outlet, now: float) -> None:
         """Send what was queued: at once if nothing is on its way there, else together with what follows.
 
-        In a callback that is a plain function messages wait for the end of the turn.
+        In a callback that is a plain function messages wait for the end of the turn, and so they do for one that is
+        planned.
         """
-        if self._callback_at != FOREVER:
+        if self._is_turn_planned or self._callback_at != FOREVER:
             return
         if outlet.is_quiet:
             self.flush()
@@ -313,7 +314,7 @@ class TaskLoop(Loop):
         """Send what was queued; the core settles the waiter."""
         if self._exchange.is_urgent:
             self.flush()
-        else:
+        elif not self._is_turn_planned:
             self.flush_soon(outlet, 0.0)
 
     def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
