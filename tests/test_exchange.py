@@ -30,7 +30,10 @@ from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.message import Waiter
 from messenger.session import Session, State
 from messenger.wire import (
+    CONTROLS_MAX,
     ID_MAX,
+    Control,
+    ControlKind,
     Kind,
     Option,
     OptionKind,
@@ -854,7 +857,7 @@ def test_what_never_reaches_a_worker_holds_up_no_worker() -> None:
     world.connect()
     session = world.server_session
     error = Option(2, OptionKind.NO_HANDLER)
-    world.server.exchange.handle_batch(session, 1, ([b"0-0-" + b"x" * 11, b"hello", b"0-7-"], {}, [error], 100), 0)
+    world.server.exchange.handle_batch(session, 1, ([b"0-0-" + b"x" * 11, b"hello", b"0-7-"], {}, [error], 100, ()), 0)
     assert session.processed_through == 3
     assert world.server.dropped() == {"message_too_large": 1, "malformed_message": 1, "unknown_callback": 1}
 
@@ -863,7 +866,7 @@ def test_what_was_processed_before_is_skipped() -> None:
     world = World()
     world.connect()
     session = world.server_session
-    world.server.exchange.handle_batch(session, 4, ([b"0-0-a", b"0-0-b", b"0-0-c"], {}, [], 100), 2)
+    world.server.exchange.handle_batch(session, 4, ([b"0-0-a", b"0-0-b", b"0-0-c"], {}, [], 100, ()), 2)
     (message,) = world.server.take()
     assert (message.contents, message.number) == (b"c", 6)
     assert world.server.exchange.statistics("server", 0, 1).received_msgs == 1
@@ -974,7 +977,7 @@ def test_only_the_session_that_was_asked_may_answer() -> None:
     world.send(b"forged", dest=message_id)
     world.deliver()
     assert world.server.dropped() == {"foreign_response": 1}
-    world.server.exchange.handle_batch(asked, 1, ([b"0-%d-true" % message_id], {}, [], 100), 0)
+    world.server.exchange.handle_batch(asked, 1, ([b"0-%d-true" % message_id], {}, [], 100, ()), 0)
     assert b"true" in world.server.contents()
 
 
@@ -1078,7 +1081,7 @@ def test_an_option_that_is_not_known_does_no_harm() -> None:
     world.connect()
     message_id = world.ask()
     world.deliver()
-    world.client.exchange.handle_batch(world.session, 1, ([b"0-%d-x" % message_id], {}, [Option(0, 200)], 100), 0)
+    world.client.exchange.handle_batch(world.session, 1, ([b"0-%d-x" % message_id], {}, [Option(0, 200)], 100, ()), 0)
     assert world.client.contents() == [b"x"]
 
 
@@ -1292,7 +1295,7 @@ def test_what_was_processed_of_a_batch_is_not_reported_as_unknown() -> None:
     # The receiver may have seen the batch in two parts.
     server = world.server_session
     assert server.receive(0, data_of(frame)._replace(msg_count=2), sum(map(len, messages[:2])), 0.0) == 0
-    world.server.exchange.handle_batch(server, 1, (messages[:2], {}, [], 100), 0)
+    world.server.exchange.handle_batch(server, 1, (messages[:2], {}, [], 100, ()), 0)
     world.server.run()
     world.server.exchange.flush(0.0)
     world.server.exchange.handle_deadline(0.02)
@@ -1326,7 +1329,7 @@ def test_a_restart_of_the_client_ends_what_the_listener_had_for_it() -> None:
 def test_a_queued_echo_to_a_process_that_ended_is_nobodys_message() -> None:
     world = World(server_limits=Limits(window_msgs=1))
     world.connect()
-    world.server.exchange.handle_batch(world.server_session, 1, ([b"1024-1-a", b"1025-1-b"], {}, [], 100), 0)
+    world.server.exchange.handle_batch(world.server_session, 1, ([b"1024-1-a", b"1025-1-b"], {}, [], 100, ()), 0)
     world.server.exchange.flush(0.0)
     assert len(world.server_session.queue) == 1
     world.link_down()
@@ -1841,3 +1844,231 @@ def test_whatever_happens_each_message_has_one_outcome_and_a_true_one(steps: lis
             assert outcome[0].contents == contents
             assert contents in ran
     assert not world.client.unheard
+
+
+# Deadlines and cancellations at the receiver.
+
+
+def drop_expired(node: Node, now: float) -> list[Any]:
+    """Drop what is past its deadline; return the contents of what is left to run."""
+    node.exchange.drop_expired(now)
+    return [argument.contents for _, argument in node.exchange.calls if isinstance(argument, Message)]
+
+
+def test_each_message_of_a_batch_has_its_own_deadline_at_the_receiver() -> None:
+    world = World()
+    world.connect()
+    deadlines = [1.0, 5.0, 5.0, 1_000.0, FOREVER, 0.5]
+    for deadline_at in deadlines:
+        world.ask(b"%f" % deadline_at, deadline_at=deadline_at)
+    world.ask(b"default", deadline_at=30.0, is_timed=False)
+    world.send(b"nobody waits")
+    world.deliver(runs=False)
+    messages = [argument for _, argument in world.server.exchange.calls if isinstance(argument, Message)]
+    told = [message.deadline for message in messages]
+    for expected, deadline in zip([*deadlines[:4], None, 0.5, 30.0, None], told, strict=True):
+        assert deadline == (expected and pytest.approx(expected, abs=0.0011))
+    assert world.server.exchange.expires_at == pytest.approx(0.5, abs=0.0011)
+    left = [b"%f" % deadline_at for deadline_at in deadlines]
+    assert drop_expired(world.server, 0.4) == [*left, b"default", b"nobody waits"]
+    assert drop_expired(world.server, 2.0) == [*left[1:5], b"default", b"nobody waits"]
+    assert world.server.exchange.expires_at == pytest.approx(5.0, abs=0.0011)
+    assert drop_expired(world.server, 2_000.0) == [left[4], b"nobody waits"]
+    assert world.server.exchange.expires_at == FOREVER
+    assert world.server.dropped() == {"expired": 6}
+    # What was not started counts as processed all the same.
+    world.run(0.1)
+    assert world.session.unprocessed_count == 0
+
+
+def test_messages_of_the_default_timeout_travel_without_a_deadline_unless_they_waited() -> None:
+    world = World()
+    world.connect()
+    world.ask(deadline_at=30.0, is_timed=False)
+    world.client.exchange.flush(0.0)
+    ((_, (frame,)),) = world.connection_link.sent
+    assert not decode_header(frame).flags
+    world.deliver()
+    (message,) = world.server.take()
+    assert message.deadline == 30.0
+    world.link_down()
+    world.ask(deadline_at=31.0, is_timed=False)
+    world.now = 11.0
+    world.link_up()
+    world.deliver()
+    (message,) = world.server.take()
+    assert message.deadline == pytest.approx(31.0, abs=0.0011)
+
+
+def test_a_large_message_has_a_deadline_too() -> None:
+    world = World()
+    world.connect()
+    world.ask(bytes(LARGE_BYTES_MIN), deadline_at=7.0)
+    world.send(b"", deadline_at=8.0)
+    world.deliver(runs=False)
+    assert drop_expired(world.server, 6.0) == [bytes(LARGE_BYTES_MIN), b""]
+    assert drop_expired(world.server, 7.1) == [b""]
+
+
+def test_a_response_is_not_dropped_however_late() -> None:
+    world = World()
+    world.connect()
+    world.ask(b"question")
+    world.deliver()
+    (message,) = world.server.take()
+    data = b"%d-%d-and you?" % (5_000, message.source_callback_id)
+    world.client.exchange.handle_batch(world.session, 1, ([data], {}, [], 100, (1,)), 0)
+    assert drop_expired(world.client, 100.0) == [b"and you?"]
+
+
+def test_a_cancelled_message_that_has_not_left_is_not_started_if_it_does() -> None:
+    world = World()
+    first, second = world.ask(b"first", deadline_at=20.0), world.ask(b"second", deadline_at=20.0)
+    assert world.client.exchange.cancel(first)
+    world.connect()
+    assert outcomes(world.client.take()) == {first: Cancelled}
+    world.server.told.clear()
+    world.ask(b"third")
+    world.client.exchange.cancel(second)
+    world.deliver(runs=False)
+    assert drop_expired(world.server, world.now) == [b"third"]
+
+
+def test_what_is_sent_again_after_it_was_given_up_is_not_started() -> None:
+    world = World()
+    world.connect()
+    message_id = world.ask(b"lost", deadline_at=29.5, is_timed=False)
+    world.client.exchange.flush(0.0)
+    world.link_down()
+    world.client.exchange.cancel(message_id)
+    world.link_up()
+    world.deliver(runs=False)
+    assert drop_expired(world.server, world.now) == []
+    assert world.server.dropped() == {"expired": 1}
+
+
+def test_a_cancellation_waits_for_no_window_and_marks_the_message() -> None:
+    world = World(client_limits=Limits(window_msgs=1))
+    world.connect()
+    told: list[object] = []
+    world.server.exchange.on_cancelled = lambda *details: told.append(details)
+    first, second = world.ask(b"first"), world.ask(b"second")
+    world.deliver(runs=False)
+    (message,) = [argument for _, argument in world.server.exchange.calls if isinstance(argument, Message)]
+    assert not message.is_given_up(0.0)
+    world.client.exchange.cancel(second)
+    world.client.exchange.cancel(first)
+    world.deliver(runs=False)
+    assert message.is_given_up(0.0)
+    assert told == [(world.server_session, second), (world.server_session, first)]
+    assert world.server.exchange.expires_at == -FOREVER
+    assert drop_expired(world.server, 0.0) == []
+
+
+def test_a_deadline_tells_the_receiver_and_so_does_a_waiter_that_is_forgotten() -> None:
+    world = World()
+    world.connect()
+    late = world.ask(deadline_at=0.1)
+    waiter = Waiter()
+    forgotten = world.send(b"", waiter)
+    world.deliver()
+    early, kept = world.server.take()
+    world.run(0.2)
+    assert list(world.server_session.cancelled) == [late]
+    assert early.is_given_up(0.0)
+    world.client.exchange.forget(waiter)
+    world.deliver()
+    assert list(world.server_session.cancelled) == [late, forgotten]
+    assert kept.is_given_up(0.0)
+    assert world.client.exchange.outstanding_count == 0
+
+
+def test_a_cancelled_id_of_another_incarnation_is_another_message() -> None:
+    world = World()
+    world.connect()
+    world.ask()
+    world.deliver()
+    (message,) = world.server.take()
+    assert not message.is_sender_gone
+    message.link.cancelled[message.source_callback_id] = None
+    assert message.is_given_up(0.0)
+    message.incarnation += 1
+    assert message.is_sender_gone
+    assert not message.is_given_up(0.0)
+    world.send()
+    world.deliver()
+    (silent,) = world.server.take()
+    silent.incarnation += 1
+    assert not silent.is_sender_gone
+    assert not silent.is_given_up(FOREVER)
+
+
+def test_a_control_that_is_not_known_does_no_harm() -> None:
+    world = World()
+    world.connect()
+    world.server.exchange.handle_controls(world.server_session, [Control(99, 5)])
+    assert not world.server_session.cancelled
+
+
+def test_only_the_latest_cancellations_are_known() -> None:
+    world = World(server_limits=Limits(window_msgs=3))
+    world.connect()
+    for number in range(5):
+        world.session.controls.tell(ControlKind.CANCEL, number)
+    world.client.exchange.mark_dirty(world.session)
+    world.deliver()
+    assert list(world.server_session.cancelled) == [2, 3, 4]
+
+
+def test_more_cancellations_than_a_frame_has_room_for() -> None:
+    world = World()
+    world.connect()
+    for number in range(CONTROLS_MAX + 1):
+        world.session.controls.tell(ControlKind.CANCEL, number)
+    world.client.exchange.mark_dirty(world.session)
+    world.client.exchange.flush(0.0)
+    assert len(world.connection_link.sent) == 2
+    world.deliver()
+    assert list(world.server_session.cancelled) == list(range(CONTROLS_MAX + 1))
+
+
+def test_what_is_not_started_by_a_worker_counts_as_processed() -> None:
+    world = World()
+    world.listener_link.has_workers = True
+    submitted: list[Message] = []
+    world.server.slc = submitted.append
+    world.connect()
+    world.server.exchange.register_callback(64, world.server.tell)
+    session = world.server_session
+    session.callback = world.server.tell
+    for dest in (NOOP, 64):
+        world.ask(dest=dest, deadline_at=0.1)
+    world.deliver(runs=False)
+    assert drop_expired(world.server, 1.0) == []
+    # Of the second both the registered callback and the one of the endpoint.
+    assert world.server.dropped() == {"expired": 3}
+    assert session.processed_through == 2
+    assert not session._done_early
+
+
+def test_messages_of_the_basic_dialect_are_given_up_by_nobody() -> None:
+    core = Core()
+    core.link.callback = core.tell
+    core.exchange.receive(core.link, b"", b"7-0-x")
+    core.exchange.drop_expired(1e9)
+    (message,) = core.run()
+    assert message.deadline is None
+    assert not message.is_given_up(1e9)
+    assert not message.is_sender_gone
+    message_id = core.send(callback=core.tell, on_error=core.tell)
+    assert core.exchange.cancel(message_id)
+
+
+def test_a_plain_batch_may_have_what_is_no_message_and_a_response_that_nobody_takes() -> None:
+    world = World()
+    world.connect()
+    message_id = world.send(b"x", None, world.client.tell)
+    world.client.exchange.handle_batch(world.session, 1, ([b"no", b"0-%d-x" % message_id], {}, [], 100, ()), 0)
+    assert world.client.take() == []
+    assert world.client.dropped() == {"malformed_message": 1}
+    assert world.client.exchange.outstanding_count == 0

@@ -23,6 +23,7 @@ from messenger.outgoing import Outgoing
 from messenger.session import Session, State
 from messenger.wire import (
     Challenge,
+    Control,
     Data,
     Flag,
     Header,
@@ -103,6 +104,9 @@ class Owner:
 
     def drop(self, kind: str) -> None:
         self.dropped[kind] += 1
+
+    def handle_controls(self, session: Session, controls: Sequence[Control]) -> None:
+        self.told.append(("controls", list(controls)))
 
     def handle_batch(self, session: Session, first: int, batch: Decoded, skipped: int) -> None:
         messages, *_ = batch

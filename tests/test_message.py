@@ -19,6 +19,15 @@ def test_what_a_message_is_unless_told() -> None:
     assert (plain.number, plain.incarnation, plain.redelivered) == (0, 0, False)
 
 
+def test_whether_it_was_cancelled_is_asked_of_the_messenger() -> None:
+    class FakeMessenger:
+        def _is_given_up(self, message: Message) -> bool:
+            return message.contents == b"yes"
+
+    assert message(b"yes", messenger=FakeMessenger()).cancelled
+    assert not message(b"no", messenger=FakeMessenger()).cancelled
+
+
 def test_the_buffer_is_no_copy_and_cannot_be_written() -> None:
     contents = b"contents"
     buffer = message(contents).buffer

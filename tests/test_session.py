@@ -91,7 +91,7 @@ class FakeLink(Link):
             data = data_of(frame)
             messages, large, *_ = decode_batch(frame, header.flags, data.msg_count, extra)
             contents = [large.get(index, decode_message(message)[2]) for index, message in enumerate(messages)]
-            sent.append(Sent(header.flags & ~Flag.OPTIONS, *data[:3], contents))
+            sent.append(Sent(header.flags & ~(Flag.OPTIONS | Flag.DEADLINES), *data[:3], contents))
         return sent
 
 
@@ -230,8 +230,9 @@ def test_options_name_their_message_by_its_place_in_the_batch() -> None:
     end.queue(b"", option=Option(0, OptionKind.NO_HANDLER))
     end.session.flush(0.0)
     ((frame,),) = end.link.frames
-    assert decode_header(frame).flags == Flag.OPTIONS
-    assert decode_batch(frame, Flag.OPTIONS, 4, [])[2] == [
+    flags = decode_header(frame).flags
+    assert flags & Flag.OPTIONS
+    assert decode_batch(frame, flags, 4, [])[2] == [
         Option(2, OptionKind.HANDLER_ERROR, "ValueError", "text"),
         Option(3, OptionKind.NO_HANDLER),
     ]
@@ -1067,7 +1068,7 @@ class Pair:
 
     def deliver(self, end: Session, received: list[int], frame: bytes) -> None:
         data = data_of(frame)
-        messages, *_ = decode_batch(frame, 0, data.msg_count, [])
+        messages, *_ = decode_batch(frame, decode_header(frame).flags, data.msg_count, [])
         skipped = end.receive(decode_header(frame).flags, data, sum(map(len, messages)), self.now)
         if skipped is not None:
             received.extend(int(message[4:]) for message in messages[skipped:])

@@ -9,7 +9,8 @@ from messenger.exchange import Exchange
 from messenger.limits import ACK_DELAY_S, Limits
 from messenger.link import Link
 from messenger.loop import State
-from messenger.threads import ThreadLoop, ThreadWaiter
+from messenger.threads import ThreadLoop
+from messenger.waiting import ThreadWaiter
 
 
 class FakeRandom:

@@ -11,10 +11,13 @@ from messenger.wire import (
     ECHO,
     ID_MAX,
     MAGIC,
+    NO_DEADLINE_MS,
     NOOP,
     VERSION,
     BuiltinCallback,
     Challenge,
+    Control,
+    ControlKind,
     Data,
     Flag,
     Header,
@@ -25,6 +28,7 @@ from messenger.wire import (
     Reason,
     decode_batch,
     decode_challenge,
+    decode_controls,
     decode_data_frame,
     decode_goodbye,
     decode_header,
@@ -34,11 +38,13 @@ from messenger.wire import (
     decode_refusal,
     decode_response,
     encode_challenge,
+    encode_controls,
     encode_data,
     encode_goodbye,
     encode_header,
     encode_hello,
     encode_identity,
+    encode_left_ms,
     encode_message,
     encode_refusal,
     encode_response,
@@ -148,6 +154,8 @@ def decode_frame(frame: bytes, extra: Sequence[bytes] = ()) -> tuple[object, ...
         if decoded is None:
             raise MalformedMessage("it is too short")
         data = decoded[3]
+        if header.flags & Flag.CONTROLS:
+            return header, data, decode_controls(frame, data.msg_count)
         return header, data, decode_batch(frame, header.flags, data.msg_count, extra)
     if header.kind == Kind.GOODBYE:
         return header, decode_goodbye(frame)
@@ -194,20 +202,27 @@ def test_a_refusal_of_any_bytes_is_a_text_and_a_short_one() -> None:
     BATCHES,
     st.lists(OPTIONS, max_size=4),
     st.sampled_from([0, Flag.ASK, Flag.RESEND, Flag.ASK | Flag.RESEND]),
+    st.booleans(),
 )
 def test_a_batch_comes_back(
-    numbers: tuple[int, int, int], batch: list[tuple[bytes, bytes | None]], options: list[Option], flags: int
+    numbers: tuple[int, int, int],
+    batch: list[tuple[bytes, bytes | None]],
+    options: list[Option],
+    flags: int,
+    is_timed: bool,
 ) -> None:
     messages = [message for message, _ in batch]
     is_large = [contents is not None for _, contents in batch]
     extra = [contents for _, contents in batch if contents is not None]
     data = Data(*numbers, len(batch))
-    frame = encode_data(1, 2, flags, data, messages, is_large if extra else (), options)
+    left_ms = tuple(range(NO_DEADLINE_MS, NO_DEADLINE_MS - len(batch), -1)) if is_timed else ()
+    frame = encode_data(1, 2, flags, data, messages, is_large if extra else (), options, left_ms)
     header, decoded, parts = decode_frame(frame, extra)
-    assert header == Header(VERSION, Kind.DATA, flags | (Flag.OPTIONS if options else 0), 1, 2)
+    flags |= (Flag.OPTIONS if options else 0) | (Flag.DEADLINES if left_ms else 0)
+    assert header == Header(VERSION, Kind.DATA, flags, 1, 2)
     assert decoded == data
     large = {index: contents for index, (_, contents) in enumerate(batch) if contents is not None}
-    assert parts == (messages, large, options, sum(map(len, messages + extra)))
+    assert parts == (messages, large, options, sum(map(len, messages + extra)), left_ms)
     assert decode_data_frame(frame) == (header.flags, 1, 2, data)
 
 
@@ -238,6 +253,16 @@ GOLDEN: list[tuple[bytes, str]] = [
         "4d010404 0100000000000000 0200000000000000 0300000000000000 0400000000000000 0500000000000000 01000000"
         "04000000 08000000 91 94 00 01 a145 a174 302d372d",
     ),
+    (
+        encode_data(1, 2, 0, Data(3, 4, 5, 1), (b"0-7-",), (), (Option(0, 4),), (258,)),
+        "4d010414 0100000000000000 0200000000000000 0300000000000000 0400000000000000 0500000000000000 01000000"
+        "04000000 02010000 06000000 91 94 00 04 a0 a0 302d372d",
+    ),
+    (
+        encode_controls(1, 2, Flag.ASK, Data(3, 4, 5, 0), (Control(ControlKind.CANCEL, 1024),)),
+        "4d010409 0100000000000000 0200000000000000 0300000000000000 0400000000000000 0500000000000000 00000000"
+        "06000000 91 92 01 cd0400",
+    ),
     (encode_header(Kind.UNKNOWN, 0, 2), "4d010500 0000000000000000 0200000000000000"),
     (encode_refusal(2, Reason.IDENTITY_IN_USE, "no"), "4d010602 0000000000000000 0200000000000000 6e6f"),
     (encode_refusal(2, Reason.LIMIT, "no", 1), "4d010603 0100000000000000 0200000000000000 6e6f"),
@@ -255,10 +280,12 @@ def test_the_numbers_that_stand_on_the_wire() -> None:
         "HELLO": 1, "CHALLENGE": 2, "RESPONSE": 3, "DATA": 4, "UNKNOWN": 5, "REFUSED": 6, "GOODBYE": 7
     }  # fmt: skip
     flags = {name: value for name, value in vars(Flag).items() if name.isupper()}
-    assert flags == {"ASK": 1, "RESEND": 2, "OPTIONS": 4}
+    assert flags == {"ASK": 1, "RESEND": 2, "OPTIONS": 4, "CONTROLS": 8, "DEADLINES": 16}
     # Plain integers, since each operation on an enumeration of flags is slow.
     assert {type(flag) for flag in flags.values()} == {int}
-    assert {reason.name: int(reason) for reason in Reason} == {"VERSION": 1, "IDENTITY_IN_USE": 2, "LIMIT": 3}
+    assert {reason.name: int(reason) for reason in Reason} == {
+        "VERSION": 1, "IDENTITY_IN_USE": 2, "LIMIT": 3, "KEY": 4
+    }  # fmt: skip
     assert {kind.name: int(kind) for kind in OptionKind} == {"HANDLER_ERROR": 1, "NO_HANDLER": 2, "REDELIVERED": 3}
     assert (MAGIC, VERSION) == (0x4D, 1)
 
@@ -305,7 +332,7 @@ def with_options(block: bytes) -> bytes:
 
 def test_options_of_a_newer_sender_are_taken_as_far_as_they_are_understood() -> None:
     *_, parts = decode_frame(with_options(b"\x91\x95\0\x03\xa0\xa0\x07"))
-    assert parts == ([b"0-0-"], {}, [Option(0, OptionKind.REDELIVERED)], 4)
+    assert parts == ([b"0-0-"], {}, [Option(0, OptionKind.REDELIVERED)], 4, ())
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -336,6 +363,46 @@ def test_options_that_are_none_are_malformed(block: bytes) -> None:
         decode_frame(with_options(block))
 
 
+def with_controls(block: bytes) -> bytes:
+    """Return a DATA frame with these bytes as its controls."""
+    return encode_data(1, 2, Flag.CONTROLS, Data(1, 0, 0, 0), ()) + len(block).to_bytes(4, "little") + block
+
+
+def test_controls_of_a_newer_sender_are_taken_as_far_as_they_are_understood() -> None:
+    *_, controls = decode_frame(with_controls(b"\x92\x93\x01\x05\xa1x\x92\x7f\x06"))
+    assert controls == [Control(ControlKind.CANCEL, 5), Control(127, 6)]
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pytest.param(with_controls(b""), id="nothing"),
+        pytest.param(with_controls(b"\x91\x91\x01"), id="a field is missing"),
+        pytest.param(with_controls(b"\x91\x92\x01\xa1\xff"), id="text"),
+        pytest.param(with_controls(b"\x90") + b"x", id="something behind them"),
+        pytest.param(with_controls(b"\xdc\x01\x01" + b"\x92\x01\x05" * 257), id="more than fit a frame"),
+        pytest.param(encode_data(1, 2, Flag.CONTROLS, Data(1, 0, 0, 1), (b"0-0-",)), id="beside messages"),
+    ],
+)
+def test_controls_that_are_none_are_malformed(frame: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        decode_frame(frame)
+
+
+def test_deadlines_that_exceed_their_frame_are_malformed() -> None:
+    frame = encode_data(1, 2, Flag.DEADLINES, Data(1, 0, 0, 2), ())
+    with pytest.raises(MalformedMessage, match="deadlines"):
+        decode_frame(frame + b"\0" * 15)
+
+
+@given(st.floats(-1e9, 1e12))
+def test_what_a_message_has_left_is_never_less_than_it_has(left_s: float) -> None:
+    left_ms = encode_left_ms(left_s)
+    assert 0 <= left_ms <= NO_DEADLINE_MS
+    assert left_ms == NO_DEADLINE_MS or max(0.0, left_s) <= left_ms / 1000 <= max(0.0, left_s) + 0.001
+    assert left_ms < NO_DEADLINE_MS or left_s > 4e6
+
+
 def is_decoded(frame: bytes, extra: Sequence[bytes] = ()) -> bool:
     try:
         decode_frame(frame, extra)
@@ -356,6 +423,11 @@ def test_any_bytes_behind_the_numbers_of_a_batch_are_a_batch_or_malformed(
     body: bytes, count: int, flags: int, extra: list[bytes]
 ) -> None:
     is_decoded(encode_data(1, 2, flags, Data(1, 0, 0, count), ()) + body, extra)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_as_controls_are_controls_or_malformed(block: bytes) -> None:
+    is_decoded(with_controls(block))
 
 
 @given(st.binary(max_size=60))

@@ -4,10 +4,10 @@ from collections.abc import Awaitable
 from types import TracebackType
 from typing import Any, Self
 
-from .base import TIMEOUT_S, BaseMessenger, Contents, check_close_timeout
+from .base import BaseMessenger, Contents, check_close_timeout
 from .endpoint import Connection, Listener, To
 from .futures import Done, NoRoom, Response, Sent
-from .limits import CLOSE_TIMEOUT_S
+from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .message import Callback, ErrorCallback, Message
 from .tasks import TaskLoop
 from .wire import NOOP

@@ -15,7 +15,7 @@ from .destination import Destination
 from .endpoint import Connection, Endpoints, Listener, To
 from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
-from .limits import IDENTITY_BYTES_MAX, Limits
+from .limits import IDENTITY_BYTES_MAX, TIMEOUT_S, Limits
 from .link import FOREVER
 from .loop import Loop, State
 from .message import Callback, ErrorCallback, Message, Statistics, Taker
@@ -23,7 +23,6 @@ from .security import Security
 from .wire import ID_MAX, NOOP, Buffer, encode_identity
 
 logger = logging.getLogger("messenger")
-TIMEOUT_S = 30.0
 # Draws incarnations and nonces, which others must not guess.
 _rng = secrets.SystemRandom()
 
@@ -152,7 +151,8 @@ class BaseMessenger:
             _check_callable("on_error", on_error)
         if type(contents) is not bytes:
             contents = _as_bytes(contents)
-        if timeout != TIMEOUT_S or remote_callback:
+        is_timed = timeout != TIMEOUT_S
+        if is_timed or remote_callback:
             _check_numbers(timeout, remote_callback)
         deadline_at = monotonic() + timeout
         loop, exchange = self._loop, self._exchange
@@ -161,18 +161,18 @@ class BaseMessenger:
         try:
             if loop.state is not RUNNING:
                 self._require_open(type(to) is Message)
-            peer, roams = b"", False
+            peer, roams, dest_id = b"", False, remote_callback
             if type(to) is Connection and to.messenger is self and not to.closed:
                 outlet = to.outlet  # The usual way without a call; all others, and every refusal, stand in `route`.
             else:
                 outlet, peer, roams = self._endpoints.route(to, loop)
                 if type(to) is Message:
-                    remote_callback = remote_callback or to.source_callback_id
+                    dest_id = dest_id or to.source_callback_id
             message_id = 0
             while not message_id:
                 try:
                     message_id = exchange.send(
-                        outlet, peer, contents, callback, on_error, remote_callback, deadline_at, roams, redeliver
+                        outlet, peer, contents, callback, on_error, dest_id, deadline_at, roams, redeliver, is_timed
                     )
                 except QueueFull:
                     loop.wait_room(outlet, deadline_at)
@@ -189,7 +189,9 @@ class BaseMessenger:
         return message_id
 
     def cancel(self, message_id: int) -> bool:
-        """Give a message up: its `on_error` gets `Cancelled`, unless it has its outcome already. It may still run.
+        """Give a message up: its `on_error` gets `Cancelled`, unless it has its outcome already.
+
+        The receiver is told: it does not start the message if it has not yet, and `message.cancelled` becomes true.
 
         Returns:
             Whether it had no outcome yet.
@@ -198,7 +200,8 @@ class BaseMessenger:
         """
         with self._loop.lock:
             is_open = self._exchange.cancel(message_id)
-            self._loop.announce_calls()
+            if is_open:
+                self._loop.flush()
         return is_open
 
     def register_callback(self, callback_id: int, callback: Callback) -> None:
@@ -239,6 +242,14 @@ class BaseMessenger:
         finally:
             loop.release()
         return message_id or self.send_message(message, contents)
+
+    def _is_given_up(self, message: Message) -> bool:
+        """Do what `message.cancelled` says."""
+        now = monotonic()
+        if self._loop.is_own_thread():
+            # Nobody else may take the input that would tell.
+            self._loop.poll(now)
+        return message.is_given_up(now) or message.is_sender_gone
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.identity!r}, {self._loop.state.value}>"

@@ -10,25 +10,30 @@ that grows with what a peer claims instead of with what it sent.
 Source: docs/protocol.md, "Order of processing".
 """
 
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, NoHandler, OutcomeUnknown, QueueFull
 from .handshake import Decoded, Handshake
-from .limits import BATCH_MSGS_MAX, LARGE_BYTES_MIN, Limits
-from .link import FOREVER, Link, Outlet
+from .limits import BATCH_MSGS_MAX, LARGE_BYTES_MIN, TIMEOUT_S, Limits
+from .link import FOREVER, Link, Outlet, Random
 from .message import Callback, ErrorCallback, Message, Statistics, Taker
 from .outcomes import Outcomes
 from .outgoing import Outgoing
-from .session import Random, Session
+from .session import Session
 from .wire import (
     ECHO,
     ID_MAX,
     MSC_ID_MIN,
+    NO_DEADLINE_MS,
     NOOP,
     REGISTERED_ID_MAX,
     REGISTERED_ID_MIN,
     Buffer,
+    Control,
+    ControlKind,
     Option,
     OptionKind,
     decode_message,
@@ -81,6 +86,10 @@ class Exchange(Outcomes):
         self._received_msgs = 0
         self._response_msgs = 0
         self._callback_error_count = 0
+        # When `drop_expired` may have something to do.
+        self.expires_at = FOREVER
+        # Told, with the lock held, of each message of a peer that was cancelled, by session and source id.
+        self.on_cancelled: Callable[[Session, int], None] | None = None
 
     # Sending.
 
@@ -95,8 +104,12 @@ class Exchange(Outcomes):
         deadline_at: float,
         roams: bool = False,
         redeliver: bool = False,
+        is_timed: bool = True,
     ) -> int:
         """Queue one message at an outlet and return its id; the driver flushes.
+
+        Args:
+            is_timed: Whether the deadline is another one than that of the default timeout, and so must travel.
 
         Raises:
             MessageTooLarge, QueueFull, LimitReached: Nothing was queued and no callback is kept.
@@ -122,10 +135,11 @@ class Exchange(Outcomes):
                 data = b"%d-0-%b" % (message_id, contents)  # type: ignore[str-format]
             outgoing = Outgoing(message_id, data, len(data), deadline_at, outlet, callback, on_error)
             outstanding[message_id] = outgoing
-        if peer or redeliver or large is not None:
+        if peer or redeliver or is_timed or large is not None:
             outgoing.peer, outgoing.roams, outgoing.redeliver, outgoing.large = peer, roams, redeliver, large
             if large is not None:
                 outgoing.size_bytes += len(large)
+            if large is not None or not outgoing.is_silent:
                 outlet.is_plain = False
         if deadline_at < self._sweep_at:
             self._sweep_at = deadline_at
@@ -218,11 +232,17 @@ class Exchange(Outcomes):
 
     def handle_batch(self, session: Session, first: int, batch: Decoded, skipped: int) -> None:
         """Process the messages of a session's batch but for the first `skipped`, which were processed before."""
-        messages, large, options, size_bytes = batch
+        messages, large, options, size_bytes, left_ms = batch
         if large or options or size_bytes > self._message_bytes_max:
             number = self._process_odd(session, first, batch, skipped)
+        elif left_ms:
+            number = self._process_timed(session, first, batch, skipped)
         else:
-            number = self._process_plain(session, first + skipped, messages[skipped:] if skipped else messages)
+            # The sender did not choose; it gives up a moment earlier, since it began to wait before.
+            deadline_at = session.heard_at + TIMEOUT_S
+            number = self._process_plain(
+                session, first + skipped, messages[skipped:] if skipped else messages, deadline_at
+            )
         self._received_msgs += len(messages) - skipped
         if session.has_workers:
             return
@@ -232,7 +252,17 @@ class Exchange(Outcomes):
         else:
             session.note_processed(number)
 
-    def _process_plain(self, session: Session, number: int, messages: list[bytes]) -> int:
+    def _process_timed(self, session: Session, first: int, batch: Decoded, skipped: int) -> int:
+        """Process a batch whose messages have deadlines of their own, all of one deadline at once."""
+        messages, *_, left_ms = batch
+        position = skipped
+        for left, same in groupby(left_ms[skipped:]):
+            end = position + len(list(same))
+            self._process_plain(session, first + position, messages[position:end], _deadline_at(session, left))
+            position = end
+        return first + position - 1
+
+    def _process_plain(self, session: Session, number: int, messages: list[bytes], deadline_at: float) -> int:
         """Process the messages of a batch without large ones and options, from `number` on; return the last number.
 
         What stands in this loop runs for each message, so it calls as little as it can.
@@ -240,6 +270,8 @@ class Exchange(Outcomes):
         messenger, peer, incarnation = self._messenger, session.peer, session.peer_incarnation
         calls, outstanding, callback = self.calls, self._outstanding, session.callback
         response_count = 0
+        if deadline_at < self.expires_at:
+            self.expires_at = deadline_at
         for data in messages:
             try:
                 source, dest, contents = data.split(b"-", 2)
@@ -252,7 +284,7 @@ class Exchange(Outcomes):
                 continue
             source_id = int(source)
             dest_id = int(dest)
-            message = Message(messenger, contents, source_id, dest_id, session, peer, number, incarnation)
+            message = Message(messenger, contents, source_id, dest_id, session, peer, number, incarnation, deadline_at)
             number += 1
             if not dest_id and callback is not None:
                 if not source_id:
@@ -280,7 +312,7 @@ class Exchange(Outcomes):
 
     def _process_odd(self, session: Session, first: int, batch: Decoded, skipped: int) -> int:
         """Process the messages of a batch of which some are large or have options; return the last number."""
-        messages, large, options, _ = batch
+        messages, large, options, _, left_ms = batch
         options_by_index = {option.index: option for option in options}
         messenger, peer, incarnation = self._messenger, session.peer, session.peer_incarnation
         for index in range(skipped, len(messages)):
@@ -292,9 +324,10 @@ class Exchange(Outcomes):
                 session.note_unrun(number)
                 continue
             contents = large.get(index, contents)
-            message = Message(
-                messenger, contents, source_callback_id, dest_callback_id, session, peer, number, incarnation
-            )
+            deadline_at = _deadline_at(session, left_ms[index]) if left_ms else session.heard_at + TIMEOUT_S
+            self.expires_at = min(self.expires_at, deadline_at)
+            source_id, dest_id = source_callback_id, dest_callback_id
+            message = Message(messenger, contents, source_id, dest_id, session, peer, number, incarnation, deadline_at)
             if source_callback_id == NOOP and dest_callback_id < MSC_ID_MIN:
                 session.must_answer = True
             if len(contents) > self._message_bytes_max:
@@ -312,24 +345,38 @@ class Exchange(Outcomes):
             session.note_processed(number)
             self.mark_dirty(session)
 
-    def note_running(self, message: Message) -> None:
-        """A callback of a message goes on after it has returned: it is a coroutine."""
-        session = message.link
-        if isinstance(session, Session) and message.incarnation == session.peer_incarnation:
-            session.note_running(message.number)
-
-    def note_ended(self, message: Message) -> None:
-        """A callback that went on has ended."""
-        session = message.link
-        if isinstance(session, Session) and message.incarnation == session.peer_incarnation:
-            session.note_ended(message.number)
-            self.mark_dirty(session)
-
     def note_one_processed(self, message: Message) -> None:
         """A worker is done with a message."""
         if isinstance(message.link, Session):
             message.link.note_one_processed(message.number)
             self.mark_dirty(message.link)
+
+    # What was given up.
+
+    def handle_controls(self, session: Session, controls: Sequence[Control]) -> None:
+        """Take what the other end says beside its messages. A kind that is not known here says nothing."""
+        for control in controls:
+            if control.kind == ControlKind.CANCEL:
+                session.controls.note_cancelled(control.message_id)
+                self.expires_at = -FOREVER
+                if self.on_cancelled is not None:
+                    self.on_cancelled(session, control.message_id)
+
+    def drop_expired(self, now: float) -> None:
+        """Take out of `calls` what was given up before its turn came; only the thread that runs them calls this."""
+        calls = list(self.calls)
+        self.calls.clear()
+        self.expires_at = FOREVER
+        for callback, argument in calls:
+            if isinstance(argument, Message) and not argument.is_response and argument.source_callback_id:
+                if argument.is_given_up(now):
+                    self.drop("expired")
+                    if callback is argument.link.callback and isinstance(argument.link, Session):
+                        argument.link.note_unrun(argument.number)
+                        self.mark_dirty(argument.link)
+                    continue
+                self.expires_at = min(self.expires_at, argument.deadline_at)
+            self.calls.append((callback, argument))
 
     def _process_option(self, session: Session, message: Message, option: Option) -> None:
         """Process a message that is an error response, or that may have run before."""
@@ -452,6 +499,11 @@ class Exchange(Outcomes):
             return message_id + 1
         self._wrapped = True
         return MSC_ID_MIN
+
+
+def _deadline_at(session: Session, left_ms: int) -> float:
+    """Return when a message that has just arrived is given up."""
+    return FOREVER if left_ms == NO_DEADLINE_MS else session.heard_at + left_ms / 1000
 
 
 def _text_of(error: BaseException) -> str:

@@ -24,6 +24,7 @@ peer claims.
 Source: docs/protocol.md, "Session dialect".
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from .errors import MalformedMessage
@@ -36,13 +37,15 @@ from .limits import (
     IDENTITY_BYTES_MAX,
     Limits,
 )
-from .link import FOREVER, Link
-from .session import ESTABLISHED, Random, Session, State
+from .link import FOREVER, Link, Random
+from .session import ESTABLISHED, Session, State
 from .wire import (
     MAGIC,
     VERSION,
     Challenge,
+    Control,
     Data,
+    Flag,
     Header,
     Hello,
     Kind,
@@ -50,6 +53,7 @@ from .wire import (
     Reason,
     decode_batch,
     decode_challenge,
+    decode_controls,
     decode_data_frame,
     decode_goodbye,
     decode_header,
@@ -64,8 +68,9 @@ from .wire import (
     encode_response,
 )
 
-# Messages, contents of large ones by index, options, bytes.
-Decoded = tuple[list[bytes], dict[int, bytes], list[Option], int]
+# Messages, contents of large ones by index, options, bytes, milliseconds left (empty: the default).
+Decoded = tuple[list[bytes], dict[int, bytes], list[Option], int, Sequence[int]]
+_NO_MESSAGES: Decoded = ([], {}, [], 0, ())
 
 
 class Owner(Protocol):
@@ -78,6 +83,9 @@ class Owner(Protocol):
 
     def handle_batch(self, session: Session, first: int, batch: Decoded, skipped: int) -> None:
         """Process the messages of a batch but for the first `skipped`."""
+
+    def handle_controls(self, session: Session, controls: Sequence[Control]) -> None:
+        """Take what the other end says beside its messages."""
 
     def handle_ended(self, session: Session, why: str) -> None:
         """The other end's incarnation is gone: settle what was sent to it."""
@@ -374,7 +382,11 @@ class Handshake:
         self, session: Session, flags: int, data: Data, frame: bytes, extra: list[bytes], now: float
     ) -> None:
         # A batch that does not decode must not be acknowledged.
-        batch = decode_batch(frame, flags, data.msg_count, extra)
+        if flags & Flag.CONTROLS:
+            batch = _NO_MESSAGES
+            self._owner.handle_controls(session, decode_controls(frame, data.msg_count))
+        else:
+            batch = decode_batch(frame, flags, data.msg_count, extra)
         skipped = session.receive(flags, data, batch[3], now)
         if skipped is not None:
             self._owner.handle_batch(session, data.first, batch, skipped)

@@ -69,6 +69,13 @@ HEADER_BYTES_MAX = 42
 LARGE_BYTES_MIN = 64 * KIB
 # The longest path that fits a Unix socket address, without its closing NUL.
 IPC_PATH_BYTES_MAX = 107
+# What `send_message` and `request` wait if they are not told. The receiver is not told it either, so that ordinary
+# messages pay nothing for their deadline; so both ends must agree on it.
+TIMEOUT_S = 30.0
+# A message that has waited longer than this when it leaves travels with its deadline all the same.
+TIMEOUT_SLACK_S = 1.0
+# So often a callback that asks whether its message was cancelled looks for input.
+POLL_S = 0.01
 # A close waits so long for what was queued to leave the process.
 CLOSE_TIMEOUT_S = 1.0
 # Descriptors and sockets of all messengers of a process; ZeroMQ's own default of 1,023 is too small for 1,000 peers.

@@ -5,12 +5,23 @@ finds a link.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from .outgoing import Outgoing
 
 FOREVER = float("inf")
+
+
+class Random(Protocol):
+    """What the core needs of a source of random numbers; `random.Random` is one."""
+
+    def random(self) -> float:
+        """Return a number of at least 0 and below 1."""
+
+    def getrandbits(self, k: int, /) -> int:
+        """Return a number of k bits."""
 
 
 class Outlet:
@@ -21,12 +32,15 @@ class Outlet:
         owner: Who may answer messages that leave here: the handle in the basic dialect, else the session.
         callback: Run on every message that arrives here: a listener's SLC, or a connection's callback.
         queue: What has not been given to the network yet.
-        is_plain: Whether no message in the queue is large or has an option.
+        is_plain: Whether no message in the queue is large, has an option, or another deadline than the default.
         is_dirty: Whether it is to be flushed at the end of the turn.
         has_workers: Whether `callback` only hands messages to threads, so that its return does not mean that they ran.
         peer_incarnation: Of the other end of a session, 0 in the basic dialect.
+        cancelled: The messages of a session's other end that it has given up, by `source_callback_id`, oldest first.
         is_shared: Whether several peers are reached by it, so that a message needs its peer's routing id.
     """
+
+    cancelled: Mapping[int, None] = MappingProxyType({})
 
     def __init__(self, handle: Any, callback: Callable[[Any], object] | None) -> None:
         self.handle = handle

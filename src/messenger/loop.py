@@ -81,6 +81,7 @@ class Loop:
         # When the callback that runs now began.
         self._callback_at = FOREVER
         self._must_attach = False
+        self._poll_at = 0.0
         self._room_wanted_count = 0
 
     # What the drivers say.
@@ -127,6 +128,13 @@ class Loop:
 
     def run_in_worker(self, callback: Any, message: Message) -> None:
         """Run a user's callback in the calling thread, survive it, and note that it is processed. Without the lock."""
+        raise NotImplementedError
+
+    def poll(self, now: float) -> None:
+        """Take input in the middle of a callback, if nobody else does and not long after the last time.
+
+        What comes is processed, and what that runs waits for its turn. Called without the lock.
+        """
         raise NotImplementedError
 
     def announce_calls(self) -> None:
@@ -249,6 +257,9 @@ class Loop:
             return
         take_result = self._take_result
         self._callback_at = now = monotonic()
+        if now >= self._exchange.expires_at:
+            with self.lock:
+                self._exchange.drop_expired(now)
         flush_at = now + FLUSH_S
         # Only those that are there now: callbacks may add calls for ever, and input must have its turn.
         for _ in range(len(calls)):
@@ -268,6 +279,8 @@ class Loop:
                 with self.lock:
                     self._note_processed()
                     self.flush()
+                if now >= self._exchange.expires_at:
+                    break
                 flush_at = now + FLUSH_S
         self._callback_at = FOREVER
 

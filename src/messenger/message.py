@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 
 from .errors import DeliveryError
-from .link import Outlet
-from .wire import decode_identity
+from .link import FOREVER, Outlet
+from .wire import MSC_ID_MIN, decode_identity
 
 
 class Message(msgspec.Struct, eq=False):
@@ -18,6 +18,7 @@ class Message(msgspec.Struct, eq=False):
         contents: The application's bytes.
         source_callback_id: What an answer names as destination; 0 if the sender waits for none.
         dest_callback_id: The callback that the sender asked for.
+        deadline_at: When its sender gives it up, in seconds of this machine's monotonic clock; infinite if never.
         redelivered: Whether an earlier process of this identity may have run it already.
     """
 
@@ -29,6 +30,7 @@ class Message(msgspec.Struct, eq=False):
     peer: bytes
     number: int = 0
     incarnation: int = 0
+    deadline_at: float = FOREVER
     redelivered: bool = False
 
     @property
@@ -40,6 +42,42 @@ class Message(msgspec.Struct, eq=False):
     def sender(self) -> str:
         """The sender's identity; of a plain peer its routing id, as `0x` and hex if that is not UTF-8."""
         return decode_identity(self.peer)
+
+    @property
+    def deadline(self) -> float | None:
+        """When its sender stops to wait for the response, in seconds of `time.monotonic()` of this machine.
+
+        It is late by what the message was under way, and by up to a second if the sender did not choose a timeout.
+        None if nobody waits, or nobody can tell: the basic dialect.
+        """
+        return self.deadline_at if self.source_callback_id and self.deadline_at < FOREVER else None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the response any more: it was cancelled, or is late, or the sender has ended.
+
+        A long callback asks now and then and stops. False of a message that never wanted a response. Thread: any.
+        """
+        return bool(self.messenger._is_given_up(self))
+
+    def is_given_up(self, now: float) -> bool:
+        """Return whether its sender has given it up, as far as the core knows now."""
+        if not self.source_callback_id:
+            return False
+        is_same = self.incarnation == self.link.peer_incarnation
+        return now >= self.deadline_at or (is_same and self.source_callback_id in self.link.cancelled)
+
+    @property
+    def is_sender_gone(self) -> bool:
+        """Whether the sender waited for a response, and its process has ended."""
+        if not self.source_callback_id:
+            return False
+        return self.link.is_closed or self.incarnation != self.link.peer_incarnation
+
+    @property
+    def is_response(self) -> bool:
+        """Whether it answers a message of ours; such a one is processed however late it is."""
+        return self.dest_callback_id >= MSC_ID_MIN
 
     def reply(self, contents: Any, callback: "Callback | None" = None, **options: Any) -> Any:
         """Answer this message, on the link that it came by; takes and returns what `send_message` does."""

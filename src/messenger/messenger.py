@@ -3,12 +3,13 @@
 from types import TracebackType
 from typing import Self
 
-from .base import TIMEOUT_S, BaseMessenger, Contents, check_close_timeout
+from .base import BaseMessenger, Contents, check_close_timeout
 from .endpoint import Connection, Listener, To
 from .errors import CalledFromCallback
-from .limits import CLOSE_TIMEOUT_S
+from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .message import Message
-from .threads import ThreadLoop, ThreadWaiter
+from .threads import ThreadLoop
+from .waiting import ThreadWaiter
 from .wire import NOOP
 
 

@@ -22,7 +22,7 @@ from .link import FOREVER, Link, Outlet
 from .message import ErrorCallback, Taker
 from .outgoing import Outgoing
 from .session import Session
-from .wire import Option, OptionKind, Reason, decode_identity
+from .wire import ControlKind, Option, OptionKind, Reason, decode_identity
 
 # A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.
 SWEEP_SPACING_S_PER_ENTRY = 1e-6
@@ -94,10 +94,22 @@ class Outcomes:
 
     def cancel(self, message_id: int) -> bool:
         """Give a message up: its outcome is `Cancelled`, unless it has one. Return whether it had none."""
-        if message_id not in self._outstanding:
+        entry = self._outstanding.get(message_id)
+        if entry is None:
             return False
+        self._give_up(entry)
         self._fail(message_id, Cancelled, "it was cancelled")
         return True
+
+    def _give_up(self, entry: Outgoing) -> None:
+        """Tell the receiver that nobody waits any more, and if it has not got the message yet, that it is over."""
+        outlet = entry.outlet
+        if isinstance(outlet, Session):
+            entry.deadline_at = 0.0
+            outlet.is_plain = False
+            outlet.controls.tell(ControlKind.CANCEL, entry.message_id)
+            self.mark_dirty(outlet)
+            self.is_urgent = True  # It leaves before callbacks run.
 
     def drop(self, kind: str) -> None:
         """Count something that a peer sent, or that was for a peer, and that goes no further."""
@@ -136,6 +148,7 @@ class Outcomes:
             if message_id in held:
                 self._fail(message_id, NotDelivered, "nobody was there to take the message before its deadline")
             else:
+                self._give_up(self._outstanding[message_id])
                 self._fail(message_id, OutcomeUnknown, "no response came before the deadline")
         earliest = min((entry.deadline_at for entry in self._outstanding.values()), default=FOREVER)
         for outlet in self._outlets():
@@ -272,8 +285,9 @@ class Outcomes:
 
     def forget(self, waiter: Taker) -> None:
         """Drop the entry of a waiter that nobody waits on any more (an interrupted `request`)."""
-        for message_id in [key for key, entry in self._outstanding.items() if entry.callback is waiter]:
-            del self._outstanding[message_id]
+        for entry in [entry for entry in self._outstanding.values() if entry.callback is waiter]:
+            self._give_up(entry)
+            del self._outstanding[entry.message_id]
 
     def _fail(self, message_id: int, kind: type[DeliveryError], why: str, *details: str) -> None:
         entry = self._outstanding.pop(message_id, None)

@@ -17,7 +17,7 @@ class Outgoing(msgspec.Struct, eq=False):
         message_id: What `send_message` returned; 0 for what the core itself answers.
         data: The whole message, or if it is large what stands in front of its contents.
         size_bytes: Of the whole message.
-        deadline_at: When the sender gives it up; infinite for what the core itself answers.
+        deadline_at: When the sender gives it up; infinite for what the core itself answers, 0 for what was given up.
         outlet: Where it was queued.
         callback: Run on the response, or the waiter that takes the outcome.
         on_error: Told of any other outcome.
@@ -63,7 +63,7 @@ class Batch:
     Attributes:
         first, last: The numbers of its messages.
         datas: The bytes of each message, or of large ones what stands in front of their contents.
-        is_plain: Whether no message is large or has an option.
+        is_plain: Whether no message is large, has an option, or another deadline than the default.
     """
 
     __slots__ = ("datas", "first", "is_plain", "last", "messages", "size_bytes")

@@ -39,10 +39,11 @@ Source: docs/protocol.md, "Session dialect".
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
+from .control import Controls
 from .errors import MalformedMessage
 from .limits import (
     ACK_DELAY_S,
@@ -52,21 +53,24 @@ from .limits import (
     RTO_INITIAL_S,
     RTO_MAX_S,
     RTO_MIN_S,
+    TIMEOUT_S,
+    TIMEOUT_SLACK_S,
     Limits,
 )
-from .link import FOREVER, Link, Outlet
+from .link import FOREVER, Link, Outlet, Random
 from .outgoing import Batch, Outgoing
-from .wire import Data, Flag, Option, decode_identity, encode_data, encode_goodbye
-
-
-class Random(Protocol):
-    """What the core needs of a source of random numbers; `random.Random` is one."""
-
-    def random(self) -> float:
-        """Return a number of at least 0 and below 1."""
-
-    def getrandbits(self, k: int, /) -> int:
-        """Return a number of k bits."""
+from .running import Running
+from .wire import (
+    Control,
+    Data,
+    Flag,
+    Option,
+    decode_identity,
+    encode_controls,
+    encode_data,
+    encode_goodbye,
+    encode_left_ms,
+)
 
 
 class State(Enum):
@@ -141,12 +145,13 @@ class Session(Outlet):
         self._resend_asked_at = -FOREVER
         self._resend_asked_after = -1
         self._done_early: set[int] = set()
-        self._running: dict[int, int] = {}
-        self._returned_through = 0
+        self.running = Running()
         self._held: deque[tuple[int, int]] = deque()
         self._held_bytes = 0
         self._resent_after = -1
         self._resent_at = -FOREVER
+        self.controls = Controls(self._limits.window_msgs)
+        self.cancelled = self.controls.cancelled
         self.must_answer = False
         self._must_ask_resend = False
         # Time.
@@ -238,10 +243,12 @@ class Session(Outlet):
         link = self.link
         if link is None or self.state is not ESTABLISHED:
             return
+        if self.controls.pending:
+            self._send_controls()
         if self._resending or self.queue:
             has_sent = False
             while (batch := self._next_batch(now)) is not None:
-                if not link.send_frames(self.routing_id, self._encode(batch)):
+                if not link.send_frames(self.routing_id, self._encode(batch, now)):
                     self._lose_link()
                     return
                 has_sent = True
@@ -257,6 +264,7 @@ class Session(Outlet):
         while self._resending:
             batch = self._resending.popleft()
             if batch.last > self.peer_received_through:
+                batch.is_plain = False  # Of its messages some may have been given up meanwhile.
                 self._timed_number = 0  # Karn's rule: what was sent twice tells no round trip time.
                 return batch
         new = self._take_batch() if self.queue else None
@@ -307,11 +315,12 @@ class Session(Outlet):
         self.next_number += len(messages)
         return batch
 
-    def _encode(self, batch: Batch) -> list[bytes]:
+    def _encode(self, batch: Batch, now: float) -> list[bytes]:
         flags = Flag.RESEND if self._must_ask_resend else 0
         data = (batch.first, self.received_through, self.processed_through, len(batch.messages))
         self._note_told()
-        if batch.is_plain:
+        # Those that follow the first are younger, or have no deadline that the receiver is told.
+        if batch.is_plain and batch.messages[0].deadline_at > now + TIMEOUT_S - TIMEOUT_SLACK_S:
             return [encode_data(self.incarnation, self.peer_incarnation, flags, data, batch.datas)]
         messages = batch.messages
         large = [outgoing.large for outgoing in messages if outgoing.large is not None]
@@ -321,10 +330,15 @@ class Session(Outlet):
             for index, outgoing in enumerate(messages)
             if outgoing.option is not None
         ]
-        frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, batch.datas, is_large, options)
-        return [frame, *large]
+        left_ms = [encode_left_ms(outgoing.deadline_at - now) for outgoing in messages]
+        incarnations = (self.incarnation, self.peer_incarnation)
+        return [encode_data(*incarnations, flags, data, batch.datas, is_large, options, left_ms), *large]
 
-    def _send_empty(self, flags: int) -> None:
+    def _send_controls(self) -> None:
+        for controls in self.controls.take():
+            self._send_empty(0, controls)
+
+    def _send_empty(self, flags: int, controls: Sequence[Control] = ()) -> None:
         """Send a frame without messages: acknowledgements, and the number of the next message, which shows a gap."""
         if self.link is None:
             return
@@ -332,7 +346,10 @@ class Session(Outlet):
             flags |= Flag.RESEND
         data = (self.next_number, self.received_through, self.processed_through, 0)
         self._note_told()
-        frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, ())
+        if controls:
+            frame = encode_controls(self.incarnation, self.peer_incarnation, flags, data, controls)
+        else:
+            frame = encode_data(self.incarnation, self.peer_incarnation, flags, data, ())
         if not self.link.send_frames(self.routing_id, [frame]):
             self._lose_link()
 
@@ -427,9 +444,8 @@ class Session(Outlet):
 
     def note_processed(self, number: int) -> None:
         """Note that the callbacks of all messages up to a number have returned; some may still run as coroutines."""
-        if self._running:
-            self._returned_through = max(number, self._returned_through)
-            number = min(number, next(iter(self._running)) - 1)
+        if self.running:
+            number = self.running.limit(number)
         if number > self.processed_through:
             self.processed_through = number
         while self._held and self._held[0][0] <= self.processed_through:
@@ -439,17 +455,6 @@ class Session(Outlet):
         """Note a message that no worker will ever be done with, since it was dropped or is no message of the user's."""
         if self.has_workers:
             self.note_one_processed(number)
-
-    def note_running(self, number: int) -> None:
-        """Note that a callback of a message goes on. Called in the order of the messages."""
-        self._running[number] = self._running.get(number, 0) + 1
-
-    def note_ended(self, number: int) -> None:
-        """Note that a callback that went on has ended; in any order."""
-        self._running[number] -= 1
-        if not self._running[number]:
-            del self._running[number]
-            self.note_processed(self._returned_through)
 
     def note_one_processed(self, number: int) -> None:
         """Note that the callbacks of one message have returned, in any order (a listener with workers)."""

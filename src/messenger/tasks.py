@@ -26,10 +26,11 @@ from .endpoint import Endpoints
 from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
 from .futures import Done, NoRoom, Response, Sent
-from .limits import CLOSE_TIMEOUT_S
+from .limits import CLOSE_TIMEOUT_S, POLL_S
 from .link import FOREVER, Outlet
 from .loop import Loop, State, started
 from .message import Message
+from .session import Session
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX
 from .transports.zeromq import SocketLink
@@ -38,6 +39,8 @@ logger = logging.getLogger("messenger")
 
 # Event loops may round to whole milliseconds; a shorter sleep would end before its time, again and again.
 TIMER_S_MIN = 0.001
+# Of tasks that run for messages with deadlines, those that are over are looked for at most so often.
+EXPIRY_SPACING_S = 0.02
 # How often a socket that is being closed is asked whether it is: at first, and later.
 SOCKET_POLL_S = 0.001
 SOCKET_POLL_S_MAX = 0.02
@@ -85,8 +88,13 @@ class TaskLoop(Loop):
         self._is_turn_planned = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = FOREVER
-        # Of coroutine callbacks, and of sockets that are being closed.
-        self._tasks: set[asyncio.Task[None]] = set()
+        # Of coroutine callbacks, with their arguments; those whose senders wait also by session and id.
+        self._tasks: dict[asyncio.Task[None], Any] = {}
+        self._awaited: dict[tuple[Any, int], list[asyncio.Task[None]]] = {}
+        self._expiry: asyncio.TimerHandle | None = None
+        self._expiry_at = FOREVER
+        exchange.on_cancelled = self._cancel_tasks
+        # Of sockets that are being closed.
         self._closing_sockets: set[asyncio.Task[None]] = set()
         self._lanes: dict[Any, Lane] = {}
         # By outlet: who waits for room, and how to send then.
@@ -178,8 +186,9 @@ class TaskLoop(Loop):
         while self._exchange.calls:
             self._run_calls()
         inproc_names.unwatch(self)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._expiry):
+            if timer is not None:
+                timer.cancel()
 
     async def _end_tasks(self, wait_s: float) -> None:
         """Wait for the tasks of callbacks, then cancel them."""
@@ -285,6 +294,14 @@ class TaskLoop(Loop):
             delay_s = min(max(TIMER_S_MIN, deadline_at - monotonic()), SLEEP_S_MAX)
             self._timer = self._event_loop.call_later(delay_s, self._handle_timer)
 
+    def poll(self, now: float) -> None:
+        """Take input in the middle of a callback that is a plain function, not long after the last time."""
+        if now >= self._poll_at:
+            self._poll_at = now + POLL_S
+            self._touched.update(self._links.values())
+            if self._read_events():
+                self._take_input(())
+
     def announce_calls(self) -> None:
         """Have callbacks run in the next turn."""
         if self._exchange.calls and self.state is not State.CLOSED:
@@ -385,6 +402,8 @@ class TaskLoop(Loop):
             result.close()
             return
         is_message = isinstance(argument, Message)
+        if is_message:
+            self._note_running(argument)
         if not is_message or callback is not argument.link.callback:
             self._start_task(callback, argument, result, None)
         else:
@@ -392,42 +411,94 @@ class TaskLoop(Loop):
             lane = self._lanes.get(endpoint)
             if lane is None:
                 lane = self._lanes[endpoint] = Lane(max(1, endpoint.worker_count))
-            if lane.active_count < lane.active_max:
-                lane.active_count += 1
-                self._start_task(callback, argument, result, lane)
-            elif not argument.number and len(lane.waiting) >= self._endpoints.limits.worker_backlog_max:
+            if not argument.number and len(lane.waiting) >= self._endpoints.limits.worker_backlog_max:
                 # A session's window bounds what it sends; a plain peer cannot be told to slow down.
                 result.close()
                 self._exchange.drop("workers_full")
                 return
-            else:
-                lane.waiting.append((callback, argument, result))
-        if is_message:
-            self._exchange.note_running(argument)
+            lane.waiting.append((callback, argument, result))
+            self._start_waiting(lane)
+
+    def _note_running(self, message: Message) -> None:
+        session = message.link
+        if isinstance(session, Session) and message.incarnation == session.peer_incarnation:
+            session.running.begin(message.number)
+
+    def _note_ended(self, message: Message) -> None:
+        session = message.link
+        if isinstance(session, Session) and message.incarnation == session.peer_incarnation:
+            session.note_processed(session.running.end(message.number))
+            self._exchange.mark_dirty(session)
 
     def _start_task(self, callback: Any, argument: Any, coroutine: Any, lane: Lane | None) -> None:
         task = self._event_loop.create_task(self._run_task(callback, argument, coroutine))
-        self._tasks.add(task)
+        self._tasks[task] = argument
+        if isinstance(argument, Message) and argument.source_callback_id and argument.number:
+            self._awaited.setdefault((argument.link, argument.source_callback_id), []).append(task)
+            if argument.deadline_at < self._expiry_at:
+                self._plan_expiry(argument.deadline_at)
         task.add_done_callback(partial(self._end_task, argument, coroutine, lane))
 
     async def _run_task(self, callback: Any, argument: Any, coroutine: Any) -> None:
         try:
             await coroutine
+        except asyncio.CancelledError as error:
+            # Whose sender has given it up is not told.
+            if not (isinstance(argument, Message) and argument.is_given_up(monotonic())):
+                self._report(callback, argument, error)
         except BaseException as error:
             self._report(callback, argument, error)
 
     def _end_task(self, argument: Any, coroutine: Any, lane: Lane | None, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         coroutine.close()  # If it was cancelled before its first step, it was never started.
         if isinstance(argument, Message):
-            self._exchange.note_ended(argument)
+            self._awaited.pop((argument.link, argument.source_callback_id), None)
+            self._note_ended(argument)
         if lane is not None:
-            if lane.waiting:
-                self._start_task(*lane.waiting.popleft(), lane)
-            else:
-                lane.active_count -= 1
+            lane.active_count -= 1
+            self._start_waiting(lane)
         if self.state is not State.CLOSED:
             self._plan_turn()
+
+    def _start_waiting(self, lane: Lane) -> None:
+        """Start what waits in a lane, as far as it has room, but for what was given up meanwhile."""
+        while lane.waiting and lane.active_count < lane.active_max:
+            callback, argument, coroutine = lane.waiting.popleft()
+            if argument.is_given_up(monotonic()) and not argument.is_response:
+                coroutine.close()
+                self._exchange.drop("expired")
+                self._note_ended(argument)
+            else:
+                lane.active_count += 1
+                self._start_task(callback, argument, coroutine, lane)
+
+    def _cancel_tasks(self, session: Any, message_id: int) -> None:
+        """Cancel what runs for a message that was cancelled."""
+        for task in self._awaited.get((session, message_id), ()):
+            task.cancel()
+
+    def _plan_expiry(self, deadline_at: float) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry_at = deadline_at
+        delay_s = min(max(TIMER_S_MIN, deadline_at - monotonic()), SLEEP_S_MAX)
+        self._expiry = self._event_loop.call_later(delay_s, self._expire)
+
+    def _expire(self) -> None:
+        """Cancel what runs for messages whose senders do not wait any more."""
+        self._expiry, self._expiry_at = None, FOREVER
+        now = monotonic()
+        earliest = FOREVER
+        for tasks in self._awaited.values():
+            for task in tasks:
+                deadline_at = self._tasks[task].deadline_at
+                if deadline_at > now:
+                    earliest = min(earliest, deadline_at)
+                else:
+                    task.cancel()
+        if earliest < FOREVER:
+            self._plan_expiry(max(earliest, now + EXPIRY_SPACING_S))
 
     def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
         """Tell of a callback that raised. A Ctrl-C goes on to the event loop, whose it is."""

@@ -16,37 +16,17 @@ from time import monotonic
 
 from . import interrupts
 from .endpoint import Endpoints
-from .errors import DeliveryError, QueueFull
+from .errors import QueueFull
 from .exchange import Exchange
-from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S
+from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S, POLL_S
 from .link import FOREVER, Outlet
 from .loop import Loop, State, started
-from .message import Message, Waiter
+from .message import Message
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX, Wakeup
+from .waiting import ThreadWaiter
 
 logger = logging.getLogger("messenger")
-
-
-class ThreadWaiter(Waiter):
-    """A thread that waits for an outcome. It leads, or it follows: then it sleeps on `wake`."""
-
-    __slots__ = ("wake",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wake: threading.Lock | None = None
-
-    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
-        """Note the outcome and wake the thread."""
-        super().settle(response, error)
-        self.wake_up()
-
-    def wake_up(self) -> None:
-        """Wake the thread, if it follows."""
-        if self.wake is not None:
-            self.wake.release()
-            self.wake = None
 
 
 class _Guard:
@@ -221,6 +201,18 @@ class ThreadLoop(Loop):
         finally:
             self.acquire()
 
+    def poll(self, now: float) -> None:
+        """Take input in the middle of a callback, if nobody else does and not long after the last time.
+
+        What comes is processed, and what that runs waits for its turn. Called without the lock.
+        """
+        if now >= self._poll_at:
+            self._poll_at = now + POLL_S
+            with self._lock:
+                if self._leader is None and self.state in (State.RUNNING, State.CLOSING):
+                    self._read_events()
+                    self._take_input(self._wakeup.wait_input(0))
+
     # Waiting in another thread.
 
     def await_outcome(self, waiter: ThreadWaiter, outlet: Outlet, deadline_at: float) -> None:
@@ -244,10 +236,11 @@ class ThreadLoop(Loop):
                 else:
                     self._follow(waiter, deadline_at)
         finally:
-            if self._leader is waiter:
-                self._leave_lead()
             if not waiter.done:
                 self._exchange.forget(waiter)
+                self.flush()
+            if self._leader is waiter:
+                self._leave_lead()
 
     def _lead(self, waiter: ThreadWaiter) -> None:
         """Take input once, if need be after a sleep until there is some."""
@@ -343,10 +336,13 @@ class ThreadLoop(Loop):
 
     def run_in_worker(self, callback: Callable[[Message], object], message: Message) -> None:
         """Run a user's callback in a worker thread, survive it, and note that the message is processed."""
-        try:
-            callback(message)
-        except BaseException as error:
-            self._report(callback, message, error)
+        if message.is_given_up(monotonic()) and not message.is_response:
+            self.count_drop("expired")
+        else:
+            try:
+                callback(message)
+            except BaseException as error:
+                self._report(callback, message, error)
         with self._lock:
             self._exchange.note_one_processed(message)
             if self.state in (State.RUNNING, State.CLOSING):

@@ -14,12 +14,13 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 from itertools import accumulate, pairwise
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final, NamedTuple, TypeVar
 
 import msgspec
 
 from .errors import MalformedMessage
 
+T = TypeVar("T")
 # What contents may be; all of these are bytes-like.
 Buffer = bytes | bytearray | memoryview
 
@@ -134,7 +135,12 @@ class Flag:
 
     ASK: Final = 1  # Answer with your acknowledgements now.
     RESEND: Final = 2  # Something is missing behind `received_through`; send from there again.
-    OPTIONS: Final = 4  # A block of options follows the sizes.
+    OPTIONS: Final = 4  # A block of options stands in front of the messages.
+    CONTROLS: Final = 8  # A block of controls stands in place of messages.
+    DEADLINES: Final = 16  # The time that each message has left follows the sizes.
+
+
+_BLOCKS: Final = Flag.OPTIONS | Flag.DEADLINES
 
 
 class Reason(IntEnum):
@@ -163,8 +169,25 @@ class Option(msgspec.Struct, array_like=True, frozen=True):
     text: str = ""
 
 
+class ControlKind(IntEnum):
+    """What an end says beside the numbered messages, so that it waits for no window; said twice, it changes nothing."""
+
+    CANCEL = 1  # I have given up my message; nobody waits for its response.
+
+
+class Control(msgspec.Struct, array_like=True, frozen=True):
+    """Something about a message of the end that says it, named by its `source_callback_id`."""
+
+    kind: int
+    message_id: int
+
+
 # A list that names more messages than a batch has is refused before it is built.
 _OPTIONS = msgspec.msgpack.Decoder(Annotated[list[Option], msgspec.Meta(max_length=256)])
+CONTROLS_MAX = 256
+_CONTROLS = msgspec.msgpack.Decoder(Annotated[list[Control], msgspec.Meta(max_length=CONTROLS_MAX)])
+# In place of the milliseconds that a message has left.
+NO_DEADLINE_MS = 2**32 - 1
 REFUSAL_BYTES_MAX = 1_000
 
 
@@ -286,6 +309,7 @@ def encode_data(
     messages: Sequence[bytes],
     large: Sequence[bool] = (),
     options: Sequence[Option] = (),
+    left_ms: Sequence[int] = (),
 ) -> bytes:
     """Return a DATA frame.
 
@@ -293,27 +317,78 @@ def encode_data(
         messages: Whole messages, or of large ones only what stands in front of their contents; at most 256.
         large: For each message whether its contents follow as a frame of their own; none does if this is empty.
         options: Of single messages.
+        left_ms: For each message the milliseconds until its sender gives it up; its deadline does not travel if this
+            is empty.
     """
+    if options:
+        flags |= Flag.OPTIONS
+    if left_ms:
+        flags |= Flag.DEADLINES
     header = _DATA_FRAME.pack(
         MAGIC,
         VERSION,
         _DATA_KIND,
-        flags | Flag.OPTIONS if options else flags,
+        flags,
         source_incarnation,
         dest_incarnation,
         *data,
     )
-    if len(messages) == 1 and not large and not options:
+    if len(messages) == 1 and not large and not options and not left_ms:
         message = messages[0]
         return b"%b%b%b" % (header, _SIZE.pack(len(message)), message)
     sizes: Sequence[int] = [len(message) for message in messages]
-    block = b""
+    block = _SIZES[len(sizes)].pack(*left_ms) if left_ms else b""
     if large:
         sizes = [size | _LARGE if is_large else size for size, is_large in zip(sizes, large, strict=True)]
     if options:
-        encoded = msgspec.msgpack.encode(options)
-        block = len(encoded).to_bytes(4, "little") + encoded
+        block += _encode_block(options)
     return b"".join((header, _SIZES[len(sizes)].pack(*sizes), block, *messages))
+
+
+def encode_left_ms(left_s: float) -> int:
+    """Return what a message has left in milliseconds, rounded up, so that the receiver does not give it up early."""
+    if left_s <= 0:
+        return 0
+    return int(left_s * 1000) + 1 if left_s < NO_DEADLINE_MS // 1000 else NO_DEADLINE_MS
+
+
+def encode_controls(
+    source_incarnation: int,
+    dest_incarnation: int,
+    flags: int,
+    data: tuple[int, int, int, int],
+    controls: Sequence[Control],
+) -> bytes:
+    """Return a DATA frame without messages and with at most 256 controls."""
+    return encode_data(source_incarnation, dest_incarnation, flags | Flag.CONTROLS, data, ()) + _encode_block(controls)
+
+
+def decode_controls(frame: bytes, count: int) -> list[Control]:
+    """Return the controls of a DATA frame with CONTROLS.
+
+    Raises:
+        MalformedMessage: It has messages, or its controls do not decode.
+    """
+    if count:
+        raise MalformedMessage("a frame with controls has messages")
+    controls, end = _decode_block(_CONTROLS, frame, DATA_HEADER_BYTES)
+    if end != len(frame):
+        raise MalformedMessage("the controls do not fit their frame")
+    return controls
+
+
+def _encode_block(values: Sequence[Option] | Sequence[Control]) -> bytes:
+    encoded = msgspec.msgpack.encode(values)
+    return len(encoded).to_bytes(4, "little") + encoded
+
+
+def _decode_block(decoder: msgspec.msgpack.Decoder[list[T]], frame: bytes, start: int) -> tuple[list[T], int]:
+    """Return what stands in a block of a frame, and where the block ends."""
+    end = start + 4 + int.from_bytes(frame[start : start + 4], "little")
+    try:
+        return decoder.decode(frame[start + 4 : end]), end
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage("a block of a session frame does not decode") from error
 
 
 def decode_data_frame(frame: bytes) -> tuple[int, int, int, Data] | None:
@@ -326,8 +401,8 @@ def decode_data_frame(frame: bytes) -> tuple[int, int, int, Data] | None:
 
 def decode_batch(
     frame: bytes, flags: int, count: int, extra: Sequence[bytes]
-) -> tuple[list[bytes], dict[int, bytes], list[Option], int]:
-    """Return the messages of a DATA frame, the contents of those that are large by index, the options, and the bytes.
+) -> tuple[list[bytes], dict[int, bytes], list[Option], int, Sequence[int]]:
+    """Return what a DATA frame has: messages, large contents by index, options, bytes, and the milliseconds left.
 
     Args:
         extra: The frames behind it: the contents of its large messages, in order.
@@ -338,19 +413,20 @@ def decode_batch(
     end = DATA_HEADER_BYTES + 4 * count
     if count > 256 or end > len(frame):
         raise MalformedMessage("the sizes of a batch exceed its frame")
-    if count == 1 and not (flags & Flag.OPTIONS or extra):
+    if count == 1 and not (flags & _BLOCKS or extra):
         if int.from_bytes(frame[DATA_HEADER_BYTES:end], "little") != len(frame) - end:
             raise MalformedMessage("the size of a message does not fit its frame")
-        return [frame[end:]], {}, [], len(frame) - end
+        return [frame[end:]], {}, [], len(frame) - end, ()
     sizes = _SIZES[count].unpack_from(frame, DATA_HEADER_BYTES)
+    left_ms: Sequence[int] = ()
+    if flags & Flag.DEADLINES:
+        if end + 4 * count > len(frame):
+            raise MalformedMessage("the deadlines of a batch exceed its frame")
+        left_ms = _SIZES[count].unpack_from(frame, end)
+        end += 4 * count
     options: list[Option] = []
     if flags & Flag.OPTIONS:
-        block_start = end + 4
-        end = block_start + int.from_bytes(frame[end:block_start], "little")
-        try:
-            options = _OPTIONS.decode(frame[block_start:end])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise MalformedMessage("the options of a batch do not decode") from error
+        options, end = _decode_block(_OPTIONS, frame, end)
     size_bytes = len(frame) - end
     large: dict[int, bytes] = {}
     if extra or max(sizes, default=0) >= _LARGE:
@@ -363,7 +439,7 @@ def decode_batch(
     ends = list(accumulate(sizes, initial=end))
     if ends[-1] != len(frame):
         raise MalformedMessage("the sizes of a batch do not fit its frame")
-    return [frame[start:end] for start, end in pairwise(ends)], large, options, size_bytes
+    return [frame[start:end] for start, end in pairwise(ends)], large, options, size_bytes, left_ms
 
 
 def _unpack(body: struct.Struct, frame: bytes) -> tuple[int, ...]:

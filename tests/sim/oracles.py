@@ -75,6 +75,7 @@ class Sent(msgspec.Struct, eq=False, kw_only=True):
     parent: "Sent | None"
     must_run: bool = True
     is_probe: bool = False
+    is_timed: bool = True
     runs: list[Any] = msgspec.field(default_factory=list)
     run_keys: set[Any] = msgspec.field(default_factory=set)
     msc_runs: int = 0
@@ -96,6 +97,7 @@ class Oracles:
     """The rules, each of which is checked where it can be broken first.
 
     Attributes:
+        is_fifo: Whether no packet of this run overtakes another on its wire.
         may_end: Whether the faults of this run may end a session at all.
         counts: Of outcomes, by name.
     """
@@ -104,6 +106,7 @@ class Oracles:
         self.violations: list[Violation] = []
         self.sent: dict[int, Sent] = {}
         self.may_end = False
+        self.is_fifo = False
         self.counts: Counter[str] = Counter()
         self._clock = clock
         self._note = note
@@ -174,9 +177,20 @@ class Oracles:
             self.fail("out of order", f"{text}: {sent.index} after {self._last_run[key]}")
         if sent.outcomes and sent.outcomes[0] in ("NotDelivered", "NoHandler", "IdentityInUse"):
             self.fail("ran after NotDelivered", text)
+        # Where packets overtake each other, a cancellation may come before its message.
+        is_late = message.is_given_up(self._clock()) if self.is_fifo else self._clock() >= message.deadline_at
+        if is_late and message.source_callback_id and not message.is_response:
+            self.fail("started too late", f"{text}: it was given up before")
         self._last_run[key] = sent.index
         sent.run_keys.add(key)
         sent.runs.append(process)
+
+    def note_expired(self, process: "Process", sent: Sent) -> None:
+        """A message is not started: its sender must have given it up."""
+        self._note("expired", process, sent)
+        self.counts["expired"] += 1
+        if self._clock() < sent.deadline_at and not sent.cancelled:
+            self.fail("dropped before its deadline", f"{sent} at {process}, its deadline is {sent.deadline_at:.3f}")
 
     def note_response(self, sent: Sent, reply: Sent | None, message: Message) -> None:
         """The MSC of a message runs."""
@@ -296,6 +310,9 @@ class Oracles:
                 self.fail("queue not bounded", f"{process}: {queued_count} wait for {session}")
             if session.queue_bytes != sum(outgoing.size_bytes for outgoing in session.queue):
                 self.fail("queue not bounded", f"{process}: queue_bytes of {session} is {session.queue_bytes}")
+        for session in exchange.handshake.sessions:
+            if len(session.cancelled) > limits.window_msgs:
+                self.fail("cancellations not bounded", f"{process}: {len(session.cancelled)}")
         if not process.is_client and len(exchange.handshake.sessions) > limits.sessions_max:
             self.fail("sessions not bounded", f"{process}: {len(exchange.handshake.sessions)}")
         if process.is_busy:

@@ -41,6 +41,15 @@ class WatchedExchange(Exchange):
 
     process: "Process"
 
+    def drop_expired(self, now: float) -> None:
+        """Have each message checked that is not started."""
+        before = [argument for _, argument in self.calls if isinstance(argument, Message)]
+        super().drop_expired(now)
+        kept = {id(argument) for _, argument in self.calls}
+        for message in before:
+            if id(message) not in kept:
+                self.process.note_expired(message)
+
     def handle_ended(self, session: Session, why: str) -> None:
         """Note it, and go on."""
         self.process.simulator.oracles.note_end(self.process, session, why)
@@ -182,6 +191,9 @@ class Process:
             self.simulator.note_step()
             if not self.is_alive:
                 return
+            if self.simulator.now >= self.exchange.expires_at:
+                self._guard(self.exchange.drop_expired, self.simulator.now)
+                continue
             callback, argument = calls.popleft()
             if callback is BATCH_PROCESSED:
                 self._guard(self.exchange.note_processed, *argument)
@@ -221,11 +233,14 @@ class Process:
             return
         message = self._backlog.popleft()
         self._working.append(message)
-        try:
-            pause: Any = self._on_message(message)
-        except Planned as error:
-            self._guard(self.exchange.report_raised, message, error)
-            pause = None
+        pause: Any = None
+        if message.is_given_up(self.simulator.now) and not message.is_response:
+            self.note_expired(message)
+        else:
+            try:
+                pause = self._on_message(message)
+            except Planned as error:
+                self._guard(self.exchange.report_raised, message, error)
         duration_s, rest = pause or (0.0, None)
         self.simulator.schedule(self.simulator.now + duration_s, self._end_work, rest, message)
 
@@ -242,6 +257,10 @@ class Process:
         self._guard(self.exchange.flush, self.simulator.now)
         self.wake(max(self.exchange.next_deadline_at, self.simulator.now))
         self._work()
+
+    def note_expired(self, message: Message) -> None:
+        """A message is not started, because its sender has given it up."""
+        self.simulator.oracles.note_expired(self, self.simulator.oracles.sent[token_of(message)])
 
     def waiting_messages(self) -> Iterator[Message]:
         """Yield the messages whose callbacks have not returned."""
@@ -276,7 +295,7 @@ class Process:
             message_id = self._guard(
                 self.exchange.send,
                 *(outlet, b"", contents, callback, on_error),
-                *(dest_callback_id, sent.deadline_at, False, sent.redeliver),
+                *(dest_callback_id, sent.deadline_at, False, sent.redeliver, sent.is_timed),
             )
         except (QueueFull, LimitReached):
             return None
@@ -357,6 +376,9 @@ class Process:
         self._backlog.clear()
         calls = self.exchange.calls
         while calls:
+            if self.simulator.now >= self.exchange.expires_at:
+                self._guard(self.exchange.drop_expired, self.simulator.now)
+                continue
             callback, argument = calls.popleft()
             if callback is BATCH_PROCESSED:
                 continue

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from messenger.limits import LARGE_BYTES_MIN, Limits
+from messenger.limits import LARGE_BYTES_MIN, TIMEOUT_S, Limits
 from messenger.wire import ECHO, NOOP
 
 from .network import TO_CONNECTION, TO_LISTENER, ListenerLink, Mode, Network, Weather, Wire
@@ -152,6 +152,7 @@ class Simulator:
         self.seed = seed
         self.rng = Random(seed)
         self.more = Random(f"{seed} more")
+        self._deadlines = Random(f"{seed} deadlines")
         self.now = 0.0
         self.plan = change(draw_plan(self.rng, self.more))
         self.log: list[tuple[Any, ...]] = []
@@ -161,7 +162,7 @@ class Simulator:
             self.rng, lambda: self.now, self.schedule, self.note, self.oracles.watch_packet, self.plan.weather
         )
         self.network.dial = self._dial
-        self.is_healing = False
+        self.oracles.is_fifo = self.plan.weather.mode is Mode.FIFO
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._event_count = 0
         self._token = 0
@@ -254,6 +255,9 @@ class Simulator:
         if sent.is_probe:
             sent.action, sent.duration_s, sent.redeliver = "reply", 0.0, False
             sent.deadline_at = self.now + ANSWER_S
+        elif sent.waits and self.now < HEAL_S and timeout_s < TIMEOUT_S and self._deadlines.random() < 0.3:
+            # Then the receiver is not told.
+            sent.deadline_at, sent.is_timed = self.now + TIMEOUT_S, False
         return sent
 
     def _must_run(self, site: Site, dest_callback_id: int) -> bool:

@@ -15,7 +15,7 @@ from messenger.limits import HELLO_S_MIN
 from messenger.link import FOREVER
 from messenger.outgoing import Batch
 from messenger.session import Session, State
-from messenger.wire import Kind, encode_response
+from messenger.wire import Kind, encode_left_ms, encode_response
 from tests.sim.simulator import simulate
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -312,6 +312,23 @@ def sessions_max_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     wrap(monkeypatch, Handshake, "_establish", establish)
 
 
+def deadline_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("messenger.session.encode_left_ms", lambda left_s: encode_left_ms(left_s / 2))
+
+
+def expired_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drop_expired(real: Any, exchange: Exchange, now: float) -> None:
+        exchange.expires_at = FOREVER
+
+    wrap(monkeypatch, Exchange, "drop_expired", drop_expired)
+
+
+def expired_never_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a listener with workers does not start does not count as processed."""
+
+    monkeypatch.setattr(Session, "note_unrun", lambda session, number: None)
+
+
 # Each with the rules of which one must be broken, and the seeds within which that must happen.
 FAULTS: list[tuple[Plant, set[str], int]] = [
     (no_dedup, {"processed twice"}, 50),
@@ -345,6 +362,9 @@ FAULTS: list[tuple[Plant, set[str], int]] = [
     (identity_given_away, {"identity taken from the living"}, 200),
     (lost_link_forgotten, {"no progress"}, 200),
     (acks_never_stop, {"storm"}, 20),
+    (deadline_shortened, {"dropped before its deadline"}, 50),
+    (expired_started, {"started too late"}, 200),
+    (expired_never_acknowledged, {"no progress", "message vanished"}, 500),
 ]
 
 

@@ -44,7 +44,8 @@ def test_runs_differ_and_fail_in_all_ways() -> None:
         ends |= {entry[3] for entry in result.log if entry[1] == "ended"}
         modes.add(simulator.plan.weather.mode)
     assert outcomes == {
-        *("response", "OutcomeUnknown", "NotDelivered", "NoHandler", "HandlerError", "IdentityInUse", "Cancelled")
+        *("response", "OutcomeUnknown", "NotDelivered", "NoHandler", "HandlerError", "IdentityInUse", "Cancelled"),
+        "expired",
     }
     assert events >= {"connect", "cut", "partition", "crash", "close", "start", "ended", "run", "unheard", "heal"}
     assert any("that is sessions_max" in why for why in ends)
