@@ -23,7 +23,7 @@ ORDER = (
     *("errors", "limits", "interrupts", "destination", "wire", "control", "running", "outgoing", "link", "session"),
     *("handshake", "message", "outcomes", "exchange"),
     *("security", "transports", "endpoint", "waiting", "loop", "base", "threads", "messenger"),
-    *("futures", "tasks", "aio"),
+    *("futures", "handlers", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
 CORE = {
@@ -45,6 +45,7 @@ CORE = {
     "base",
     "threads",
     "futures",
+    "handlers",
     "tasks",
 }
 COMPONENTS = {"replication", "models"}

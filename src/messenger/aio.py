@@ -1,6 +1,6 @@
 """`AsyncMessenger`: the public calls of `base.py` on the caller's asyncio event loop (`tasks.py`)."""
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,7 +40,7 @@ class AsyncMessenger(BaseMessenger):
         remote_callback: int = NOOP,
         timeout: float = TIMEOUT_S,
         redeliver: bool = False,
-    ) -> Awaitable[int]:
+    ) -> Coroutine[Any, Any, int]:
         """Queue one message. Await it to have its id, and to wait for room if the queue is full.
 
         It is queued before this returns, or put behind those that wait for room, so without `await` it is sent too. A
@@ -63,14 +63,15 @@ class AsyncMessenger(BaseMessenger):
         }
         try:
             return Sent(send(to, contents, callback, **options))
-        except NoRoom as full:
-            future = self._loop.make_future()
+        except NoRoom as error:
+            full = error
+        future = self._loop.make_future()
 
-            def send_now() -> None:
-                future.set_result(send(to, contents, callback, **options))
+        def send_now() -> None:
+            future.set_result(send(to, contents, callback, **options))
 
-            self._loop.send_later(full, future, send_now)
-            return future
+        self._loop.send_later(full, future, send_now)
+        return future
 
     def request(
         self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S
@@ -95,15 +96,16 @@ class AsyncMessenger(BaseMessenger):
         response.messenger = None
         try:
             response.message_id = send(to, contents, response, remote_callback=remote_callback, timeout=timeout)
-        except NoRoom as full:
-
-            def send_now() -> None:
-                response.message_id = send(to, contents, response, remote_callback=remote_callback, timeout=timeout)
-                response.messenger = self
-
-            self._loop.send_later(full, response, send_now)
-        else:
             response.messenger = self
+            return response
+        except NoRoom as error:
+            full = error
+
+        def send_now() -> None:
+            response.message_id = send(to, contents, response, remote_callback=remote_callback, timeout=timeout)
+            response.messenger = self
+
+        self._loop.send_later(full, response, send_now)
         return response
 
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> Awaitable[None]:

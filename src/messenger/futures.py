@@ -34,40 +34,10 @@ class Sent(int):
         """Do nothing."""
 
 
-class Response(Taker, asyncio.Future[Message]):
-    """What `request` returns: a future of the response, which also may be given to `create_task` as a coroutine.
+class Steps(asyncio.Future[Any]):
+    """A future that may be given to `create_task` as a coroutine."""
 
-    To cancel it, or the task that awaits it, gives the message up, as `AsyncMessenger.cancel` does.
-
-    Attributes:
-        messenger: Which has sent the message; None as long as it waits for room.
-        message_id: Of the message, once it is queued.
-    """
-
-    __slots__ = ("_steps", "message_id", "messenger")
-    message_id: int
-    messenger: Any
-
-    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
-        """Take the outcome."""
-        if self.done():
-            return
-        try:
-            if error is None:
-                self.set_result(response)  # type: ignore[arg-type]  # Settled without an error.
-            else:
-                self.set_exception(error)
-        except RuntimeError:
-            if not self.get_loop().is_closed():
-                raise
-
-    def cancel(self, msg: Any = None) -> bool:
-        """Give the message up, if it has no outcome yet."""
-        if not super().cancel(msg):
-            return False
-        if self.messenger is not None:
-            self.messenger.cancel(self.message_id)
-        return True
+    __slots__ = ("_steps",)
 
     def send(self, value: None) -> Any:
         """Take a step, as a coroutine does."""
@@ -86,6 +56,42 @@ class Response(Taker, asyncio.Future[Message]):
         except AttributeError:
             self._steps: Any = self.__await__()
             return self._steps
+
+
+class Response(Taker, Steps):
+    """What `request` returns: a future of the response, a `Message`.
+
+    To cancel it, or the task that awaits it, gives the message up, as `AsyncMessenger.cancel` does.
+
+    Attributes:
+        messenger: Which has sent the message; None as long as it waits for room.
+        message_id: Of the message, once it is queued.
+    """
+
+    __slots__ = ("message_id", "messenger")
+    message_id: int
+    messenger: Any
+
+    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
+        """Take the outcome."""
+        if self.done():
+            return
+        try:
+            if error is None:
+                self.set_result(response)
+            else:
+                self.set_exception(error)
+        except RuntimeError:
+            if not self.get_loop().is_closed():
+                raise
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Give the message up, if it has no outcome yet."""
+        if not super().cancel(msg):
+            return False
+        if self.messenger is not None:
+            self.messenger.cancel(self.message_id)
+        return True
 
 
 class NoRoom(QueueFull):
@@ -112,4 +118,4 @@ class Done:
 
 
 Coroutine.register(Sent)
-Coroutine.register(Response)
+Coroutine.register(Steps)

@@ -1,13 +1,11 @@
-"""The server loop of an `AsyncMessenger`: turns on the caller's event loop, and the tasks of coroutine callbacks.
+"""The server loop of an `AsyncMessenger`: turns on the caller's asyncio event loop.
 
 The sockets' descriptors are watched by the event loop. A turn begins when one becomes readable, when a deadline is
 reached, or soon after something was queued: it receives, runs callbacks, sends, and reads the events of all links that
 were used, because a descriptor tells only of what is new (it is edge-triggered). Nothing here is touched by another
 thread than the event loop's, so the lock only checks that.
 
-A callback may be a coroutine function. Its coroutines become tasks; those of a listener's callback wait in its **lane**
-until one of `workers` is free, so they start in the order in which the messages came. A message counts as processed
-when its task has ended (`Session.note_running`).
+Coroutine callbacks are tasks of the event loop (`handlers.py`).
 
 What must never happen here: a task that is left behind by `close`; a wait that blocks the event loop; a sleep of the
 event loop with a touched link whose events were not read again.
@@ -15,9 +13,9 @@ event loop with a touched link whose events were not read again.
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from functools import partial
+import threading
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
 from time import monotonic
 from typing import Any
 
@@ -25,34 +23,21 @@ from . import interrupts
 from .endpoint import Endpoints
 from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
-from .futures import Done, NoRoom, Response, Sent
+from .futures import Done, NoRoom, Response, Steps
+from .handlers import TIMER_S_MIN, Handlers
 from .limits import CLOSE_TIMEOUT_S, POLL_S
 from .link import FOREVER, Outlet
 from .loop import Loop, State, started
 from .message import Message
-from .session import Session
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX
 from .transports.zeromq import SocketLink
 
 logger = logging.getLogger("messenger")
 
-# Event loops may round to whole milliseconds; a shorter sleep would end before its time, again and again.
-TIMER_S_MIN = 0.001
-# Of tasks that run for messages with deadlines, those that are over are looked for at most so often.
-EXPIRY_SPACING_S = 0.02
 # How often a socket that is being closed is asked whether it is: at first, and later.
 SOCKET_POLL_S = 0.001
 SOCKET_POLL_S_MAX = 0.02
-
-
-class Lane:
-    """The coroutines of one listener's callback: some run, the others wait for their turn."""
-
-    def __init__(self, active_max: int) -> None:
-        self.active_max = active_max
-        self.active_count = 0
-        self.waiting: deque[tuple[Any, Any, Any]] = deque()
 
 
 class _Guard:
@@ -60,9 +45,14 @@ class _Guard:
 
     def __init__(self) -> None:
         self.event_loop: asyncio.AbstractEventLoop | None = None
+        self.thread_id = 0
 
     def acquire(self) -> None:
-        if self.event_loop is not None and asyncio._get_running_loop() is not self.event_loop:
+        running = asyncio._get_running_loop()
+        if running is self.event_loop or self.event_loop is None:
+            return
+        # Between two runs of the event loop its thread may: so `asyncio.run` cancels what is left.
+        if running is not None or threading.get_ident() != self.thread_id:
             raise RuntimeError(
                 "an AsyncMessenger may only be used on the event loop that it was first used on; from another thread "
                 "call it by asyncio.run_coroutine_threadsafe or loop.call_soon_threadsafe"
@@ -88,15 +78,11 @@ class TaskLoop(Loop):
         self._is_turn_planned = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = FOREVER
-        # Of coroutine callbacks, with their arguments; those whose senders wait also by session and id.
-        self._tasks: dict[asyncio.Task[None], Any] = {}
-        self._awaited: dict[tuple[Any, int], list[asyncio.Task[None]]] = {}
-        self._expiry: asyncio.TimerHandle | None = None
-        self._expiry_at = FOREVER
-        exchange.on_cancelled = self._cancel_tasks
+        backlog_max = endpoints.limits.worker_backlog_max
+        self._handlers = Handlers(exchange, backlog_max, self._report, self._plan_last_turn)
+        self._take_result = self._handlers.take_result
         # Of sockets that are being closed.
         self._closing_sockets: set[asyncio.Task[None]] = set()
-        self._lanes: dict[Any, Lane] = {}
         # By outlet: who waits for room, and how to send then.
         self._room_wanted: dict[Outlet, OrderedDict[asyncio.Future[Any], Callable[[], object]]] = {}
         self._closer: asyncio.Task[None] | None = None
@@ -116,7 +102,8 @@ class TaskLoop(Loop):
             raise RuntimeError("an AsyncMessenger needs a running event loop; without one, use Messenger")
         # Where asyncio takes Ctrl-C itself, as in `asyncio.run`, this leaves it alone.
         interrupts.install(_defer_nothing)
-        self._event_loop = self._guard.event_loop = event_loop
+        self._event_loop = self._guard.event_loop = self._handlers.event_loop = event_loop
+        self._guard.thread_id = threading.get_ident()
         self.state = State.RUNNING
         started.add(self)
         inproc_names.watch(self)
@@ -129,7 +116,7 @@ class TaskLoop(Loop):
         """Stop when all is settled or `timeout` is over; what is returned waits for that, except in a callback."""
         with self.lock:
             self.begin_close(timeout)
-            if self._closer is None or self.is_own_thread() or asyncio.current_task() in self._tasks:
+            if self._closer is None or self.is_own_thread() or self._handlers.runs_in(asyncio.current_task()):
                 return Done()
             return asyncio.shield(self._closer)
 
@@ -160,7 +147,7 @@ class TaskLoop(Loop):
                 waiting = asyncio.ensure_future(self._turned.wait())
                 await asyncio.wait((waiting,), timeout=min(max(0.0, self.close_at - monotonic()), SLEEP_S_MAX))
                 waiting.cancel()
-            await self._end_tasks(0.0)
+            await self._handlers.end(0.0)
         finally:
             # Also if this task is cancelled, because the program ends.
             self._stop()
@@ -169,37 +156,22 @@ class TaskLoop(Loop):
             self._closing_sockets.add(closing)
             started.discard(self)
         # What the end of all messages has started.
-        await self._end_tasks(CLOSE_TIMEOUT_S)
+        await self._handlers.end(CLOSE_TIMEOUT_S)
         await asyncio.gather(*self._closing_sockets)
 
     def _is_over(self) -> bool:
-        return monotonic() >= self.close_at or (not self._tasks and super()._is_over())
+        return monotonic() >= self.close_at or (not self._handlers and super()._is_over())
 
     def _stop(self) -> None:
         """End every message and give up all links."""
         self.state = State.CLOSED
         self._remove_all()
-        for lane in self._lanes.values():
-            for _, _, coroutine in lane.waiting:
-                coroutine.close()
-            lane.waiting.clear()
+        self._handlers.discard_waiting()
         while self._exchange.calls:
             self._run_calls()
         inproc_names.unwatch(self)
-        for timer in (self._timer, self._expiry):
-            if timer is not None:
-                timer.cancel()
-
-    async def _end_tasks(self, wait_s: float) -> None:
-        """Wait for the tasks of callbacks, then cancel them."""
-        if self._tasks and wait_s:
-            await asyncio.wait(self._tasks, timeout=wait_s)
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
-        if self._tasks:
-            logger.error("! %s: %d callbacks still run after the close", self._name, len(self._tasks))
+        if self._timer is not None:
+            self._timer.cancel()
 
     # Links.
 
@@ -252,6 +224,10 @@ class TaskLoop(Loop):
         if not self._is_turn_planned:
             self._is_turn_planned = True
             self._event_loop.call_soon(self._turn)
+
+    def _plan_last_turn(self) -> None:
+        if self.state is not State.CLOSED:
+            self._plan_turn()
 
     def _turn(self) -> None:
         self._is_turn_planned = False
@@ -341,11 +317,11 @@ class TaskLoop(Loop):
                 f"the queue to {outlet} is full ({len(outlet.queue)} messages), and a callback that is a plain "
                 "function cannot wait; make it a coroutine function"
             )
-        raise NoRoom(outlet, deadline_at)
+        raise NoRoom(outlet, deadline_at) from None
 
-    def make_future(self) -> asyncio.Future[Any]:
+    def make_future(self) -> Steps:
         """Return a future of the event loop."""
-        return self._event_loop.create_future()
+        return Steps(loop=self._event_loop)
 
     def send_later(self, full: NoRoom, future: asyncio.Future[Any], send: Callable[[], object]) -> None:
         """Call `send` when there is room, after those who wait already; settle the future if there is none in time.
@@ -391,114 +367,6 @@ class TaskLoop(Loop):
             if not waiting:
                 del self._room_wanted[outlet]
         self._room_wanted_count = sum(map(len, self._room_wanted.values()))
-
-    # Coroutine callbacks.
-
-    def _take_result(self, callback: Any, argument: Any, result: Any) -> None:
-        """Run the coroutine that a callback returned, now or when its lane has room."""
-        if type(result) is Sent or not isinstance(result, Coroutine):
-            return
-        if self._event_loop.is_closed():
-            result.close()
-            return
-        is_message = isinstance(argument, Message)
-        if is_message:
-            self._note_running(argument)
-        if not is_message or callback is not argument.link.callback:
-            self._start_task(callback, argument, result, None)
-        else:
-            endpoint = argument.link.handle
-            lane = self._lanes.get(endpoint)
-            if lane is None:
-                lane = self._lanes[endpoint] = Lane(max(1, endpoint.worker_count))
-            if not argument.number and len(lane.waiting) >= self._endpoints.limits.worker_backlog_max:
-                # A session's window bounds what it sends; a plain peer cannot be told to slow down.
-                result.close()
-                self._exchange.drop("workers_full")
-                return
-            lane.waiting.append((callback, argument, result))
-            self._start_waiting(lane)
-
-    def _note_running(self, message: Message) -> None:
-        session = message.link
-        if isinstance(session, Session) and message.incarnation == session.peer_incarnation:
-            session.running.begin(message.number)
-
-    def _note_ended(self, message: Message) -> None:
-        session = message.link
-        if isinstance(session, Session) and message.incarnation == session.peer_incarnation:
-            session.note_processed(session.running.end(message.number))
-            self._exchange.mark_dirty(session)
-
-    def _start_task(self, callback: Any, argument: Any, coroutine: Any, lane: Lane | None) -> None:
-        task = self._event_loop.create_task(self._run_task(callback, argument, coroutine))
-        self._tasks[task] = argument
-        if isinstance(argument, Message) and argument.source_callback_id and argument.number:
-            self._awaited.setdefault((argument.link, argument.source_callback_id), []).append(task)
-            if argument.deadline_at < self._expiry_at:
-                self._plan_expiry(argument.deadline_at)
-        task.add_done_callback(partial(self._end_task, argument, coroutine, lane))
-
-    async def _run_task(self, callback: Any, argument: Any, coroutine: Any) -> None:
-        try:
-            await coroutine
-        except asyncio.CancelledError as error:
-            # Whose sender has given it up is not told.
-            if not (isinstance(argument, Message) and argument.is_given_up(monotonic())):
-                self._report(callback, argument, error)
-        except BaseException as error:
-            self._report(callback, argument, error)
-
-    def _end_task(self, argument: Any, coroutine: Any, lane: Lane | None, task: asyncio.Task[None]) -> None:
-        del self._tasks[task]
-        coroutine.close()  # If it was cancelled before its first step, it was never started.
-        if isinstance(argument, Message):
-            self._awaited.pop((argument.link, argument.source_callback_id), None)
-            self._note_ended(argument)
-        if lane is not None:
-            lane.active_count -= 1
-            self._start_waiting(lane)
-        if self.state is not State.CLOSED:
-            self._plan_turn()
-
-    def _start_waiting(self, lane: Lane) -> None:
-        """Start what waits in a lane, as far as it has room, but for what was given up meanwhile."""
-        while lane.waiting and lane.active_count < lane.active_max:
-            callback, argument, coroutine = lane.waiting.popleft()
-            if argument.is_given_up(monotonic()) and not argument.is_response:
-                coroutine.close()
-                self._exchange.drop("expired")
-                self._note_ended(argument)
-            else:
-                lane.active_count += 1
-                self._start_task(callback, argument, coroutine, lane)
-
-    def _cancel_tasks(self, session: Any, message_id: int) -> None:
-        """Cancel what runs for a message that was cancelled."""
-        for task in self._awaited.get((session, message_id), ()):
-            task.cancel()
-
-    def _plan_expiry(self, deadline_at: float) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
-        self._expiry_at = deadline_at
-        delay_s = min(max(TIMER_S_MIN, deadline_at - monotonic()), SLEEP_S_MAX)
-        self._expiry = self._event_loop.call_later(delay_s, self._expire)
-
-    def _expire(self) -> None:
-        """Cancel what runs for messages whose senders do not wait any more."""
-        self._expiry, self._expiry_at = None, FOREVER
-        now = monotonic()
-        earliest = FOREVER
-        for tasks in self._awaited.values():
-            for task in tasks:
-                deadline_at = self._tasks[task].deadline_at
-                if deadline_at > now:
-                    earliest = min(earliest, deadline_at)
-                else:
-                    task.cancel()
-        if earliest < FOREVER:
-            self._plan_expiry(max(earliest, now + EXPIRY_SPACING_S))
 
     def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
         """Tell of a callback that raised. A Ctrl-C goes on to the event loop, whose it is."""
