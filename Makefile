@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test check test-all pytest sim cancel bench lock clean
+.PHONY: help run test check test-all pytest sim cancel fuzz bench lock clean
 
 VENV ?= .venv
 VERSIONS := 3.11 3.12 3.13
@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 
 help: ## Show the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F '|' '{ printf "%-16s %s\n", $$1, $$2 }'
-	@echo "Variables: PYTHON (the interpreter for $(VENV)), ARGS (for test, test-all, bench and lock), SEEDS, SEED (for sim)"
+	@echo "Variables: PYTHON (the interpreter for $(VENV)), ARGS (for test, test-all, bench and lock), SEEDS, SEED (for sim), SECONDS (for fuzz)"
 
 run: $(VENV)/.installed ## Run the main job: a replicated database, a model server, and what goes between them.
 	$(VENV)/bin/python examples/main_job.py
@@ -56,16 +56,22 @@ REQUESTS ?= 100000
 cancel: $(VENV)/.installed ## Cancel REQUESTS asyncio requests at random, and account for each.
 	$(VENV)/bin/python -X dev -m tests.asyncio_cancel --requests $(REQUESTS) --seed $(SEED)
 
+SECONDS ?= 60
+fuzz: $(VENV)/.fuzz-installed ## Fuzz the parser and the core, guided by coverage, SECONDS each.
+	$(VENV)/bin/python -m tests.fuzz wire --seconds $(SECONDS)
+	$(VENV)/bin/python -m tests.fuzz exchange --seconds $(SECONDS)
+
 bench: $(VENV)/.bench-installed ## Measure beside pyzmq and other libraries; ARGS="--rounds N --only TEXT".
 	$(VENV)/bin/python -m benchmarks $(ARGS)
 
 COMPILE = .venv-lock/bin/uv pip compile pyproject.toml --python .venv-lock/bin/python --universal --generate-hashes \
 	--no-emit-index-url --no-annotate --no-header --quiet
 
-lock: .venv-lock/.installed ## Write both lock files anew; ARGS=--upgrade takes newer releases.
+lock: .venv-lock/.installed ## Write the lock files anew; ARGS=--upgrade takes newer releases.
 	$(COMPILE) --extra cli --extra replication --extra models --group dev --output-file requirements.lock $(ARGS)
 	$(COMPILE) --extra bench --constraint requirements.lock --output-file requirements-bench.lock $(ARGS)
-	@! grep -n '://' requirements.lock requirements-bench.lock || { echo "error: a lock names a host" >&2; exit 1; }
+	$(COMPILE) --group fuzz --constraint requirements.lock --output-file requirements-fuzz.lock $(ARGS)
+	@! grep -n '://' requirements.lock requirements-bench.lock requirements-fuzz.lock || { echo "error: a lock names a host" >&2; exit 1; }
 
 clean: ## Remove the virtual environments and all caches.
 	rm -rf .venv .venv-* build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -88,6 +94,11 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 $(VENV)/.bench-installed: requirements-bench.lock $(VENV)/.installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
 		--requirement requirements-bench.lock || echo "note: not all peers could be installed; they are left out" >&2
+	@touch $@
+
+$(VENV)/.fuzz-installed: requirements-fuzz.lock $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		--requirement requirements-fuzz.lock
 	@touch $@
 
 .venv-lock/.installed:

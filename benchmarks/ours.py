@@ -2,26 +2,42 @@
 
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-from messenger import Connection, Message, Messenger
+from messenger import Connection, Message, Messenger, Security
 
 from .contender import ANSWER_TIMEOUT_S, Contender, Measured, measure_clients, resident_bytes, serve_nothing
+from .keys import client_security, server_security
 
 Dialect = Literal["session", "basic"]
+# Made in the process that uses it.
+Secure = Callable[[], Security]
 
 
-def serve_echo(endpoint: str) -> None:
+def no_security() -> Security:
+    """Return what is the default."""
+    return Security()
+
+
+def serve_echo(endpoint: str, secure: Secure = no_security) -> None:
     """Answer every message with its contents."""
-    with Messenger("server") as messenger:
+    with Messenger("server", security=secure()) as messenger:
         messenger.listen_for_connection(endpoint, lambda message: message.reply(message.contents))
         threading.Event().wait()
 
 
-def measure_callback(endpoint: str, size_bytes: int, window: int, count: int, dialect: Dialect = "session") -> Measured:
+def measure_callback(
+    endpoint: str,
+    size_bytes: int,
+    window: int,
+    count: int,
+    dialect: Dialect = "session",
+    secure: Secure = no_security,
+) -> Measured:
     """Send from callbacks: the MSC of each message sends the next."""
-    with Messenger("client") as messenger:
+    with Messenger("client", security=secure()) as messenger:
         connection = messenger.make_connection(endpoint, dialect=dialect)
         messenger.request(connection, b"")
         return pump_sessions(messenger, [connection], b"x" * size_bytes, window, count)
@@ -63,11 +79,18 @@ def pump_sessions(
     return Measured(time.perf_counter() - started_at, each_s)
 
 
-def measure_request(endpoint: str, size_bytes: int, window: int, count: int, dialect: Dialect = "session") -> Measured:
+def measure_request(
+    endpoint: str,
+    size_bytes: int,
+    window: int,
+    count: int,
+    dialect: Dialect = "session",
+    secure: Secure = no_security,
+) -> Measured:
     """Send with `request` from the main thread, one at a time."""
     contents = b"x" * size_bytes
     each_s: list[float] = []
-    with Messenger("client") as messenger:
+    with Messenger("client", security=secure()) as messenger:
         connection = messenger.make_connection(endpoint, dialect=dialect)
         messenger.request(connection, contents)
         started_at = time.perf_counter()
@@ -185,6 +208,12 @@ CONTENDERS = {
     "messenger, request": Contender(serve_echo, measure_request),
     "messenger basic": Contender(serve_echo, partial(measure_callback, dialect="basic")),
     "messenger basic, request": Contender(serve_echo, partial(measure_request, dialect="basic")),
+    "messenger, CURVE": Contender(
+        partial(serve_echo, secure=server_security), partial(measure_callback, secure=client_security)
+    ),
+    "messenger, CURVE, request": Contender(
+        partial(serve_echo, secure=server_security), partial(measure_request, secure=client_security)
+    ),
     "messenger, inproc": Contender(serve_echo, measure_callback, "inproc"),
     "messenger, one way": Contender(serve_count, measure_one_way),
     "messenger basic, one way": Contender(serve_count, partial(measure_one_way, dialect="basic")),

@@ -6,25 +6,31 @@ one frame at the client. Neither keeps callbacks.
 
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import zmq
 
 from .contender import ANSWER_TIMEOUT_S, Contender, Measured, measure_clients, pump
+from .keys import secure_client, secure_server
 
+# Gives a socket keys.
+Secure = Callable[[Any], None]
 MORE, NO_WAIT = int(zmq.SNDMORE), int(zmq.NOBLOCK)
 
 
-def _open(kind: int) -> Any:
+def _open(kind: int, secure: Secure | None = None) -> Any:
     socket: Any = zmq.Context.instance().socket(kind)
     socket.set_hwm(0)
+    if secure is not None:
+        secure(socket)
     return socket
 
 
-def serve_idiomatic(endpoint: str) -> None:
+def serve_idiomatic(endpoint: str, secure: Secure | None = None) -> None:
     """Drain with `recv_multipart` until there is nothing, then poll."""
-    router = _open(zmq.ROUTER)
+    router = _open(zmq.ROUTER, secure)
     router.bind(endpoint)
     while True:
         try:
@@ -36,9 +42,11 @@ def serve_idiomatic(endpoint: str) -> None:
         router.send_multipart([routing_id, b"server", empty, b"0-%b-%b" % (source, contents)])
 
 
-def measure_idiomatic(endpoint: str, size_bytes: int, window: int, count: int) -> Measured:
+def measure_idiomatic(
+    endpoint: str, size_bytes: int, window: int, count: int, secure: Secure | None = None
+) -> Measured:
     """Drain with `recv_multipart` until there is nothing, then poll."""
-    dealer = _open(zmq.DEALER)
+    dealer = _open(zmq.DEALER, secure)
     dealer.connect(endpoint)
     message = b"1024-0-" + b"x" * size_bytes
 
@@ -57,9 +65,9 @@ def measure_idiomatic(endpoint: str, size_bytes: int, window: int, count: int) -
     return pump(send, receive, window, count)
 
 
-def serve_best(endpoint: str, copy: bool = True) -> None:
+def serve_best(endpoint: str, copy: bool = True, secure: Secure | None = None) -> None:
     """One `recv` and `send` a frame, without looking whether there is a further frame."""
-    router = _open(zmq.ROUTER)
+    router = _open(zmq.ROUTER, secure)
     router.bind(endpoint)
     send, receive = router.send, router.recv
     while True:
@@ -73,9 +81,11 @@ def serve_best(endpoint: str, copy: bool = True) -> None:
         send(message, copy=copy)
 
 
-def measure_best(endpoint: str, size_bytes: int, window: int, count: int, copy: bool = True) -> Measured:
+def measure_best(
+    endpoint: str, size_bytes: int, window: int, count: int, copy: bool = True, secure: Secure | None = None
+) -> Measured:
     """One frame a message."""
-    dealer = _open(zmq.DEALER)
+    dealer = _open(zmq.DEALER, secure)
     dealer.connect(endpoint)
     message = b"1024-0-" + b"x" * size_bytes
 
@@ -195,6 +205,12 @@ CONTENDERS = {
     "pyzmq idiomatic": Contender(serve_idiomatic, measure_idiomatic),
     "pyzmq best": Contender(serve_best, measure_best),
     "pyzmq zero-copy": Contender(partial(serve_best, copy=False), partial(measure_best, copy=False)),
+    "pyzmq idiomatic, CURVE": Contender(
+        partial(serve_idiomatic, secure=secure_server), partial(measure_idiomatic, secure=secure_client)
+    ),
+    "pyzmq best, CURVE": Contender(
+        partial(serve_best, secure=secure_server), partial(measure_best, secure=secure_client)
+    ),
     "pyzmq idiomatic, inproc": Contender(serve_idiomatic, measure_idiomatic, "inproc"),
     "pyzmq best, inproc": Contender(serve_best, measure_best, "inproc"),
     "pyzmq best, 1,000 × 1": Contender(serve_best, partial(measure_clients, run_dealers, connection_count=1_000)),

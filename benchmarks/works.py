@@ -73,6 +73,31 @@ ONE_IN_FLIGHT = (
 ASYNC_OURS = ("AsyncMessenger, uvloop", "AsyncMessenger, asyncio", "AsyncMessenger, coroutine callback")
 ASYNC_PEERS = ("zmq.asyncio", "nats-py", "grpc.aio")
 
+PYZMQ_CURVE = ("pyzmq idiomatic, CURVE", "pyzmq best, CURVE")
+CURVE = (
+    Work(
+        *("64 bytes, 1,000 in flight, CURVE", "round trips/s", 64, 1_000, 50_000),
+        contenders=("messenger, CURVE", *PYZMQ_CURVE),
+        baseline="pyzmq best, CURVE",
+        targets=(Target("messenger, CURVE", PYZMQ_CURVE, 1.0, 2.0),),
+    ),
+    Work(
+        *("64 bytes, one in flight, CURVE", "µs", 64, 1, 3_000),
+        contenders=("messenger, CURVE, request", "messenger, CURVE", *PYZMQ_CURVE),
+        baseline="pyzmq best, CURVE",
+        targets=(
+            Target("messenger, CURVE", ("pyzmq best, CURVE",), 1.4, 1.0),
+            Target("messenger, CURVE, request", ("pyzmq best, CURVE",), 1.8, 1.0),
+        ),
+    ),
+    Work(
+        *("1 MiB echo, 4 in flight, CURVE", "GB/s", 2**20, 4, 300),
+        contenders=("messenger, CURVE", *PYZMQ_CURVE),
+        baseline="pyzmq best, CURVE",
+        targets=(Target("messenger, CURVE", PYZMQ_CURVE, 1.0, 1.0),),
+    ),
+)
+
 ROW_BYTES = 8 * 30
 SERVERS = ("FastAPI + uvicorn", "LitServe")
 MODELS = (
@@ -176,6 +201,7 @@ WORKS = (
         baseline="pyzmq best",
         targets=(Target("messenger", PYZMQ, 1.0, 2.0),),
     ),
+    *CURVE,
     Work(
         *("64 bytes, 1,000 in flight, inproc", "round trips/s", 64, 1_000, 100_000),
         contenders=("messenger, inproc", "messenger", "pyzmq idiomatic, inproc", "pyzmq best, inproc"),

@@ -24,7 +24,11 @@ import zmq
 
 from messenger import Destination, Limits, Message, Messenger, Security
 from messenger.wire import Data, decode_data_frame
+from tests.canary import pytest_runtest_makereport
 from tests.drivers import Host, HostedMessenger
+
+# A hook of pytest, which it looks for here.
+__all__ = ["pytest_runtest_makereport"]
 
 # Long enough for a machine under load; a test that passes never waits for it.
 TIMEOUT_S = 10.0
@@ -253,7 +257,7 @@ class PlainPeers:
         self._kept.append(peer)
         return peer
 
-    def dealer(self, destination: object, routing_id: bytes | None = None, **options: int) -> PlainPeer:
+    def dealer(self, destination: object, routing_id: bytes | None = None, **options: int | bytes) -> PlainPeer:
         """Connects a DEALER to a tcp or ipc endpoint, or to the tcp endpoint of a bare port."""
         dealer = self._context.socket(zmq.DEALER)
         if routing_id is not None:

@@ -336,7 +336,7 @@ def test_send_not_delivered(run: Run, free_port: str) -> None:
         (["listen", "0", "--reply", "x", "--exec", "cat"], "exclude each other"),
         (["listen", "0", "--exec", "cat 'x"], '--exec "cat \'x": No closing quotation'),
         (["listen", "0", "--exec", "/nonexistent -x"], "--exec '/nonexistent -x' names no program"),
-        (["listen", "0.0.0.0:0"], "give --insecure"),
+        (["listen", "0.0.0.0:0"], "or --insecure if anybody may"),
         (["ping", "15445", "--size", "1000000000"], "'--size'"),
     ],
 )

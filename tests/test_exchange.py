@@ -1659,6 +1659,43 @@ def test_what_waits_for_a_peer_that_refuses_is_not_delivered(reason: Reason) -> 
     assert world.client.exchange.next_deadline_at == HELLO_S_MAX
 
 
+def test_a_link_that_is_refused_ends_what_waits_there() -> None:
+    """Before any frame, by a server that does not know our key."""
+    world = World()
+    message_id = world.ask()
+    world.client.exchange.handle_link_refused(world.connection_link, "our key is not on the list")
+    (error,) = world.client.take()
+    assert (type(error), error.message_id) == (NotDelivered, message_id)
+    assert str(error).endswith("refused: our key is not on the list")
+    core = Core()
+    message_id = core.send(b"x", core.tell, core.tell)
+    core.exchange.handle_link_refused(core.link, "our key is not on the list")
+    (error,) = core.run()
+    assert (type(error), error.message_id) == (NotDelivered, message_id)
+    assert str(error).endswith("refused: our key is not on the list")
+    for dropped in (world.client.dropped(), core.dropped()):
+        assert dropped == {"refused": 1}
+
+
+def test_a_link_that_was_refused_is_revived_at_its_time_and_not_when_it_is_closed() -> None:
+    core = Core()
+    now = 0.0
+    revived: list[tuple[str, float]] = []
+    links = {name: FakeLink() for name in ("first", "second", "closed")}
+    for name, link in links.items():
+        core.exchange.links.add(link)
+        link.revive = lambda name=name: revived.append((name, now))  # type: ignore[method-assign, misc]
+    assert Link("owner", None).revive() is None  # type: ignore[func-returns-value]
+    core.exchange.revive_later(links["second"], 2.0)
+    core.exchange.revive_later(links["first"], 1.0)
+    core.exchange.revive_later(links["closed"], 1.5)
+    core.exchange.close_link(links["closed"], "it was closed", 0.0)
+    while core.exchange.next_deadline_at < FOREVER:
+        now = core.exchange.next_deadline_at
+        core.exchange.handle_deadline(now)
+    assert revived == [("first", 1.0), ("second", 2.0)]
+
+
 def test_after_a_refusal_the_next_hello_is_not_forgotten() -> None:
     world = World()
     world.connect()

@@ -71,6 +71,11 @@ class FakeLink(Link):
         self.sent: list[tuple[bytes, Frames]] = []
         self.is_up = True
         self.gone: set[bytes] = set()
+        # With keys: whom a routing id's key belongs to.
+        self.identities: dict[bytes, bytes] = {}
+
+    def may_speak_for(self, routing_id: bytes, identity: bytes) -> bool:
+        return super().may_speak_for(routing_id, identity) and self.identities.get(routing_id, identity) == identity
 
     def send_frames(self, routing_id: bytes, frames: Sequence[bytes]) -> bool:
         if not self.is_up or routing_id in self.gone:
@@ -967,6 +972,105 @@ def test_more_sessions_than_the_limit_are_refused_with_it() -> None:
     assert text == "1 sessions are open here, that is sessions_max"
     assert listening.owner.dropped == {"too_many_sessions": 1}
     assert len(listening.handshake.sessions) == 1
+
+
+def test_more_sessions_of_one_identity_than_the_limit_are_refused_with_it() -> None:
+    listening = Listening(Limits(sessions_per_identity_max=1))
+    listening.establish()
+    incarnation, challenge = listening.hello(source=CONNECTION + 1, routing_id=b"r2")
+    listening.receive(encode_response(CONNECTION + 1, incarnation, challenge.nonce), routing_id=b"r2")
+    reason, text = listening.take_refusal()
+    assert reason is Reason.LIMIT
+    assert text == "1 sessions of 'client' are open, that is sessions_per_identity_max"
+    assert listening.owner.dropped == {"too_many_sessions": 1}
+    listening.establish(source=CONNECTION + 2, routing_id=b"r3", identity=b"another")
+
+
+# Identities that a key proves.
+
+
+def thief_of(listening: "Listening") -> None:
+    """From now on what comes by r2 comes with a key of somebody else."""
+    listening.link.identities[b"r2"] = b"thief"
+
+
+def take_key_refusal(listening: "Listening") -> None:
+    """It went to the thief, and to nobody else."""
+    assert {routing_id for routing_id, _ in listening.link.sent} == {b"r2"}
+    reason, text = listening.take_refusal()
+    assert reason is Reason.KEY
+    assert text == "its key here is not that of 'client'; take the identity that goes with the key"
+
+
+def test_a_hello_with_an_identity_that_is_not_the_keys_is_refused() -> None:
+    listening = Listening()
+    thief_of(listening)
+    hello = encode_hello(CONNECTION, 0, Hello(7, PROCESS, 1, 1, b"client"))
+    listening.receive(hello, routing_id=b"r2")
+    take_key_refusal(listening)
+    assert listening.owner.dropped == {"foreign_identity": 1}
+    listening.establish()
+
+
+def test_a_response_by_another_key_establishes_nothing() -> None:
+    listening = Listening()
+    thief_of(listening)
+    incarnation, challenge = listening.hello()
+    listening.receive(encode_response(CONNECTION, incarnation, challenge.nonce), routing_id=b"r2")
+    take_key_refusal(listening)
+    assert not listening.handshake.sessions
+    listening.receive(encode_response(CONNECTION, incarnation, challenge.nonce), routing_id=b"r1")
+    assert len(listening.handshake.sessions) == 1
+
+
+@pytest.mark.parametrize("kind", [Kind.DATA, Kind.GOODBYE, Kind.HELLO, Kind.RESPONSE])
+def test_a_frame_by_another_key_moves_and_ends_no_session(kind: Kind) -> None:
+    listening = Listening()
+    thief_of(listening)
+    session = listening.establish()
+    frames = {
+        Kind.DATA: data_frame(CONNECTION, session.incarnation, 1, [b"0-0-a"]),
+        Kind.GOODBYE: encode_goodbye(CONNECTION, session.incarnation, 0),
+        Kind.HELLO: encode_hello(CONNECTION, session.incarnation, Hello(7, PROCESS, 1, 1, b"client")),
+        Kind.RESPONSE: encode_response(CONNECTION, session.incarnation, 1),
+    }
+    listening.receive(frames[kind], routing_id=b"r2")
+    take_key_refusal(listening)
+    assert listening.owner.dropped == {"foreign_identity": 1}
+    assert (listening.owner.received, listening.owner.take()) == ([], [])
+    assert (session.state, session.routing_id) == (State.ESTABLISHED, b"r1")
+
+
+def test_a_server_whose_identity_is_not_its_keys_is_refused() -> None:
+    connecting = Connecting()
+    connecting.link.identities[b""] = b"bank"
+    hello = connecting.connect()
+    connecting.challenge(hello.nonce)
+    ((event, reason, text),) = connecting.side.owner.take()
+    assert (event, reason) == ("refused", Reason.KEY)
+    assert text == "the other end calls itself 'you', which is not the identity that goes with its key"
+    assert connecting.side.owner.dropped == {"foreign_identity": 1}
+    assert connecting.session.state is State.CONNECTING
+    # It may have another key, and name, some time later.
+    assert connecting.session.hello_at == HELLO_S_MAX
+    connecting.side.tick(HELLO_S_MAX)
+    hello = connecting.take_hello()
+    connecting.challenge(hello.nonce, identity=b"bank")
+    assert (connecting.session.peer, connecting.session.peer_incarnation) == (b"bank", LISTENER)
+
+
+def test_who_is_expelled_is_told_and_forgotten() -> None:
+    listening = Listening()
+    session = listening.establish()
+    listening.side.send(session, b"a")
+    listening.link.take()
+    listening.handshake.expel(session, "its key was taken off the list")
+    assert listening.link.kinds() == [Kind.DATA, Kind.GOODBYE]
+    assert listening.owner.take() == [("ended", "its key was taken off the list")]
+    assert listening.owner.lost == [b"a"]
+    assert not listening.handshake.sessions
+    listening.receive(data_frame(CONNECTION, session.incarnation, 1, [b"0-0-a"]))
+    assert listening.owner.dropped == {"unknown_session": 1}
 
 
 def test_connections_are_no_sessions_of_a_listener() -> None:

@@ -40,9 +40,8 @@ class BaseMessenger:
     ) -> None:
         security = security or Security()
         if identity is None:
-            identity = security.key.name if security.key is not None else ""
-        if not identity:
-            identity = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+            name = security.key.name if security.key is not None else ""
+            identity = name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         _check_identity(identity)
         self.identity = identity
         self.limits = limits or Limits()

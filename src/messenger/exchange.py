@@ -10,7 +10,6 @@ that grows with what a peer claims instead of with what it sent.
 Source: docs/protocol.md, "Order of processing".
 """
 
-from collections.abc import Callable, Sequence
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -32,8 +31,6 @@ from .wire import (
     REGISTERED_ID_MAX,
     REGISTERED_ID_MIN,
     Buffer,
-    Control,
-    ControlKind,
     Option,
     OptionKind,
     decode_message,
@@ -86,10 +83,6 @@ class Exchange(Outcomes):
         self._received_msgs = 0
         self._response_msgs = 0
         self._callback_error_count = 0
-        # When `drop_expired` may have something to do.
-        self.expires_at = FOREVER
-        # Told, with the lock held, of each message of a peer that was cancelled, by session and source id.
-        self.on_cancelled: Callable[[Session, int], None] | None = None
 
     # Sending.
 
@@ -350,33 +343,6 @@ class Exchange(Outcomes):
         if isinstance(message.link, Session):
             message.link.note_one_processed(message.number)
             self.mark_dirty(message.link)
-
-    # What was given up.
-
-    def handle_controls(self, session: Session, controls: Sequence[Control]) -> None:
-        """Take what the other end says beside its messages. A kind that is not known here says nothing."""
-        for control in controls:
-            if control.kind == ControlKind.CANCEL:
-                session.controls.note_cancelled(control.message_id)
-                self.expires_at = -FOREVER
-                if self.on_cancelled is not None:
-                    self.on_cancelled(session, control.message_id)
-
-    def drop_expired(self, now: float) -> None:
-        """Take out of `calls` what was given up before its turn came; only the thread that runs them calls this."""
-        calls = list(self.calls)
-        self.calls.clear()
-        self.expires_at = FOREVER
-        for callback, argument in calls:
-            if isinstance(argument, Message) and not argument.is_response and argument.source_callback_id:
-                if argument.is_given_up(now):
-                    self.drop("expired")
-                    if callback is argument.link.callback and isinstance(argument.link, Session):
-                        argument.link.note_unrun(argument.number)
-                        self.mark_dirty(argument.link)
-                    continue
-                self.expires_at = min(self.expires_at, argument.deadline_at)
-            self.calls.append((callback, argument))
 
     def _process_option(self, session: Session, message: Message, option: Option) -> None:
         """Process a message that is an error response, or that may have run before."""

@@ -29,6 +29,7 @@ _CALLED = {"enum", "logging", "threading", "zmq"}
 _sleeps: set[CodeType] = set()
 # The signal while it is deferred; whoever pops it raises it.
 _deferred: list[int] = []
+_on_defer: list[Callable[[], None]] = []
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,25 +40,27 @@ def sleeps(function: F) -> F:
     return function
 
 
-def install(defer: Callable[[], None]) -> None:
-    """Take the place of Python's own handler, if this is the main thread and no other handler is there.
+def on_defer(defer: Callable[[], None]) -> None:
+    """Call something in the handler when a signal is deferred: it has `take` called when the main thread goes on."""
+    _on_defer.append(defer)
 
-    Args:
-        defer: Called in the handler: have `take` called when the main thread leaves the core.
-    """
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if not _is_inside(frame):
-            signal.default_int_handler(number, frame)
-        if not _deferred:
-            _deferred.append(number)
-            defer()
-            # Not `threading.Thread`, whose start takes locks.
-            _thread.start_new_thread(_send_again, ())
-
+def install() -> None:
+    """Take the place of Python's own handler, if this is the main thread and no other handler is there."""
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGINT, _handle)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    if not _is_inside(frame):
+        signal.default_int_handler(number, frame)
+    if not _deferred:
+        _deferred.append(number)
+        for defer in _on_defer:
+            defer()
+        # Not `threading.Thread`, whose start takes locks.
+        _thread.start_new_thread(_send_again, ())
 
 
 def take() -> bool:

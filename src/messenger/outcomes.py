@@ -12,17 +12,17 @@ Source: docs/protocol.md, "Outcomes".
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, OutcomeUnknown
 from .handshake import Handshake
 from .limits import BATCH_MSGS_MAX
 from .link import FOREVER, Link, Outlet
-from .message import ErrorCallback, Taker
+from .message import ErrorCallback, Message, Taker
 from .outgoing import Outgoing
 from .session import Session
-from .wire import ControlKind, Option, OptionKind, Reason, decode_identity
+from .wire import Control, ControlKind, Option, OptionKind, Reason, decode_identity
 
 # A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.
 SWEEP_SPACING_S_PER_ENTRY = 1e-6
@@ -53,6 +53,10 @@ class Outcomes:
         self._sessions_at = FOREVER
         # When links that were refused are to try again.
         self._revive_at: dict[Link, float] = {}
+        # When `drop_expired` may have something to do.
+        self.expires_at = FOREVER
+        # Told, with the lock held, of each message of a peer that was cancelled, by session and source id.
+        self.on_cancelled: Callable[[Session, int], None] | None = None
         self._not_delivered_msgs = 0
         self._outcome_unknown_msgs = 0
 
@@ -215,6 +219,33 @@ class Outcomes:
             self.abandon(session, why)
             self.handshake.discard(session)
         self.abandon(link, why)
+
+    # What the other end has given up.
+
+    def handle_controls(self, session: Session, controls: Sequence[Control]) -> None:
+        """Take what the other end says beside its messages. A kind that is not known here says nothing."""
+        for control in controls:
+            if control.kind == ControlKind.CANCEL:
+                session.controls.note_cancelled(control.message_id)
+                self.expires_at = -FOREVER
+                if self.on_cancelled is not None:
+                    self.on_cancelled(session, control.message_id)
+
+    def drop_expired(self, now: float) -> None:
+        """Take out of `calls` what was given up before its turn came; only the thread that runs them calls this."""
+        calls = list(self.calls)
+        self.calls.clear()
+        self.expires_at = FOREVER
+        for callback, argument in calls:
+            if isinstance(argument, Message) and not argument.is_response and argument.source_callback_id:
+                if argument.is_given_up(now):
+                    self.drop("expired")
+                    if callback is argument.link.callback and isinstance(argument.link, Session):
+                        argument.link.note_unrun(argument.number)
+                        self.mark_dirty(argument.link)
+                    continue
+                self.expires_at = min(self.expires_at, argument.deadline_at)
+            self.calls.append((callback, argument))
 
     # What the handshake tells.
 

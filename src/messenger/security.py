@@ -295,25 +295,31 @@ def _read(path: Place, bytes_max: int, is_secret: bool = False) -> str:
     except OSError as error:
         why = "is a symbolic link" if is_secret and os.path.islink(path) else error.strerror
         raise SecurityError(f"{path} cannot be read: {why}") from None
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise SecurityError(f"{path} is no ordinary file")
-        if found.st_uid not in ((os.geteuid(),) if is_secret else (os.geteuid(), 0)):
-            raise SecurityError(f"{path} is of user {found.st_uid}, not of {os.geteuid()}")
-        mode, forbidden = stat.S_IMODE(found.st_mode), 0o077 if is_secret else 0o022
-        if mode & forbidden:
-            can, to = ("read or change", "600") if is_secret else ("change", "go-w")
-            raise SecurityError(
-                f"others can {can} {path}, its mode is {mode:04o}; chmod {to}, and make new keys if in doubt"
-            )
-        data = file.read(bytes_max + 1)
+    try:
+        _check_file(path, os.fstat(descriptor), is_secret)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(bytes_max + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > bytes_max:
         raise SecurityError(f"{path} is larger than {bytes_max} bytes")
     try:
         return data.decode()
     except UnicodeDecodeError:
         raise SecurityError(f"{path} is not UTF-8") from None
+
+
+def _check_file(path: Place, found: os.stat_result, is_secret: bool) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise SecurityError(f"{path} is no ordinary file")
+    if found.st_uid not in ((os.geteuid(),) if is_secret else (os.geteuid(), 0)):
+        raise SecurityError(f"{path} is of user {found.st_uid}, not of {os.geteuid()}")
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & (0o077 if is_secret else 0o022):
+        can, to = ("read or change", "600") if is_secret else ("change", "go-w")
+        raise SecurityError(
+            f"others can {can} {path}, its mode is {mode:04o}; chmod {to} it, or make new keys if they may have done so"
+        )
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -50,15 +50,14 @@ from .limits import (
     BATCH_BYTES_MAX,
     BATCH_MSGS_MAX,
     IDLE_PROBE_S,
-    RTO_INITIAL_S,
     RTO_MAX_S,
-    RTO_MIN_S,
     TIMEOUT_S,
     TIMEOUT_SLACK_S,
     Limits,
 )
 from .link import FOREVER, Link, Outlet, Random
 from .outgoing import Batch, Outgoing
+from .roundtrip import RoundTrip
 from .running import Running
 from .wire import (
     Control,
@@ -156,11 +155,7 @@ class Session(Outlet):
         self._must_ask_resend = False
         # Time.
         self.heard_at = now
-        self._smoothed_rtt: float | None = None
-        self._rtt_variation = 0.0
-        self._rto = RTO_INITIAL_S
-        self._timed_number = 0
-        self._timed_at = 0.0
+        self._trip = RoundTrip()
         self._unanswered_count = 0
         self.probe_at = now + IDLE_PROBE_S
         self.ack_at = FOREVER
@@ -265,16 +260,17 @@ class Session(Outlet):
             batch = self._resending.popleft()
             if batch.last > self.peer_received_through:
                 batch.is_plain = False  # Of its messages some may have been given up meanwhile.
-                self._timed_number = 0  # Karn's rule: what was sent twice tells no round trip time.
+                self._trip.timed_number = 0
                 return batch
         new = self._take_batch() if self.queue else None
         if new is None:
             return None
         if not self._unreceived:
-            self.probe_at = now + self._rto
+            self.probe_at = now + self._trip.timeout_s
             self._unanswered_count = 0
-        if not self._timed_number:
-            self._timed_number, self._timed_at = new.last, now
+        trip = self._trip
+        if not trip.timed_number:
+            trip.timed_number, trip.timed_at = new.last, now
         self._unreceived.append(new)
         self._unprocessed.append(new)
         self._unprocessed_bytes += new.size_bytes
@@ -421,7 +417,7 @@ class Session(Outlet):
         expected = self.received_through + 1
         if data.first > expected:
             # Once for each number, and again when the answer seems lost.
-            if self._resend_asked_after != self.received_through or now >= self._resend_asked_at + self._rto:
+            if self._resend_asked_after != self.received_through or now >= self._resend_asked_at + self._trip.timeout_s:
                 self._resend_asked_after, self._resend_asked_at = self.received_through, now
                 self._must_ask_resend = True
             return None
@@ -438,7 +434,7 @@ class Session(Outlet):
 
     def _resend(self, now: float) -> None:
         """Send again what is not known to have arrived; once, not once for each time that the peer asks."""
-        if self._resent_after != self.peer_received_through or now >= self._resent_at + self._rto / 2:
+        if self._resent_after != self.peer_received_through or now >= self._resent_at + self._trip.timeout_s / 2:
             self._resent_after, self._resent_at = self.peer_received_through, now
             self._resending = deque(self._unreceived)
 
@@ -470,24 +466,15 @@ class Session(Outlet):
             unreceived = self._unreceived
             while unreceived and unreceived[0].last <= data.received_through:
                 unreceived.popleft().forget_bytes()
-            if self._timed_number and data.received_through >= self._timed_number:
-                self._note_round_trip(now - self._timed_at)
-                self._timed_number = 0
-            self.probe_at = now + (self._rto if unreceived else IDLE_PROBE_S)
+            trip = self._trip
+            if trip.timed_number and data.received_through >= trip.timed_number:
+                trip.note(now - trip.timed_at)
+            self.probe_at = now + (trip.timeout_s if unreceived else IDLE_PROBE_S)
         if data.processed_through > self.peer_processed_through:
             self.peer_processed_through = data.processed_through
             unprocessed = self._unprocessed
             while unprocessed and unprocessed[0].last <= data.processed_through:
                 self._unprocessed_bytes -= unprocessed.popleft().size_bytes
-
-    def _note_round_trip(self, seconds: float) -> None:
-        """RFC 6298, section 2."""
-        if self._smoothed_rtt is None:
-            self._smoothed_rtt, self._rtt_variation = seconds, seconds / 2
-        else:
-            self._rtt_variation += (abs(self._smoothed_rtt - seconds) - self._rtt_variation) / 4
-            self._smoothed_rtt += (seconds - self._smoothed_rtt) / 8
-        self._rto = min(max(self._smoothed_rtt + 4 * self._rtt_variation, RTO_MIN_S), RTO_MAX_S)
 
     # Time.
 
@@ -512,7 +499,7 @@ class Session(Outlet):
             self._unanswered_count += 1
             wait_s = IDLE_PROBE_S
             if self.unreceived_count or self.unprocessed_count:
-                wait_s = min(self._rto * 2 ** min(self._unanswered_count, 10), RTO_MAX_S)
+                wait_s = min(self._trip.timeout_s * 2 ** min(self._unanswered_count, 10), RTO_MAX_S)
             self.probe_at = now + wait_s * (0.75 + 0.5 * self._rng.random())
             self._send_empty(Flag.ASK)
 

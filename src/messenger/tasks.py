@@ -101,7 +101,7 @@ class TaskLoop(Loop):
         if event_loop is None:
             raise RuntimeError("an AsyncMessenger needs a running event loop; without one, use Messenger")
         # Where asyncio takes Ctrl-C itself, as in `asyncio.run`, this leaves it alone.
-        interrupts.install(_defer_nothing)
+        interrupts.install()
         self._event_loop = self._guard.event_loop = self._handlers.event_loop = event_loop
         self._guard.thread_id = threading.get_ident()
         self.state = State.RUNNING
@@ -271,12 +271,12 @@ class TaskLoop(Loop):
             self._timer = self._event_loop.call_later(delay_s, self._handle_timer)
 
     def poll(self, now: float) -> None:
-        """Take input in the middle of a callback that is a plain function, not long after the last time."""
-        if now >= self._poll_at:
+        """Take input in the middle of a callback that is a plain function, if not long after the last time."""
+        if now >= self._poll_at and self.state is not State.CLOSED:
             self._poll_at = now + POLL_S
             self._touched.update(self._links.values())
-            if self._read_events():
-                self._take_input(())
+            self._read_events()
+            self._take_input(())
 
     def announce_calls(self) -> None:
         """Have callbacks run in the next turn."""
@@ -373,7 +373,3 @@ class TaskLoop(Loop):
         super()._report(callback, argument, error)
         if isinstance(error, KeyboardInterrupt):
             raise error
-
-
-def _defer_nothing() -> None:
-    """A deferred Ctrl-C is sent again a moment later."""

@@ -82,7 +82,7 @@ class ThreadLoop(Loop):
 
     def start(self) -> None:
         """Start the thread."""
-        interrupts.install(_interrupt_at_release)
+        interrupts.install()
         self._wakeup = Wakeup()
         self.state = State.RUNNING
         started.add(self)
@@ -370,6 +370,9 @@ def _interrupt_at_release() -> None:
     for loop in list(started):
         if isinstance(loop, ThreadLoop):
             loop.interrupt_at_release()
+
+
+interrupts.on_defer(_interrupt_at_release)
 
 
 def _locked() -> threading.Lock:

@@ -18,6 +18,7 @@ from messenger.replication import (
     ReplicationLimits,
     Stale,
 )
+from messenger.replication.feed import Peer
 from messenger.replication.records import Ack, Entries, Entry, encode
 from tests.conftest import free_port, wait_until
 from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, content_of, state_of, wait_streaming
@@ -132,6 +133,26 @@ def test_several_replicas(cluster: Cluster) -> None:
     for replica in replicas:
         assert replica.execute(SELECT).fetchall() == [(1, "Dune")]
     assert [status.name for status in primary.status().replicas] == ["replica0", "replica1", "replica2"]
+
+
+def test_a_replica_that_catches_up_is_sent_no_more_than_the_limit(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary, replica = cluster.pair(limits=ReplicationLimits(in_flight_transactions_max=5))
+    replica.close()
+    for number in range(100):
+        primary.execute(INSERT, (str(number),))
+    most: list[int] = []
+    note_sent = Peer.note_sent
+
+    def note(peer: Peer, entry: Entry) -> None:
+        note_sent(peer, entry)
+        most.append(len(peer.under_way))
+
+    monkeypatch.setattr(Peer, "note_sent", note)
+    wait_streaming(primary, cluster.replica())
+    assert len(most) == 100
+    assert max(most) == 5
 
 
 def test_a_slow_replica_is_bounded_and_catches_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """The command `messenger`: the words that it takes, and how it ends.
 
-click reads the words and one function per command does the work, on the public API alone: `messages.py` those that
-every installation has, and beside it a module for each component. `terminal.py` is what they share. click is imported
-by `main` and rich by a long run, so that whoever installed without the extra `[cli]` is told what to install.
+click reads the words and one function per command does the work, on the public API alone: `messages.py` and `keys.py`
+those that every installation has, and beside them a module for each component. `terminal.py` is what they share. click
+is imported by `main` and rich by a long run, so that whoever installed without the extra `[cli]` is told what to
+install.
 
 What must never happen here: a traceback because of a signal, a closed pipe or a peer; an exit status that says more
 than is known.
@@ -16,7 +17,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from messenger import DestinationInUse, DestinationInvalid, MessengerError, NotDelivered, OutcomeUnknown
+from messenger import (
+    DestinationInUse,
+    DestinationInvalid,
+    MessengerError,
+    NotDelivered,
+    OutcomeUnknown,
+    SecurityError,
+)
 
 from .terminal import BROKEN_PIPE, FAILED, INTERRUPTED, NOT_DELIVERED, UNKNOWN, USAGE, complain, end_on
 
@@ -28,9 +36,10 @@ EXTRAS = {"click": "cli", "rich": "cli", "apsw": "replication"}
 # For each error the exit status and what to do; the first that fits counts.
 OUTCOMES: tuple[tuple[type[Exception], int, str], ...] = (
     (OutcomeUnknown, UNKNOWN, "; it may have run there: --timeout waits longer, --no-wait wants no response"),
-    (NotDelivered, NOT_DELIVERED, "; check that somebody listens there, or wait longer with --timeout"),
+    (NotDelivered, NOT_DELIVERED, "; check that somebody listens there and lets us in, or wait longer with --timeout"),
     (DestinationInUse, FAILED, "; end that listener or take another destination"),
     (DestinationInvalid, USAGE, ""),
+    (SecurityError, USAGE, ""),
     (MessengerError, FAILED, ""),
     (ValueError, USAGE, ""),
     (OSError, FAILED, ""),
@@ -69,10 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     import click
 
-    from .messages import make_commands
+    from . import keys, messages
 
     components = [_make_group(name, text) for name, text in COMPONENTS.items()]
-    commands = click.Group("messenger", commands=[*make_commands(), *components], help=HELP)
+    commands = click.Group(
+        "messenger", commands=[*messages.make_commands(), *keys.make_commands(), *components], help=HELP
+    )
     try:
         # Not commands.main(), which has exit statuses of its own for a closed pipe and for Ctrl-C.
         with commands.make_context("messenger", words) as context:

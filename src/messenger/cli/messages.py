@@ -28,13 +28,12 @@ from messenger import (
     DeliveryError,
     Limits,
     Message,
-    Messenger,
     MessengerError,
     NotDelivered,
-    Security,
     __version__,
 )
 
+from .keys import new_messenger, secure, security
 from .terminal import INTERRUPTED, complain, end_on, option, parse_place, printable, show_progress, wait, write
 
 if TYPE_CHECKING:
@@ -70,7 +69,6 @@ def make_commands() -> "list[click.Command]":
         option("--workers", type=click.IntRange(1, WORKERS_MAX), default=4, help="Run at most so many CMD at a time."),
         option("--exec-timeout", type=seconds, default=30.0, help="Seconds after which a CMD is killed."),
         option("--count", type=count, help="End after so many messages."),
-        option("--insecure", is_flag=True, help="Allow a DEST that other machines reach; all of them can send."),
     ]
     send = [
         *(place, click.Argument(["contents"]), identity, as_json),
@@ -87,9 +85,9 @@ def make_commands() -> "list[click.Command]":
         option("--timeout", type=seconds, default=5.0, help="Seconds after which one counts as lost."),
     ]
     return [
-        click.Command("listen", callback=_listen, params=listen, help=_listen.__doc__),
-        click.Command("send", callback=_send, params=send, help=_send.__doc__, epilog=SEND_STATUSES),
-        click.Command("ping", callback=_ping, params=ping, help=_ping.__doc__),
+        secure(click.Command("listen", callback=_listen, params=listen, help=_listen.__doc__), listens=True),
+        secure(click.Command("send", callback=_send, params=send, help=_send.__doc__, epilog=SEND_STATUSES)),
+        secure(click.Command("ping", callback=_ping, params=ping, help=_ping.__doc__)),
         click.Command("version", callback=_version, params=[as_json], help=_version.__doc__),
     ]
 
@@ -104,7 +102,6 @@ def _listen(
     workers: int,
     exec_timeout: float,
     count: int | None,
-    insecure: bool,
 ) -> int:
     """Listen on DEST and print each message: its sender, source and destination callback ids, and contents.
 
@@ -114,14 +111,16 @@ def _listen(
     if echo + (reply is not None) + (command is not None) > 1:
         raise ValueError("--echo, --reply and --exec exclude each other: give one of them")
     place = parse_place(destination)
-    if not (insecure or place.is_loopback()):
-        raise ValueError(f"{destination!r} can be reached from other machines: if that is wanted, give --insecure")
+    if security() is None and not place.is_loopback():
+        raise ValueError(
+            f"{destination!r} can be reached from other machines: give --key and --allow, to say who may connect, or "
+            "--insecure if anybody may"
+        )
     program = None if command is None else _Program(command, exec_timeout)
     fixed = None if reply is None else os.fsencode(reply)
     server = _Server(as_json, count, program.run if program else lambda contents: contents if echo else fixed)
     end_on(signal.SIGTERM)
-    security = Security(insecure=insecure)
-    with contextlib.suppress(KeyboardInterrupt), Messenger(identity, security=security) as messenger:
+    with contextlib.suppress(KeyboardInterrupt), new_messenger(identity) as messenger:
         try:
             listener = messenger.listen_for_connection(place, server.take, workers=workers if program else 0)
             complain(f"{messenger.identity!r} listens on {', '.join(listener.endpoints)}")
@@ -151,7 +150,7 @@ def _send(
     place = parse_place(destination)
     remote_callback = _parse_callback(callback)
     data = sys.stdin.buffer.read() if contents == "-" else os.fsencode(contents)
-    with Messenger(identity) as messenger:
+    with new_messenger(identity) as messenger:
         connection = messenger.make_connection(place, dialect=dialect)
         if no_wait:
             # What never left is counted, and logged, which we do ourselves.
@@ -185,7 +184,7 @@ def _ping(
     times_us: list[float | None] = []
     status = 0
     try:
-        with Messenger(identity) as messenger, show_progress(count, "ping") as advance:
+        with new_messenger(identity) as messenger, show_progress(count, "ping") as advance:
             connection = messenger.make_connection(place)
             for number in range(1, count + 1):
                 time.sleep(interval if number > 1 else 0)

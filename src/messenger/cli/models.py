@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from messenger import Messenger, MessengerError, NotDelivered, OutcomeUnknown
+from messenger import MessengerError, NotDelivered, OutcomeUnknown
 
+from .keys import new_messenger, secure, security
 from .terminal import (
     FAILED,
     INTERRUPTED,
@@ -112,10 +113,14 @@ def make_commands() -> "list[click.Command]":
         ("status", _guard(_status), client),
         ("cancel", _guard(_cancel), [click.Argument(["job"]), *client]),
     ]
-    return [
-        click.Command(word, callback=work, params=params, help=work.__doc__, epilog=STATUSES)
-        for word, work, params in works
-    ]
+    return [_make_command(*work) for work in works]
+
+
+def _make_command(word: str, work: Callable[..., int], params: "list[click.Parameter]") -> "click.Command":
+    import click
+
+    command = click.Command(word, callback=work, params=list(params), help=work.__doc__, epilog=STATUSES)
+    return secure(command, listens=word == "manage")
 
 
 def _guard(command: Callable[..., int]) -> Callable[..., int]:
@@ -141,7 +146,7 @@ def _guard(command: Callable[..., int]) -> Callable[..., int]:
 def _connect(at: str) -> "Iterator[ModelClient]":
     from messenger.models import ModelClient
 
-    with Messenger() as messenger:
+    with new_messenger() as messenger:
         yield ModelClient(messenger, parse_place(at))
 
 
@@ -178,7 +183,7 @@ def _manage(at: str, folder: Path | None, servers: int, command: str | None) -> 
     forever: SimpleQueue[None] = SimpleQueue()
     with (
         contextlib.suppress(KeyboardInterrupt),
-        Messenger() as messenger,
+        new_messenger() as messenger,
         ModelServerManager(messenger, parse_place(at), servers=servers, command=words, folder=folder) as manager,
     ):
         complain(f"the manager listens on {', '.join(manager.listener.endpoints)}; models in {manager.folder}")
@@ -194,7 +199,7 @@ def _serve(at: str, folder: Path | None) -> int:
     from messenger.models.server import serve
 
     _require_extra()
-    return serve(parse_place(at), folder)
+    return serve(parse_place(at), folder, security=security())
 
 
 def _train(

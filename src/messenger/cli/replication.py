@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import apsw
 import msgspec
 
-from messenger import Messenger, MessengerError, Security
+from messenger import MessengerError
 from messenger.replication import (
     NotConfirmed,
     Primary,
@@ -33,6 +33,7 @@ from messenger.replication import (
     verify,
 )
 
+from .keys import new_messenger, secure
 from .sql import Statement, show_row, split_statements
 from .terminal import FAILED, UNKNOWN, complain, end_on, option, parse_place, printable, show_amount, wait, write
 
@@ -72,7 +73,6 @@ def make_commands() -> "list[click.Command]":
         option("--acknowledgements", type=click.IntRange(1), default=1, help="At how many replicas."),
         option("--timeout", type=seconds, default=5.0, help="Seconds to wait for that."),
         option("--load", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help="Run this SQL first."),
-        option("--insecure", is_flag=True, help="Allow a DEST that other machines reach; all of them can join."),
     ]
     replica = [
         *(file, identity, as_json, once),
@@ -88,10 +88,18 @@ def make_commands() -> "list[click.Command]":
     ]
     verified = [click.Argument([name], metavar=name.upper(), type=click.Path(dir_okay=False)) for name in ("a", "b")]
     return [
-        click.Command("primary", callback=_primary, params=primary, help=_primary.__doc__),
-        click.Command("replica", callback=_replica, params=replica, help=_replica.__doc__),
-        click.Command("status", callback=_status, params=[place, as_json, timeout], help=_status.__doc__),
-        click.Command("promote", callback=_promote, params=[place, as_json, timeout], help=_promote.__doc__),
+        secure(click.Command("primary", callback=_primary, params=primary, help=_primary.__doc__), listens=True),
+        secure(
+            click.Command("replica", callback=_replica, params=replica, help=_replica.__doc__),
+            listens=True,
+            connects=True,
+        ),
+        *(
+            secure(
+                click.Command(word, callback=work, params=[place, as_json, timeout], help=work.__doc__), connects=True
+            )
+            for word, work in (("status", _status), ("promote", _promote))
+        ),
         click.Command("verify", callback=_verify, params=[*verified, as_json], help=_verify.__doc__),
     ]
 
@@ -106,7 +114,6 @@ def _primary(
     acknowledgements: int,
     timeout: float,
     load: str | None,
-    insecure: bool,
 ) -> int:
     """Be the primary of FILE, and run the SQL that comes on standard input.
 
@@ -118,7 +125,7 @@ def _primary(
     with (
         contextlib.suppress(KeyboardInterrupt),
         _told(),
-        Messenger(identity, security=Security(insecure=insecure)) as messenger,
+        new_messenger(identity) as messenger,
         Primary(path, messenger, place, commit=commit, acknowledgements=acknowledgements, timeout=timeout) as primary,
     ):
         complain(f"{messenger.identity!r} is the primary of {path} at {primary.destination}, {primary.position}")
@@ -145,7 +152,7 @@ def _replica(
     """
     places = [parse_place(text) for text in destination]
     end_on(signal.SIGTERM)
-    with contextlib.suppress(KeyboardInterrupt), _told(), Messenger(identity) as messenger:
+    with contextlib.suppress(KeyboardInterrupt), _told(), new_messenger(identity) as messenger:
         node = _Node()
         replica = Replica(
             path,
@@ -198,7 +205,7 @@ def _status(destination: str, as_json: bool, timeout: float) -> int:
 
     Exit status: 0 if it answered, 1, 3 and 4 as for send.
     """
-    with _told(), Messenger() as messenger:
+    with _told(), new_messenger() as messenger:
         told = query_status(messenger, parse_place(destination), timeout=timeout)
     if as_json:
         write(msgspec.json.encode(told) + b"\n")
@@ -218,7 +225,7 @@ def _promote(destination: str, as_json: bool, timeout: float) -> int:
     What the old primary committed and this replica has not is lost to the database; the old primary saves it to a file
     when it joins as a replica.
     """
-    with _told(), Messenger() as messenger:
+    with _told(), new_messenger() as messenger:
         told = request_promotion(messenger, parse_place(destination), timeout=timeout)
     if as_json:
         write(msgspec.json.encode(told) + b"\n")

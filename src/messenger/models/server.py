@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from messenger import DeliveryError, Destination, Message, Messenger, MessengerError
+from messenger import DeliveryError, Destination, Message, Messenger, MessengerError, Security
 
 from .errors import CommandFailed, TrainingCancelled
 from .jobs import Progress
@@ -351,10 +351,14 @@ def main(words: list[str] | None = None) -> int:
     return serve(options.destination, options.folder, options.slot)
 
 
-def serve(destination: Destination | str, folder: Path | None = None, slot: int = -1) -> int:
+def serve(
+    destination: Destination | str, folder: Path | None = None, slot: int = -1, *, security: Security | None = None
+) -> int:
     """Run a server until it is told to end, in the main thread, and return the exit status."""
-    identity = f"model-server-{os.getpid()}-{secrets.token_hex(4)}"
-    with Messenger(identity) as messenger:
+    # With a key, the key says who it is.
+    has_key = security is not None and security.key is not None
+    identity = None if has_key else f"model-server-{os.getpid()}-{secrets.token_hex(4)}"
+    with Messenger(identity, security=security) as messenger:
         server = ModelServer(messenger, destination, folder=folder, slot=slot)
 
         def end(number: int, frame: FrameType | None) -> None:

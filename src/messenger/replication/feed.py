@@ -122,12 +122,11 @@ class Peer:
         while self.under_way and self.under_way[0][0] <= self.applied:
             self.applied_bytes = self.under_way.popleft()[1]
 
-    def has_room(self, limits: ReplicationLimits) -> bool:
-        """Return whether more may be under way to it."""
-        return not self.under_way or (
-            len(self.under_way) < limits.in_flight_transactions_max
-            and self.sent_bytes - self.applied_bytes < limits.in_flight_bytes_max
-        )
+    def room(self, limits: ReplicationLimits) -> int:
+        """Return how many transactions more may be under way to it."""
+        if self.under_way and self.sent_bytes - self.applied_bytes >= limits.in_flight_bytes_max:
+            return 0
+        return max(0, limits.in_flight_transactions_max - len(self.under_way))
 
 
 class Source(Protocol):
@@ -300,10 +299,11 @@ class Feed:
             if peer.sent >= source.head.lsn:
                 peer.state = STREAMING
                 return False
-            if not peer.has_room(source.limits):
+            room = peer.room(source.limits)
+            if not room:
                 return False
             after_lsn = peer.sent
-        entries = read_entries(reader, after_lsn, CATCH_UP_TRANSACTIONS, CATCH_UP_BYTES)
+        entries = read_entries(reader, after_lsn, min(room, CATCH_UP_TRANSACTIONS), CATCH_UP_BYTES)
         if not entries:
             return False  # Only the writer has it yet.
         if entries[0].lsn != after_lsn + 1:

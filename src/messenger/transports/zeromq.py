@@ -278,11 +278,11 @@ class ConnectionLink(SocketLink):
         elif event == HUNG_UP and self._keys is not None:
             self._failure_count += 1
             if self._failure_count >= HANDSHAKE_FAILURES_MAX:
-                key = self._keys[1].public
-                text = f"it hung up {self._failure_count} times in the handshake, so its key is probably not {key}"
+                text = f"it hung up {self._failure_count} times in the handshake, so it probably has"
+                text = f"{text} not the key {self._keys[1].public}"
                 self._take_refusal(text, False)
         elif event == BAD_PROTOCOL and self._keys is not None:
-            self._take_refusal("it does not speak CURVE, so it has no key", True)
+            self._take_refusal(f"it does not speak CURVE, so it has not the key {self._keys[1].public}", True)
         elif event == BAD_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             self._take_refusal("it lets in only who has a key: Security(key=…, servers=…)", True)
 
@@ -291,7 +291,7 @@ class ConnectionLink(SocketLink):
         if not self._is_refused:
             logger.warning("! %s refused a connection: %s", self.endpoint, text)
         self._is_refused = True
-        self._exchange.handle_link_refused(self, f"{self.endpoint}: {text}")
+        self._exchange.handle_link_refused(self, text)
         if is_over:
             self._exchange.revive_later(self, time.monotonic() + RETRY_S)
 

@@ -1,0 +1,37 @@
+"""How long the other end takes to answer, and so how long to wait for it (RFC 6298, section 2).
+
+One message is timed at a time, and none that was sent twice: its answer may be to either (Karn's rule).
+
+What must never happen here: a wait outside of `RTO_MIN_S` to `RTO_MAX_S`.
+"""
+
+from .limits import RTO_INITIAL_S, RTO_MAX_S, RTO_MIN_S
+
+
+class RoundTrip:
+    """The estimate of one session.
+
+    Attributes:
+        timeout_s: After so many seconds without an acknowledgement it is time to ask for one.
+        timed_number: Of the message that is timed now, 0 if none is.
+        timed_at: When it was sent.
+    """
+
+    __slots__ = ("_smoothed_s", "_variation_s", "timed_at", "timed_number", "timeout_s")
+
+    def __init__(self) -> None:
+        self.timeout_s = RTO_INITIAL_S
+        self.timed_number = 0
+        self.timed_at = 0.0
+        self._smoothed_s: float | None = None
+        self._variation_s = 0.0
+
+    def note(self, seconds: float) -> None:
+        """Note the round trip of the message that is timed, and time it no more."""
+        self.timed_number = 0
+        if self._smoothed_s is None:
+            self._smoothed_s, self._variation_s = seconds, seconds / 2
+        else:
+            self._variation_s += (abs(self._smoothed_s - seconds) - self._variation_s) / 4
+            self._smoothed_s += (seconds - self._smoothed_s) / 8
+        self.timeout_s = min(max(self._smoothed_s + 4 * self._variation_s, RTO_MIN_S), RTO_MAX_S)

@@ -1,0 +1,120 @@
+"""A5: connections that say nothing, garbage, and a listed peer that wants all there is.
+
+`python -m tests.security.flood` does the first with 2,000 connections, and measures what a listed client feels.
+"""
+
+import select
+import socket
+import time
+
+import pytest
+
+from messenger import Limits, Listener, NotDelivered, Security
+from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S
+from tests.conftest import MessengerFactory, PlainPeers, dropped, wait_until
+from tests.security.conftest import SecuredServer, ask
+from tests.security.flood import GARBAGE, open_idle
+from tests.transports.test_bad_input import RawSession
+
+
+def connected_count(listener: Listener) -> int:
+    return len(listener.links[0]._accepted)
+
+
+def closed_count(connections: list[socket.socket]) -> int:
+    """Returns how many were closed by the other end."""
+    readable, _, _ = select.select(connections, [], [], 0)
+    return sum(not _has_more(connection) for connection in readable)
+
+
+def _has_more(connection: socket.socket) -> bool:
+    try:
+        while data := connection.recv(65_536):
+            if not data:
+                return False
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def test_idle_connections_and_garbage_end_by_themselves(server: SecuredServer) -> None:
+    """Each says something else, or nothing; none outlives the time that a handshake may take."""
+    alice = server.client(server.alice)
+    ask(alice, server.destination)
+    before_count = connected_count(server.listener)
+    began_at = time.monotonic()
+    connections = open_idle(server.listener.port, 200, GARBAGE)
+    try:
+        slowest_s = 0.0
+        while closed_count(connections) < len(connections):
+            asked_at = time.monotonic()
+            assert ask(alice, server.destination) == b"alice said hello"
+            slowest_s = max(slowest_s, time.monotonic() - asked_at)
+            assert time.monotonic() < began_at + HANDSHAKE_S + 5
+            time.sleep(0.01)
+    finally:
+        for connection in connections:
+            connection.close()
+    assert slowest_s < 1
+    wait_until(lambda: connected_count(server.listener) == before_count)
+    # libzmq tells of those that sent at least a greeting.
+    assert dropped(server.messenger, "failed_handshakes") >= len(connections) / 2
+    assert server.messenger.statistics().dropped.keys() == {"failed_handshakes"}
+
+
+def test_connections_beyond_the_limit_are_cut(messenger: MessengerFactory) -> None:
+    limits = Limits(peer_connections_max=20)
+    server = messenger("server", limits=limits)
+    listener = server.listen_for_connection("tcp://127.0.0.1:0", lambda message: message.reply(b"served"))
+    client = messenger("client")
+    assert ask(client, listener.destination) == b"served"
+    connections = open_idle(listener.port, 60, (b"",))
+    try:
+        wait_until(lambda: dropped(server, "too_many_connections") >= 41)
+        wait_until(lambda: closed_count(connections) >= 41)
+        wait_until(lambda: connected_count(listener) <= limits.peer_connections_max)
+        assert ask(client, listener.destination) == b"served"
+    finally:
+        for connection in connections:
+            connection.close()
+    wait_until(lambda: connected_count(listener) == 1)
+    assert ask(messenger("another"), listener.destination) == b"served"
+
+
+def test_one_identity_has_so_many_sessions(messenger: MessengerFactory) -> None:
+    """So no peer takes what others need."""
+    limits = Limits(sessions_max=100, sessions_per_identity_max=3)
+    server = messenger("server", limits=limits)
+    listener = server.listen_for_connection("tcp://127.0.0.1:0", lambda message: message.reply(b"served"))
+    greedy = messenger("greedy")
+    for _ in range(3):
+        assert ask(greedy, greedy.make_connection(listener.destination)) == b"served"
+    with pytest.raises(NotDelivered, match="3 sessions of 'greedy' are open, that is sessions_per_identity_max"):
+        ask(greedy, greedy.make_connection(listener.destination))
+    assert dropped(server, "too_many_sessions") == 1
+    assert ask(messenger("modest"), listener.destination) == b"served"
+
+
+def test_one_key_has_so_many_open_challenges(server: SecuredServer, plain: PlainPeers) -> None:
+    dealer = server.dealer(plain, server.alice)
+    for _ in range(CHALLENGES_PER_IDENTITY_MAX + 3):
+        RawSession(dealer, identity=b"alice").send_hello()
+    wait_until(lambda: dropped(server.messenger, "too_many_challenges") == 3)
+    server.allow(server.alice, server.bob)
+    assert ask(server.client(server.bob), server.destination) == b"bob said hello"
+
+
+def test_refusals_are_counted_each_and_logged_once(server: SecuredServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Who is refused again and again fills no disk."""
+    mallory = Security(key=server.mallory, servers=server.pair.public)
+    for _ in range(5):
+        client = server._make(security=mallory)
+        try:
+            ask(client, server.destination)
+        except NotDelivered:
+            client.close()
+    assert dropped(server.messenger, "refused_key") == 5
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum(line.startswith("! server refused") for line in lines) == 1

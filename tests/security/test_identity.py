@@ -1,0 +1,244 @@
+"""A3: another's identity, claimed in a HELLO, by a routing id, or by a frame of another's session; and revocation."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from messenger import KeyPair, Messenger, NotDelivered, OutcomeUnknown, Security
+from messenger.limits import NAMES_PER_KEY_MAX
+from tests.conftest import (
+    TIMEOUT_S,
+    Inbox,
+    MessengerFactory,
+    PlainPeers,
+    dropped,
+    wait_dropped,
+    wait_until,
+)
+from tests.security.conftest import SecuredServer, ask
+from tests.security.test_curve import is_served
+from tests.transports.test_bad_input import DATA, GOODBYE, RESPONSE, RawSession
+
+Warnings = Callable[[], list[str]]
+
+
+@pytest.fixture
+def victim(server: SecuredServer) -> Messenger:
+    """Alice, whom bob wants to be; both are on the list."""
+    server.allow(server.alice, server.bob)
+    victim = server.client(server.alice)
+    assert ask(victim, server.destination) == b"alice said hello"
+    return victim
+
+
+def test_another_identity_in_hello(server: SecuredServer, victim: Messenger, warnings: Warnings) -> None:
+    liar = server.client(server.bob, "alice")
+    with pytest.raises(NotDelivered, match=r"refused: its key here is not that of 'alice'; take the identity that"):
+        ask(liar, server.destination)
+    assert dropped(server.messenger, "foreign_identity") >= 1
+    claim = f"! server refused a message that claims to be of b'alice', by the key {server.bob.public} of 'bob'"
+    assert claim in warnings()
+    assert ask(victim, server.destination) == b"alice said hello"
+    assert {message.sender for message in server.received.wait(2)} == {"alice"}
+
+
+def test_another_identity_while_its_owner_is_away(server: SecuredServer, victim: Messenger) -> None:
+    victim.close()
+    with pytest.raises(NotDelivered, match="not that of 'alice'"):
+        ask(server.client(server.bob, "alice"), server.destination)
+    again = server.client(server.alice)
+    assert ask(again, server.destination) == b"alice said hello"
+
+
+@pytest.mark.parametrize("claimed", [b"alice", b"alice#2", b"mallory", b"\x01", b"bob#1", b"bob#65", b"bob#x", b"bob2"])
+def test_another_identity_by_routing_id(
+    server: SecuredServer, victim: Messenger, plain: PlainPeers, warnings: Warnings, claimed: bytes
+) -> None:
+    count = len(server.received)
+    liar = server.dealer(plain, server.bob, claimed)
+    liar.send(b"", b"1-0-x")
+    wait_dropped(server.messenger, "foreign_identity")
+    assert any(f"claims to be of {claimed!r}, by the key {server.bob.public}" in line for line in warnings())
+    assert len(server.received) == count
+    assert liar.is_silent()
+    assert ask(victim, server.destination) == b"alice said hello"
+
+
+def test_a_plain_victim_keeps_its_routing_id(server: SecuredServer, victim: Messenger, plain: PlainPeers) -> None:
+    """A thief does not take it over while its owner is connected, and gets nothing of what is sent to it."""
+    owner = server.dealer(plain, server.alice, b"alice")
+    owner.send(b"", b"1-0-x")
+    assert owner.receive() == [b"server", b"", b"0-1-alice said x"]
+    thief = server.dealer(plain, server.bob, b"alice")
+    thief.send(b"", b"2-0-x")
+    for number in range(20):
+        owner.send(b"", b"%d-0-x" % (number + 1))
+        assert owner.receive() == [b"server", b"", b"0-%d-alice said x" % (number + 1)]
+    assert thief.is_silent()
+
+
+def test_a_thief_that_was_there_first_gets_nothing(server: SecuredServer, plain: PlainPeers) -> None:
+    """Nothing goes to a routing id by its name alone: it must have been seen with the key of that name."""
+    server.allow(server.alice, server.bob)
+    thief = server.dealer(plain, server.bob, b"alice")
+    errors: Inbox[Exception] = Inbox()
+    server.messenger.send_message((server.listener, "alice"), b"secret", lambda _: None, on_error=errors)
+    [error] = errors.wait()
+    assert isinstance(error, NotDelivered)
+    thief.send(b"", b"1-0-x")
+    wait_dropped(server.messenger, "foreign_identity")
+    owner = server.dealer(plain, server.alice)
+    owner.send(b"", b"1-0-x")
+    assert owner.receive() == [b"server", b"", b"0-1-alice said x"]
+    server.messenger.send_message((server.listener, "alice"), b"secret")
+    assert owner.receive() == [b"server", b"", b"0-0-secret"]
+    assert thief.is_silent()
+
+
+def join(server: SecuredServer, plain: PlainPeers, pair: KeyPair, routing_id: bytes | None = None) -> RawSession:
+    raw = RawSession(server.dealer(plain, pair, routing_id), identity=pair.name.encode())
+    raw.join()
+    raw.send_data([b"1024-0-x"])
+    raw.receive_until(lambda: b"0-1024-%b said x" % raw.identity in raw.messages)
+    return raw
+
+
+def ask_raw(raw: RawSession, source: int) -> None:
+    raw.send_data([b"%d-0-x" % source])
+    raw.receive_until(lambda: b"0-%d-%b said x" % (source, raw.identity) in raw.messages)
+
+
+def stolen(raw: RawSession, server: SecuredServer, plain: PlainPeers, routing_id: bytes | None = None) -> RawSession:
+    """The session of another, with all its secrets, in the hands of bob."""
+    thief = RawSession(server.dealer(plain, server.bob, routing_id), identity=raw.identity)
+    thief.__dict__.update({name: value for name, value in raw.__dict__.items() if name != "dealer"})
+    thief.messages = []
+    return thief
+
+
+@pytest.mark.parametrize("kind", [DATA, RESPONSE, GOODBYE])
+def test_a_frame_in_anothers_session(server: SecuredServer, plain: PlainPeers, kind: int) -> None:
+    """Even who knows both incarnations of a session, which are secret, can say nothing in it, and not end it."""
+    server.allow(server.alice, server.bob)
+    raw = join(server, plain, server.alice)
+    thief = stolen(raw, server, plain)
+    if kind == DATA:
+        thief.send_data([b"1025-0-stolen"])
+    else:
+        thief.dealer.send(thief.pack(kind, struct.pack("<Q", 5)))
+    wait_dropped(server.messenger, "foreign_identity")
+    for source in (1026, 1027):
+        ask_raw(raw, source)
+    assert not any(message.contents == b"stolen" for message in server.received.wait(3))
+
+
+def test_a_frame_by_the_routing_id_of_a_session_that_is_away(server: SecuredServer, plain: PlainPeers) -> None:
+    """The thief has the very routing id that the session last came by, and still not its key."""
+    server.allow(server.alice, server.bob)
+    raw = join(server, plain, server.alice, b"same")
+    raw.dealer.close()
+    wait_until(lambda: _is_free(server, plain, raw))
+    assert not any(message.contents == b"stolen" for message in server.received.wait(1))
+    back = stolen(raw, server, plain)
+    back.dealer = server.dealer(plain, server.alice, b"same again")
+    ask_raw(back, 1030)
+
+
+def _is_free(server: SecuredServer, plain: PlainPeers, raw: RawSession) -> bool:
+    before = dropped(server.messenger, "foreign_identity")
+    thief = stolen(raw, server, plain, b"same")
+    thief.send_data([b"1025-0-stolen"])
+    try:
+        wait_until(lambda: dropped(server.messenger, "foreign_identity") > before, 0.5)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_a_server_that_calls_itself_as_another(
+    server: SecuredServer, tmp_path: Path, messenger: MessengerFactory
+) -> None:
+    """A pinned key that was given with a name is believed under this name only."""
+    public = tmp_path / "bank.pub"
+    public.write_text(f"{server.pair.public} bank\n")
+    public.chmod(0o600)
+    alice = messenger(security=Security(key=server.alice, servers=public))
+    with pytest.raises(NotDelivered, match="calls itself 'server', which is not the identity that goes with its key"):
+        ask(alice, server.destination)
+    public.write_text(f"{server.pair.public} server\n")
+    again = messenger(security=Security(key=server.alice, servers=public))
+    assert ask(again, server.destination) == b"alice said hello"
+
+
+# Revocation.
+
+
+def test_revocation_ends_a_session_at_once(server: SecuredServer, victim: Messenger, warnings: Warnings) -> None:
+    bob = server.client(server.bob)
+    assert ask(bob, server.destination) == b"bob said hello"
+    errors: Inbox[Exception] = Inbox()
+    server.messenger.send_message((server.listener, "alice"), b"question", lambda _: None, on_error=errors)
+    server.allow(server.bob)
+    # Whether it was still queued is a race; what became of it is told now, not at its deadline.
+    [error] = errors.wait(timeout=1)
+    assert isinstance(error, OutcomeUnknown | NotDelivered)
+    assert "its key was taken off the allow-list" in str(error)
+    with pytest.raises(NotDelivered, match="not on the allow-list"):
+        ask(victim, server.destination)
+    assert any("the session with b'alice' was ended" in line for line in warnings())
+    assert ask(bob, server.destination) == b"bob said hello"
+    server.allow(server.alice, server.bob)
+    wait_until(lambda: is_served(victim, server.destination))
+
+
+def test_who_goes_on_after_its_key_was_revoked_is_cut_off(server: SecuredServer, plain: PlainPeers) -> None:
+    server.allow(server.alice, server.bob)
+    raw, dealer = join(server, plain, server.alice), server.dealer(plain, server.alice)
+    dealer.send(b"", b"1-0-x")
+    assert dealer.receive() == [b"server", b"", b"0-1-alice said x"]
+    server.allow(server.bob)
+    count = len(server.received)
+    link = server.listener.links[0]
+    connected = len(link._accepted)
+    raw.send_data([b"1026-0-x"])
+    dealer.send(b"", b"2-0-x")
+    wait_until(lambda: dropped(server.messenger, "refused_key") >= 2)
+    wait_until(lambda: len(link._accepted) == connected - 2)
+    errors: Inbox[Exception] = Inbox()
+    server.messenger.send_message((server.listener, "alice"), b"x", lambda _: None, on_error=errors)
+    [error] = errors.wait()
+    assert isinstance(error, NotDelivered)
+    assert len(server.received) == count
+
+
+def test_a_key_is_rotated_without_a_break(server: SecuredServer) -> None:
+    """Two keys are of one identity for a while; then the old one is taken off the list."""
+    new = KeyPair.generate("alice")
+    old_client = server.client(server.alice)
+    assert ask(old_client, server.destination) == b"alice said hello"
+    server.allow(server.alice, new)
+    assert ask(old_client, server.destination) == b"alice said hello"
+    old_client.close()
+    new_client = server.client(new)
+    assert ask(new_client, server.destination) == b"alice said hello"
+    server.allow(new)
+    assert ask(new_client, server.destination) == b"alice said hello"
+    with pytest.raises(NotDelivered, match="not on the allow-list"):
+        ask(server.client(server.alice), server.destination)
+
+
+def test_the_names_of_one_key_are_numbered_to_a_limit(server: SecuredServer, plain: PlainPeers) -> None:
+    alice = server.client(server.alice)
+    connections = [alice.make_connection(server.destination, dialect="basic") for _ in range(3)]
+    names = ["alice", "alice#2", "alice#3"]
+    for connection, name in zip(connections, names, strict=True):
+        reply = alice.request(connection, b"hello", timeout=TIMEOUT_S).contents
+        assert reply == f"{name} said hello".encode()
+    routing_ids = [b"alice#%d" % NAMES_PER_KEY_MAX, b"alice#%d" % (NAMES_PER_KEY_MAX + 1)]
+    dealers = [server.dealer(plain, server.alice, routing_id) for routing_id in routing_ids]
+    for dealer in dealers:
+        dealer.send(b"", b"1-0-x")
+    assert dealers[0].receive()[2].endswith(b"said x")
+    wait_dropped(server.messenger, "foreign_identity")

@@ -1,0 +1,36 @@
+"""A11: the whole of this folder once more under `python -O`, which removes every `assert` of the library.
+
+pytest writes the asserts of tests anew, so those still hold; that is checked first.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestConfigWarning"]
+
+
+def run_optimised(*words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-O", "-m", "pytest", *OPTIONS, *words]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+
+
+def test_a_test_under_optimisation_can_fail(tmp_path: Path) -> None:
+    (tmp_path / "test_planted.py").write_text("def test_planted():\n    assert not __debug__\n    assert 1 == 2\n")
+    result = run_optimised(str(tmp_path))
+    assert result.returncode == 1, result.stdout
+    assert "assert 1 == 2" in result.stdout
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.skipif(not __debug__, reason="this is the optimised run")
+def test_all_attacks_under_optimisation() -> None:
+    result = run_optimised("-x", "--ignore", str(HERE / "test_optimised.py"), str(HERE), "-k", "not canary_is_found")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout.splitlines()[-1]
