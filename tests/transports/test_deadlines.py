@@ -222,6 +222,7 @@ def test_the_deadline_that_the_receiver_knows(messenger: MessengerFactory, desti
     assert not message.cancelled
 
 
+@pytest.mark.threads_only
 def test_an_interrupted_request_is_cancelled_at_the_receiver(
     messenger: MessengerFactory, destination: To, monkeypatch: pytest.MonkeyPatch
 ) -> None:
