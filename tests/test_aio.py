@@ -388,9 +388,9 @@ def test_no_room_before_the_timeout(run: Run) -> None:
     async def main() -> None:
         async with AsyncMessenger(limits=Limits(queue_msgs_max=1)) as client:
             await client.send_message("inproc://nobody", b"")
-            with pytest.raises(QueueFull, match="stayed full"):
+            with pytest.raises(QueueFull, match="stayed so"):
                 await client.send_message("inproc://nobody", b"", timeout=0.02)
-            with pytest.raises(QueueFull, match="stayed full"):
+            with pytest.raises(QueueFull, match="stayed so"):
                 await client.request("inproc://nobody", b"", timeout=0.02)
             waiting = client.send_message("inproc://nobody", b"")
             with pytest.raises(QueueFull, match="calls wait"):
@@ -555,3 +555,155 @@ def test_talks_to_a_messenger_of_threads_both_ways(run: Run) -> None:
                 assert (response.contents, response.sender) == (b"answer to 2", "asyncio")
 
         run(main())
+
+
+# Streams, and order by key.
+
+
+def test_streams_are_read_in_order_and_hold_up_their_writers(run: Run) -> None:
+    """Of 300 parts that nobody takes yet, no more than the credit is sent; and others are served meanwhile."""
+    sent: list[int] = []
+
+    async def write(message: Message) -> None:
+        if message.contents:
+            answer(message)
+            return
+        for number in range(300):
+            await message.reply(b"%d" % number, more=True)
+            sent.append(number)
+        await message.reply(b"end")
+
+    async def main() -> None:
+        async with Pair(write, workers=2, limits=Limits(window_msgs=40)) as pair:
+            stream = pair.client.stream(pair.to, b"")
+            assert (await anext(stream)).contents == b"0"
+            await asyncio.sleep(0.1)
+            assert len(sent) < 40
+            for _ in range(100):
+                assert (await pair.client.request(pair.to, b"x")).contents == b"answer to x"
+            assert [part.contents async for part in stream] == [*(b"%d" % number for number in range(1, 300)), b"end"]
+            assert [part.contents async for part in stream] == []
+
+            async def read() -> int:
+                return len([part async for part in pair.client.stream(pair.to, b"")])
+
+            assert await asyncio.gather(*[read() for _ in range(5)]) == [301] * 5
+        assert pair.server.statistics().callback_error_count == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize("way", ["break", "close", "cancel", "forget"])
+def test_reader_that_stops_cancels_the_writer(run: Run, way: str) -> None:
+    ended: list[str] = []
+
+    async def write(message: Message) -> None:
+        try:
+            while True:
+                await message.reply(b"x" * 1000, more=True)
+        except (Cancelled, asyncio.CancelledError) as error:
+            ended.append(type(error).__name__)
+            raise
+
+    async def main() -> None:
+        async with Pair(write) as pair:
+            if way == "break":
+                async for _ in pair.client.stream(pair.to, b""):
+                    break
+            elif way == "close":
+                async with pair.client.stream(pair.to, b"") as stream:
+                    await anext(stream)
+            elif way == "cancel":
+
+                async def read() -> None:
+                    async for _ in pair.client.stream(pair.to, b""):
+                        await asyncio.sleep(0)
+
+                task = asyncio.create_task(read())
+                await until(lambda: pair.client.statistics().received_msgs > 10)
+                task.cancel()
+                await asyncio.wait([task])
+                del task
+            else:
+                stream = pair.client.stream(pair.to, b"")
+                await anext(stream)
+                del stream
+            await until(lambda: ended)
+            await until(lambda: pair.client.statistics().outstanding_msgs == 0)
+        assert pair.server.statistics().callback_error_count == 0
+
+    run(main())
+
+
+def test_streams_end_with_their_error(run: Run) -> None:
+    async def fail(message: Message) -> None:
+        await message.reply(b"1", more=True)
+        if message.contents == b"wait":
+            await asyncio.sleep(TIMEOUT_S)
+        raise ValueError("planted")
+
+    async def main() -> None:
+        async with Pair(fail, workers=2) as pair:
+            for contents, timeout, kind in ((b"", 5.0, HandlerError), (b"wait", 0.1, OutcomeUnknown)):
+                stream = pair.client.stream(pair.to, contents, timeout=timeout)
+                assert (await anext(stream)).contents == b"1"
+                with pytest.raises(kind):
+                    await anext(stream)
+                assert [part async for part in stream] == []
+
+    run(main())
+
+
+def test_a_plain_function_writes_a_short_stream_and_messages_of_threads_read_it(run: Run) -> None:
+    def write(message: Message) -> None:
+        for number in range(5):
+            message.reply(b"%d" % number, more=True)
+        message.reply(b"end")
+
+    def read(to: str) -> list[bytes]:
+        with Messenger() as threads:
+            return [part.contents for part in threads.stream(to, b"")]
+
+    async def main() -> None:
+        async with Pair(write) as pair:
+            to = f"tcp://127.0.0.1:{pair.listener.port}"
+            assert await asyncio.to_thread(read, to) == [b"0", b"1", b"2", b"3", b"4", b"end"]
+
+    run(main())
+
+
+def test_coroutines_of_one_key_run_one_after_the_other(run: Run) -> None:
+    active: set[bytes] = set()
+    most_active = 0
+    order: dict[bytes, list[int]] = {}
+
+    async def work(message: Message) -> None:
+        nonlocal most_active
+        key, number = message.contents[:1], int(message.contents[1:])
+        assert key not in active
+        active.add(key)
+        most_active = max(most_active, len(active))
+        order.setdefault(key, []).append(number)
+        await asyncio.sleep(0.002)
+        active.discard(key)
+        await message.reply(b"")
+
+    def key_of(message: Message) -> bytes:
+        if message.contents == b"fail":
+            raise ValueError("no key")
+        return message.contents[:1]
+
+    async def main() -> None:
+        async with AsyncMessenger() as server, AsyncMessenger() as client:
+            server.listen_for_connection("inproc://keys", work, workers=3, order_by=key_of)
+            asked = [client.request("inproc://keys", b"%c%d" % (b"abcdef"[n % 6], n)) for n in range(60)]
+            given_up = client.request("inproc://keys", b"a99")
+            given_up.cancel()
+            with pytest.raises(HandlerError, match="no key"):
+                await client.request("inproc://keys", b"fail")
+            await asyncio.gather(*asked)
+            assert all(numbers == sorted(numbers) for numbers in order.values())
+            assert (len(order), most_active) == (6, 3)
+            assert (await client.request("inproc://keys", b"a100")).contents == b""
+
+    run(main())

@@ -261,7 +261,7 @@ GOLDEN: list[tuple[bytes, str]] = [
     (
         encode_controls(1, 2, Flag.ASK, Data(3, 4, 5, 0), (Control(ControlKind.CANCEL, 1024),)),
         "4d010409 0100000000000000 0200000000000000 0300000000000000 0400000000000000 0500000000000000 00000000"
-        "06000000 91 92 01 cd0400",
+        "08000000 91 94 01 cd0400 00 00",
     ),
     (encode_header(Kind.UNKNOWN, 0, 2), "4d010500 0000000000000000 0200000000000000"),
     (encode_refusal(2, Reason.IDENTITY_IN_USE, "no"), "4d010602 0000000000000000 0200000000000000 6e6f"),
@@ -286,7 +286,10 @@ def test_the_numbers_that_stand_on_the_wire() -> None:
     assert {reason.name: int(reason) for reason in Reason} == {
         "VERSION": 1, "IDENTITY_IN_USE": 2, "LIMIT": 3, "KEY": 4
     }  # fmt: skip
-    assert {kind.name: int(kind) for kind in OptionKind} == {"HANDLER_ERROR": 1, "NO_HANDLER": 2, "REDELIVERED": 3}
+    assert {kind.name: int(kind) for kind in OptionKind} == {
+        "HANDLER_ERROR": 1, "NO_HANDLER": 2, "REDELIVERED": 3, "MORE": 4, "STREAM": 5
+    }  # fmt: skip
+    assert {kind.name: int(kind) for kind in ControlKind} == {"CANCEL": 1, "CREDIT": 2}
     assert (MAGIC, VERSION) == (0x4D, 1)
 
 
@@ -369,7 +372,7 @@ def with_controls(block: bytes) -> bytes:
 
 
 def test_controls_of_a_newer_sender_are_taken_as_far_as_they_are_understood() -> None:
-    *_, controls = decode_frame(with_controls(b"\x92\x93\x01\x05\xa1x\x92\x7f\x06"))
+    *_, controls = decode_frame(with_controls(b"\x92\x95\x01\x05\0\0\xa1x\x92\x7f\x06"))
     assert controls == [Control(ControlKind.CANCEL, 5), Control(127, 6)]
 
 
@@ -379,6 +382,7 @@ def test_controls_of_a_newer_sender_are_taken_as_far_as_they_are_understood() ->
         pytest.param(with_controls(b""), id="nothing"),
         pytest.param(with_controls(b"\x91\x91\x01"), id="a field is missing"),
         pytest.param(with_controls(b"\x91\x92\x01\xa1\xff"), id="text"),
+        pytest.param(with_controls(b"\x91\x94\x02\x05\x01\xc0"), id="nothing in place of a number"),
         pytest.param(with_controls(b"\x90") + b"x", id="something behind them"),
         pytest.param(with_controls(b"\xdc\x01\x01" + b"\x92\x01\x05" * 257), id="more than fit a frame"),
         pytest.param(encode_data(1, 2, Flag.CONTROLS, Data(1, 0, 0, 1), (b"0-0-",)), id="beside messages"),

@@ -25,7 +25,7 @@ from .errors import (
 )
 from .limits import Limits
 from .message import Message, Statistics
-from .messenger import Messenger
+from .messenger import Messenger, Stream
 from .security import KeyPair, Security
 from .wire import ECHO, NOOP, BuiltinCallback
 
@@ -65,6 +65,7 @@ __all__ = [
     "Security",
     "SecurityError",
     "Statistics",
+    "Stream",
     "__version__",
 ]
 

@@ -7,12 +7,13 @@ import logging
 import os
 import secrets
 import socket
+from collections import deque
 from threading import get_ident
 from time import monotonic
 from typing import ClassVar, Literal
 
 from .destination import Destination
-from .endpoint import Connection, Endpoints, Listener, To
+from .endpoint import Connection, Endpoints, KeyFunction, Listener, To
 from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
 from .limits import IDENTITY_BYTES_MAX, TIMEOUT_S, Limits
@@ -20,6 +21,7 @@ from .link import FOREVER
 from .loop import Loop, State
 from .message import Callback, ErrorCallback, Message, Statistics, Taker
 from .security import Security
+from .streams import Parts
 from .wire import ID_MAX, NOOP, Buffer, encode_identity
 
 logger = logging.getLogger("messenger")
@@ -49,6 +51,7 @@ class BaseMessenger:
         self._endpoints = Endpoints(self, self.limits, security, self._exchange)
         self._loop = self._loop_class(f"messenger-{identity}", self._exchange, self._endpoints, self._attach_links)
         self.security = security
+        self._abandoned: deque[Parts] = deque()
         security.on_reload(self._cut_revoked)
 
     def listen_for_connection(
@@ -58,6 +61,7 @@ class BaseMessenger:
         *,
         identity: str | None = None,
         workers: int = 0,
+        order_by: KeyFunction | None = None,
     ) -> Listener:
         """Open a destination and run a server-loop callback (SLC) on every message that arrives there.
 
@@ -66,6 +70,9 @@ class BaseMessenger:
             callback: The SLC, run on the messenger's thread; None to only serve built-in and registered callbacks.
             identity: What plain peers see as the sender of its messages; by default the messenger's.
             workers: Run the SLC on so many threads of its own instead; messages start in order but end in any.
+            order_by: Names the key of a message, such as `lambda message: message.sender`; with `workers`, messages of
+                one key run one after the other, those of different keys at once. It is called on the messenger's
+                thread. If it raises, or what it returns cannot be hashed, the sender gets `HandlerError`.
 
         Raises:
             DestinationInUse: Somebody listens there already. Nothing was opened.
@@ -79,10 +86,15 @@ class BaseMessenger:
             _check_identity(identity)
         if workers < 0:
             raise ValueError(f"workers is {workers}, it must be at least 0")
+        _check_callable("order_by", order_by)
+        if order_by is not None and not workers:
+            raise ValueError("order_by needs workers; without them messages run one after the other anyway")
         parsed = Destination.parse(destination)
         with self._loop.lock:
             self._require_open()
-            listener = self._endpoints.listen(parsed, callback, identity or self.identity, workers, self._loop)
+            listener = self._endpoints.listen(
+                parsed, callback, identity or self.identity, workers, self._loop, order_by
+            )
         logger.info("= %s listens on %s", self.identity, ", ".join(listener.endpoints))
         return listener
 
@@ -242,6 +254,49 @@ class BaseMessenger:
             loop.release()
         return message_id or self.send_message(message, contents)
 
+    def _reply_part(self, message: Message, contents: Contents, *, timeout: float = TIMEOUT_S) -> int:
+        """Do what `message.reply(contents, more=True)` says. Takes the lock; waits, but not in a callback."""
+        _check_numbers(timeout, NOOP)
+        data = _as_bytes(contents)
+        loop = self._loop
+        now = monotonic()
+        deadline_at = now + timeout
+        message_id = 0
+        with loop.lock:
+            while not message_id:
+                self._require_open(is_answer=True)
+                try:
+                    message_id = self._exchange.reply_part(message, data, monotonic())
+                except QueueFull:
+                    loop.wait_room(message.link, deadline_at, message)
+            if self._exchange.is_urgent:
+                loop.flush()
+            elif loop.thread_id != get_ident():
+                loop.flush_soon(message.link, now)
+        return message_id
+
+    def _open_stream(self, to: To, contents: Contents, parts: Parts, remote_callback: int, timeout: float) -> None:
+        """Send the message that `parts` answer. Takes the lock, and waits for room."""
+        _check_numbers(timeout, remote_callback)
+        data = _as_bytes(contents)
+        deadline_at = monotonic() + timeout
+        with self._loop.lock:
+            while not parts.message_id:
+                self._require_open()
+                outlet, _, _ = self._endpoints.route(to, self._loop)
+                if type(to) is Message:
+                    remote_callback = remote_callback or to.source_callback_id
+                try:
+                    self._exchange.open_stream(outlet, parts, data, remote_callback, deadline_at)
+                except QueueFull:
+                    self._loop.wait_room(outlet, deadline_at)
+            self._loop.flush()
+
+    def _abandon_stream(self, parts: Parts) -> None:
+        """End a stream soon that nobody holds any more. For a destructor, which may run with the lock held."""
+        self._abandoned.append(parts)
+        self._loop.notice_change()
+
     def _is_given_up(self, message: Message) -> bool:
         """Do what `message.cancelled` says."""
         now = monotonic()
@@ -285,6 +340,8 @@ class BaseMessenger:
                 self._loop.flush()
 
     def _attach_links(self) -> None:
+        while self._abandoned:
+            self._exchange.end_stream(self._abandoned.popleft())
         for link in self._endpoints.attach_connections():
             self._loop.touch(link)
 

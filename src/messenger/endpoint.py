@@ -3,7 +3,7 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -15,6 +15,7 @@ from .exchange import Exchange
 from .limits import Limits
 from .link import GoneOutlet, Outlet
 from .message import Callback, Message
+from .ordering import KeyOrder
 from .security import KeyPair, Security, ServerKey
 from .transports.curve import CurveListenerLink
 from .transports.local import best_endpoint
@@ -48,8 +49,9 @@ class Driver(Protocol):
 
 
 class _Endpoint:
-    # How many of its messages may be in its callback at one time, 0 if that was not said.
+    # How many of its messages may be in its callback at one time, 0 if that was not said; and those of one key, 1.
     worker_count = 0
+    order_by: "KeyFunction | None" = None
 
     def __init__(self, messenger: Any, destination: Destination) -> None:
         self.messenger = messenger
@@ -133,6 +135,8 @@ class Listener(_Endpoint):
         destination: What was opened; a port of 0 has become the port that was free.
         identity: What plain peers see as the sender of its messages.
         closed: Whether `close` was called.
+        worker_count: How many of its messages may be in its callback at one time, 0 if that was not said.
+        order_by: Names the key of a message; those of one key are in the callback one after the other (`KeyOrder`).
     """
 
     identity: str
@@ -174,24 +178,38 @@ class Listener(_Endpoint):
         return f"<Listener on {', '.join(self.endpoints)}>"
 
 
+# Names what messages have in common that are to run one after the other.
+KeyFunction = Callable[[Message], Hashable]
 To = Connection | Message | tuple[Listener, str] | Destination | str | int
 
 
 class Workers:
     """Threads that run a listener's callback, so that one slow message does not hold up the messenger's loop.
 
-    Messages start in the order in which they arrived; which of them ends first is open.
+    Messages start in the order in which they arrived; which of them ends first is open. With `order_by`, a message
+    starts only when those of the same key that arrived before it are done.
     """
 
     def __init__(
-        self, count: int, backlog_max: int, run: Callable[[Message], None], on_overflow: Callable[[], None]
+        self,
+        count: int,
+        backlog_max: int,
+        run: Callable[[Message], None],
+        on_overflow: Callable[[], None],
+        on_key_error: Callable[[Message, BaseException], None],
+        order_by: KeyFunction | None = None,
     ) -> None:
         self._backlog_max = backlog_max
         self._run = run
         self._on_overflow = on_overflow
-        self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._on_key_error = on_key_error
+        self._order_by = order_by
+        self._order: KeyOrder[Message] = KeyOrder()
+        # With their keys; without an order that is None.
+        self._queue: queue.SimpleQueue[tuple[Hashable, Message] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._pending_count = 0
+        self._is_stopping = False
         self._threads = [
             threading.Thread(target=self._work, name=f"messenger-worker-{number}", daemon=True)
             for number in range(count)
@@ -207,23 +225,45 @@ class Workers:
     def submit(self, message: Any) -> None:
         """Queue a message for the next free thread."""
         # A session's window bounds what it sends; a plain peer cannot be told to slow down.
-        if not message.number and self._queue.qsize() >= self._backlog_max:
+        if not message.number and self._queue.qsize() + self._order.waiting_count >= self._backlog_max:
             self._on_overflow()
             return
+        key: Hashable = None
+        if self._order_by is not None:
+            try:
+                key = self._order_by(message)
+                hash(key)
+            except BaseException as error:
+                self._on_key_error(message, error)
+                return
         with self._lock:
             self._pending_count += 1
-        self._queue.put(message)
+            if self._order_by is None or self._order.admit(key, message):
+                self._queue.put((key, message))
 
     def stop(self) -> None:
-        """Let each thread end once the queue is empty; does not wait."""
-        for _ in self._threads:
-            self._queue.put(None)
+        """Let each thread end once nothing waits; does not wait."""
+        with self._lock:
+            self._is_stopping = True
+            for _ in self._threads:
+                self._queue.put(None)
 
     def _work(self) -> None:
-        while (message := self._queue.get()) is not None:
-            self._run(message)
-            with self._lock:
-                self._pending_count -= 1
+        while (item := self._queue.get()) is not None:
+            key, message = item
+            while (following := self._finish(key, message)) is not None:
+                message = following
+
+    def _finish(self, key: Hashable, message: Message) -> Message | None:
+        """Run a message; return the one of its key that this thread is to go on with, if there is one."""
+        self._run(message)
+        with self._lock:
+            self._pending_count -= 1
+            following = None if self._order_by is None else self._order.release(key)
+            if following is None or self._is_stopping:
+                return following  # Behind the end of the queue it would never start.
+            self._queue.put((key, following))  # Behind those of other keys that came meanwhile.
+        return None
 
 
 class Endpoints:
@@ -244,7 +284,13 @@ class Endpoints:
         return sum(isinstance(endpoint, kind) for endpoint in self._open)
 
     def listen(
-        self, destination: Destination, callback: Callback | None, identity: str, worker_count: int, driver: Driver
+        self,
+        destination: Destination,
+        callback: Callback | None,
+        identity: str,
+        worker_count: int,
+        driver: Driver,
+        order_by: KeyFunction | None = None,
     ) -> Listener:
         """Open a listener; see `Messenger.listen_for_connection`."""
         self._check_exposed(destination)
@@ -252,14 +298,24 @@ class Endpoints:
         listener = Listener(self._messenger, destination)
         listener.identity = identity
         listener.worker_count = worker_count
+        listener.order_by = order_by
         if callback is not None and worker_count and driver.uses_threads:
             user_callback = callback
             backlog_max = self.limits.worker_backlog_max
+
+            def tell_key_error(message: Message, error: BaseException) -> None:
+                def fail(_: Message) -> None:
+                    raise error
+
+                driver.run_in_worker(fail, message)
+
             listener.workers = Workers(
                 worker_count,
                 backlog_max,
                 lambda message: driver.run_in_worker(user_callback, message),
                 lambda: driver.count_drop("workers_full"),
+                tell_key_error,
+                order_by,
             )
             callback = listener.workers.submit
         try:

@@ -19,9 +19,9 @@ from .handshake import Decoded, Handshake
 from .limits import BATCH_MSGS_MAX, LARGE_BYTES_MIN, TIMEOUT_S, Limits
 from .link import FOREVER, Link, Outlet, Random
 from .message import Callback, ErrorCallback, Message, Statistics, Taker
-from .outcomes import Outcomes
 from .outgoing import Outgoing
 from .session import Session
+from .streams import Parts, Streams
 from .wire import (
     ECHO,
     ID_MAX,
@@ -43,7 +43,7 @@ BATCH_PROCESSED = None
 ERROR_TEXT_MAX = 2_000
 
 
-class Exchange(Outcomes):
+class Exchange(Streams):
     """The core of one messenger.
 
     A driver calls `send`, `receive` and `handle_…` under its lock, then takes (function, argument) pairs off `calls`,
@@ -346,9 +346,14 @@ class Exchange(Outcomes):
 
     def _process_option(self, session: Session, message: Message, option: Option) -> None:
         """Process a message that is an error response, or that may have run before."""
+        if option.kind == OptionKind.MORE:
+            self._process_part(session, message)
+            return
         if option.kind not in (OptionKind.HANDLER_ERROR, OptionKind.NO_HANDLER):
             # A kind that is not known here says nothing.
             message.redelivered = option.kind == OptionKind.REDELIVERED
+            if option.kind == OptionKind.STREAM:
+                self._open_reply(session, message)
             self._process(message)
             return
         message_id = message.dest_callback_id
@@ -373,6 +378,21 @@ class Exchange(Outcomes):
             self.calls.append((callback, message))
         elif not is_handled and message.source_callback_id:
             self._answer_error(message, OptionKind.NO_HANDLER)
+
+    def _process_part(self, session: Session, message: Message) -> None:
+        """Give a part to the stream that it belongs to; to anybody else it is a response like any other."""
+        entry = self._outstanding.get(message.dest_callback_id)
+        if entry is not None and not isinstance(entry.callback, Parts):
+            self._process(message)
+            return
+        entry = self._find_asked(message)
+        if entry is None:
+            # Whoever sends it does not know yet that nobody reads.
+            self._give_up_reply(session, message)
+        else:
+            self._add_part(entry, message)
+        if message.link.callback is not None:
+            self.calls.append((message.link.callback, message))
 
     def process_message(self, message: Message) -> bool:
         """Run what the message names: a built-in, a registered callback, or an MSC, which is forgotten first.

@@ -10,6 +10,7 @@ from typing import Any
 from .errors import DeliveryError, QueueFull
 from .link import Outlet
 from .message import Message, Taker
+from .streams import Parts
 
 
 class Sent(int):
@@ -94,17 +95,38 @@ class Response(Taker, Steps):
         return True
 
 
+class TaskParts(Parts):
+    """The parts of a stream that a task reads.
+
+    Attributes:
+        waiter: What the task awaits, if it does.
+    """
+
+    __slots__ = ("waiter",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiter: asyncio.Future[None] | None = None
+
+    def wake_up(self) -> None:
+        """Wake the task."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
 class NoRoom(QueueFull):
     """A queue is full and the caller, who is no plain function, can wait for room.
 
     Attributes:
         outlet: Whose queue.
+        message: Whose response it is a part of, if it is that.
         deadline_at: Until when.
     """
 
-    def __init__(self, outlet: Outlet, deadline_at: float) -> None:
-        super().__init__(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
+    def __init__(self, outlet: Outlet, message: Message | None, deadline_at: float, why: str) -> None:
+        super().__init__(f"{why}, and stayed so to the timeout")
         self.outlet = outlet
+        self.message = message
         self.deadline_at = deadline_at
 
 

@@ -10,16 +10,17 @@ What must never happen here: a task that nobody knows of; a coroutine that is dr
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable, Iterator
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from .exchange import Exchange
 from .futures import Sent
 from .limits import CLOSE_TIMEOUT_S
 from .link import FOREVER
 from .message import Message
+from .ordering import KeyOrder
 from .session import Session
 from .transports.wakeup import SLEEP_S_MAX
 
@@ -31,14 +32,53 @@ TIMER_S_MIN = 0.001
 EXPIRY_SPACING_S = 0.02
 
 
+class Work(NamedTuple):
+    """A coroutine that is to run.
+
+    Attributes:
+        callback, argument: The call that returned it.
+        key: What `order_by` said of the message.
+    """
+
+    callback: Any
+    argument: Any
+    coroutine: Any
+    key: Hashable = None
+
+
 class Lane:
     """The coroutines of one listener's callback: some run, the others wait for their turn."""
 
-    def __init__(self, endpoint: Any, active_max: int) -> None:
+    def __init__(self, endpoint: Any) -> None:
         self.endpoint = endpoint
-        self.active_max = active_max
+        self.active_max = max(1, endpoint.worker_count)
         self.active_count = 0
-        self.waiting: deque[tuple[Any, Any, Any]] = deque()
+        # Those that wait for a free worker, and those that wait for another one of their key.
+        self.waiting: deque[Work] = deque()
+        self.order: KeyOrder[Work] | None = None if endpoint.order_by is None else KeyOrder()
+
+    @property
+    def waiting_count(self) -> int:
+        """All that wait."""
+        return len(self.waiting) + (0 if self.order is None else self.order.waiting_count)
+
+    def add(self, work: Work) -> None:
+        """Have one wait for its turn."""
+        if self.order is None or self.order.admit(work.key, work):
+            self.waiting.append(work)
+
+    def finish(self, work: Work) -> None:
+        """Note that one is done, or will not be: the next one of its key may start."""
+        following = None if self.order is None else self.order.release(work.key)
+        if following is not None:
+            self.waiting.append(following)
+
+    def take_all(self) -> Iterator[Work]:
+        """Return all that wait, and forget them."""
+        while self.waiting:
+            work = self.waiting.popleft()
+            self.finish(work)
+            yield work
 
 
 class Handlers:
@@ -82,9 +122,8 @@ class Handlers:
     def discard_waiting(self) -> None:
         """Drop what has not been started, because the messenger ends."""
         for lane in self._lanes.values():
-            for _, _, coroutine in lane.waiting:
-                coroutine.close()
-            lane.waiting.clear()
+            for work in lane.take_all():
+                work.coroutine.close()
         if self._expiry is not None:
             self._expiry.cancel()
 
@@ -106,23 +145,36 @@ class Handlers:
         if self.event_loop.is_closed():
             result.close()
             return
-        is_message = isinstance(argument, Message)
-        if is_message:
-            self._note_running(argument)
-        if not is_message or callback is not argument.link.callback:
-            self._start_task(callback, argument, result, None)
+        work = Work(callback, argument, result)
+        if not isinstance(argument, Message):
+            self._start(work, None)
+        elif callback is argument.link.callback:
+            self._join_lane(work)
         else:
-            endpoint = argument.link.handle
-            lane = self._lanes.get(endpoint)
-            if lane is None:
-                lane = self._lanes[endpoint] = Lane(endpoint, max(1, endpoint.worker_count))
-            if not argument.number and len(lane.waiting) >= self._backlog_max:
-                # A session's window bounds what it sends; a plain peer cannot be told to slow down.
-                result.close()
-                self._exchange.drop("workers_full")
+            self._note_running(argument)
+            self._start(work, None)
+
+    def _join_lane(self, work: Work) -> None:
+        message = work.argument
+        endpoint = message.link.handle
+        lane = self._lanes.get(endpoint) or Lane(endpoint)
+        if not message.number and lane.waiting_count >= self._backlog_max:
+            # A session's window bounds what it sends; a plain peer cannot be told to slow down.
+            work.coroutine.close()
+            self._exchange.drop("workers_full")
+            return
+        if lane.order is not None:
+            try:
+                work = work._replace(key=endpoint.order_by(message))
+                hash(work.key)
+            except BaseException as error:
+                work.coroutine.close()
+                self._report(work.callback, message, error)
                 return
-            lane.waiting.append((callback, argument, result))
-            self._start_waiting(lane)
+        self._lanes[endpoint] = lane
+        self._note_running(message)
+        lane.add(work)
+        self._start_waiting(lane)
 
     def _note_running(self, message: Message) -> None:
         session = message.link
@@ -135,53 +187,64 @@ class Handlers:
             session.note_processed(session.running.end(message.number))
             self._exchange.mark_dirty(session)
 
-    def _start_task(self, callback: Any, argument: Any, coroutine: Any, lane: Lane | None) -> None:
-        task = self.event_loop.create_task(self._run_task(callback, argument, coroutine))
+    def let_go(self, message: Message) -> None:
+        """Count a message as processed though its task goes on: it sends a stream, which its reader holds up."""
+        session = message.link
+        if isinstance(session, Session) and message.incarnation == session.peer_incarnation:
+            session.note_processed(session.running.let_go(message.number))
+
+    def _start(self, work: Work, lane: Lane | None) -> None:
+        argument = work.argument
+        task = self.event_loop.create_task(self._run(work))
         self._tasks[task] = argument
         if isinstance(argument, Message) and argument.source_callback_id and argument.number:
             self._awaited.setdefault((argument.link, argument.source_callback_id), []).append(task)
             if argument.deadline_at < self._expiry_at:
                 self._plan_expiry(argument.deadline_at)
-        task.add_done_callback(partial(self._end_task, argument, coroutine, lane))
+        task.add_done_callback(partial(self._end_task, work, lane))
 
-    async def _run_task(self, callback: Any, argument: Any, coroutine: Any) -> None:
+    async def _run(self, work: Work) -> None:
+        argument = work.argument
         try:
-            await coroutine
+            await work.coroutine
         except asyncio.CancelledError as error:
             # Whose sender has given it up is not told.
             if not (isinstance(argument, Message) and argument.is_given_up(monotonic())):
-                self._report(callback, argument, error)
+                self._report(work.callback, argument, error)
         except GeneratorExit:
             raise  # The event loop was closed with this in it.
         except BaseException as error:
-            self._report(callback, argument, error)
+            self._report(work.callback, argument, error)
 
-    def _end_task(self, argument: Any, coroutine: Any, lane: Lane | None, task: asyncio.Task[None]) -> None:
+    def _end_task(self, work: Work, lane: Lane | None, task: asyncio.Task[None]) -> None:
+        argument = work.argument
         del self._tasks[task]
         if not task.cancelled():
             task.exception()  # A Ctrl-C, which went to the event loop, is not to be logged again.
-        coroutine.close()  # If it was cancelled before its first step, it was never started.
+        work.coroutine.close()  # If it was cancelled before its first step, it was never started.
         if isinstance(argument, Message):
             self._awaited.pop((argument.link, argument.source_callback_id), None)
             self._note_ended(argument)
         if lane is not None:
             lane.active_count -= 1
+            lane.finish(work)
             self._start_waiting(lane)
             if not lane.active_count:
-                del self._lanes[lane.endpoint]
+                self._lanes.pop(lane.endpoint, None)
         self._on_end()
 
     def _start_waiting(self, lane: Lane) -> None:
         """Start what waits in a lane, as far as it has room, but for what was given up meanwhile."""
         while lane.waiting and lane.active_count < lane.active_max:
-            callback, argument, coroutine = lane.waiting.popleft()
-            if argument.is_given_up(monotonic()) and not argument.is_response:
-                coroutine.close()
+            work = lane.waiting.popleft()
+            if work.argument.is_given_up(monotonic()) and not work.argument.is_response:
+                work.coroutine.close()
                 self._exchange.drop("expired")
-                self._note_ended(argument)
+                self._note_ended(work.argument)
+                lane.finish(work)
             else:
                 lane.active_count += 1
-                self._start_task(callback, argument, coroutine, lane)
+                self._start(work, lane)
 
     def _cancel_tasks(self, session: Any, message_id: int) -> None:
         """Cancel what runs for a message that was cancelled."""

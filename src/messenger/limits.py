@@ -105,6 +105,9 @@ REFUSAL_LOG_KEYS_MAX = 100
 
 # Sessions.
 
+# A stream may hold such a part of the session's window, in messages and in bytes, until its reader has taken it; so one
+# slow reader leaves room for others.
+STREAM_SHARE = 4
 # A batch never holds more, so that both sides of a busy session work at once.
 BATCH_MSGS_MAX = 250
 BATCH_BYTES_MAX = 256 * KIB

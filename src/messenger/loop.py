@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any
 
 from .endpoint import Endpoints
-from .errors import DeliveryError
+from .errors import Cancelled, DeliveryError
 from .exchange import BATCH_PROCESSED, Exchange
 from .limits import CLOSE_TIMEOUT_S, FLUSH_S
 from .link import FOREVER, Outlet
@@ -110,8 +110,8 @@ class Loop:
         """Send what is queued at an outlet for a waiter, and see to it that the waiter is settled."""
         raise NotImplementedError
 
-    def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
-        """Wait until a full queue takes a message.
+    def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
+        """Wait until a full queue takes a message, or a part of the response to a message.
 
         Raises:
             QueueFull: There was no room before the deadline, or the caller cannot wait.
@@ -202,7 +202,7 @@ class Loop:
         """Have a link's events read before the next sleep."""
         self._touched.add(link)
 
-    def notice_inproc_change(self) -> None:
+    def notice_change(self) -> None:
         """Look again which inproc endpoints have a listener. For the transports; any thread, no lock held or taken."""
         self._must_attach = True
         if self.state in (State.RUNNING, State.CLOSING):
@@ -292,6 +292,8 @@ class Loop:
 
     def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
         """Tell of a callback that raised; whatever it was, the loop serves others and goes on. Takes the lock."""
+        if type(error) is Cancelled and type(argument) is Message and error.message_id == argument.source_callback_id:
+            return  # It had parts to send that nobody reads; that is the usual end of one.
         logger.error("! a callback raised: %r on %r", callback, argument, exc_info=error)
         with self.lock:
             self._exchange.report_raised(argument, error)

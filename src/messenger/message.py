@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from .control import Credit
 from .errors import DeliveryError
 from .link import FOREVER, Outlet
 from .wire import MSC_ID_MIN, decode_identity
@@ -20,6 +21,7 @@ class Message(msgspec.Struct, eq=False):
         dest_callback_id: The callback that the sender asked for.
         deadline_at: When its sender gives it up, in seconds of this machine's monotonic clock; infinite if never.
         redelivered: Whether an earlier process of this identity may have run it already.
+        credit: Of a message whose response may come in parts, what may be sent of them.
     """
 
     messenger: Any
@@ -32,6 +34,7 @@ class Message(msgspec.Struct, eq=False):
     incarnation: int = 0
     deadline_at: float = FOREVER
     redelivered: bool = False
+    credit: Credit | None = None
 
     @property
     def buffer(self) -> memoryview:
@@ -80,9 +83,22 @@ class Message(msgspec.Struct, eq=False):
         return self.dest_callback_id >= MSC_ID_MIN
 
     def reply(self, contents: Any, callback: "Callback | None" = None, **options: Any) -> Any:
-        """Answer this message, on the link that it came by; takes and returns what `send_message` does."""
+        """Answer this message, on the link that it came by; takes and returns what `send_message` does.
+
+        With `more=True`, more parts of the response follow, and the last is a `reply` without; the sender reads them
+        with `stream`. A part waits for room, at most `timeout` seconds, while the reader has not taken what was sent
+        before; on the messenger's own thread it raises `QueueFull` at once instead, so use a listener with `workers`.
+
+        Raises:
+            ValueError: With `more`: the sender did not use `stream`, or a `callback` is given.
+            Cancelled: With `more`: nobody reads any more. A callback may let it pass.
+        """
         if callback is None and not options and type(contents) is bytes:
             return self.messenger._answer(self, contents)
+        if options.pop("more", False):
+            if callback is not None:
+                raise ValueError("a part of a response has no callback; only the last, without more=True, may have one")
+            return self.messenger._reply_part(self, contents, **options)
         return self.messenger.send_message(self, contents, callback, **options)
 
     def __repr__(self) -> str:

@@ -1,5 +1,6 @@
 """`Messenger`: the public calls of `base.py` for threads, on a thread of its own (`threads.py`)."""
 
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
@@ -9,7 +10,7 @@ from .errors import CalledFromCallback
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .message import Message
 from .threads import ThreadLoop
-from .waiting import ThreadWaiter
+from .waiting import ThreadParts, ThreadWaiter
 from .wire import NOOP
 
 
@@ -57,6 +58,34 @@ class Messenger(BaseMessenger):
             raise waiter.error
         return waiter.response  # type: ignore[return-value]  # Settled without an error.
 
+    def stream(
+        self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S
+    ) -> "Stream":
+        """Send one message and read its response, which may come in many parts, as `for part in messenger.stream(…)`.
+
+        The receiver sends them with `message.reply(part, more=True)` and the last with `message.reply(part)`. It sends
+        no more than this end takes: at most a quarter of the session's window is under way and not taken.
+
+        Args:
+            to, contents, remote_callback: As `send_message` takes them.
+            timeout: Seconds, > 0, for each part, while this end waits for it; the whole may take as long as it likes.
+
+        Returns:
+            An iterator over messages. To leave the loop, or `close` it, tells the sender that nobody reads any more.
+
+        Raises:
+            ValueError: The receiver speaks the basic dialect, which has no parts. Nothing was sent.
+            CalledFromCallback, QueueFull, MessageTooLarge, LimitReached, MessengerClosed, ForkedError,
+            DestinationInvalid: The same.
+
+        Thread: any but the messenger's own. Source: docs/protocol.md, "Streams".
+        """
+        if self._loop.is_own_thread():
+            raise CalledFromCallback("stream would wait for itself in a callback; read it in another thread")
+        parts = ThreadParts()
+        self._open_stream(to, contents, parts, remote_callback, timeout)
+        return Stream(self, parts, timeout)
+
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
         """Wait until every message has its outcome, for at most `timeout` seconds, then stop. Twice is fine.
 
@@ -81,3 +110,62 @@ class Messenger(BaseMessenger):
     def _close_endpoint(self, endpoint: Connection | Listener) -> None:
         if self._detach_endpoint(endpoint):
             endpoint.close_links(CLOSE_TIMEOUT_S)
+
+
+class Stream:
+    """A response in parts, as an iterator over messages; made by `Messenger.stream`. One thread reads it."""
+
+    def __init__(self, messenger: Messenger, parts: ThreadParts, timeout: float) -> None:
+        self._messenger = messenger
+        self._parts = parts
+        self._timeout = timeout
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Message:
+        """Return the next part; wait for it if need be.
+
+        Raises:
+            StopIteration: The last part was taken.
+            NotDelivered, OutcomeUnknown, HandlerError, NoHandler: What the stream ended with instead, once; what had
+                come before was returned before.
+            CalledFromCallback: Made on the messenger's own thread.
+        """
+        loop, exchange, parts = self._messenger._loop, self._messenger._exchange, self._parts
+        if loop.is_own_thread():
+            raise CalledFromCallback("a stream would wait for itself in a callback; read it in another thread")
+        with loop.lock:
+            if not parts.done:
+                deadline_at = monotonic() + self._timeout
+                exchange.await_part(parts, deadline_at)
+                loop.await_outcome(parts, parts.session, deadline_at)
+            part = exchange.take_part(parts)
+            if exchange.is_dirty:
+                loop.flush()
+        if part is not None:
+            return part
+        error, parts.error = parts.error, None
+        if error is not None:
+            raise error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Read no more: the sender's next part raises `Cancelled` there, and its `message.cancelled` becomes true."""
+        with self._messenger._loop.lock:
+            self._messenger._exchange.end_stream(self._parts)
+            self._parts.error = None
+            if self._messenger._exchange.is_dirty:
+                self._messenger._loop.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._parts.is_over:
+            self._messenger._abandon_stream(self._parts)

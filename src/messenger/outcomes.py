@@ -111,13 +111,40 @@ class Outcomes:
         if isinstance(outlet, Session):
             entry.deadline_at = 0.0
             outlet.is_plain = False
-            outlet.controls.tell(ControlKind.CANCEL, entry.message_id)
+            outlet.controls.tell_cancelled(entry.message_id)
             self.mark_dirty(outlet)
             self.is_urgent = True  # It leaves before callbacks run.
 
     def drop(self, kind: str) -> None:
         """Count something that a peer sent, or that was for a peer, and that goes no further."""
         self.dropped[kind] += 1
+
+    def handle_controls(self, session: Session, controls: Sequence[Control]) -> None:
+        """Take what the other end says beside its messages. A kind that is not known here says nothing."""
+        for control in controls:
+            if control.kind == ControlKind.CANCEL:
+                session.controls.note_cancelled(control.message_id)
+                self.expires_at = -FOREVER
+                if self.on_cancelled is not None:
+                    self.on_cancelled(session, control.message_id)
+            elif control.kind == ControlKind.CREDIT:
+                session.controls.note_credit(control)
+
+    def drop_expired(self, now: float) -> None:
+        """Take out of `calls` what was given up before its turn came; only the thread that runs them calls this."""
+        calls = list(self.calls)
+        self.calls.clear()
+        self.expires_at = FOREVER
+        for callback, argument in calls:
+            if isinstance(argument, Message) and not argument.is_response and argument.source_callback_id:
+                if argument.is_given_up(now):
+                    self.drop("expired")
+                    if callback is argument.link.callback and isinstance(argument.link, Session):
+                        argument.link.note_unrun(argument.number)
+                        self.mark_dirty(argument.link)
+                    continue
+                self.expires_at = min(self.expires_at, argument.deadline_at)
+            self.calls.append((callback, argument))
 
     def handle_unsendable(self, link: Link, outgoing: Outgoing, kind: str) -> None:
         """Take back what the network refuses: the peer is gone (`peer_gone`) or does not read (`peer_full`)."""
@@ -185,7 +212,7 @@ class Outcomes:
         for outgoing in queue:
             outlet.queue_bytes -= outgoing.size_bytes
             is_silent = outgoing.is_silent and outgoing.message_id > 0  # The core's own answers are nobody's message.
-            if outgoing.option is None:
+            if not outgoing.may_have_run:
                 held.add(outgoing.message_id)
                 silent_count += is_silent
             else:
@@ -219,33 +246,6 @@ class Outcomes:
             self.abandon(session, why)
             self.handshake.discard(session)
         self.abandon(link, why)
-
-    # What the other end has given up.
-
-    def handle_controls(self, session: Session, controls: Sequence[Control]) -> None:
-        """Take what the other end says beside its messages. A kind that is not known here says nothing."""
-        for control in controls:
-            if control.kind == ControlKind.CANCEL:
-                session.controls.note_cancelled(control.message_id)
-                self.expires_at = -FOREVER
-                if self.on_cancelled is not None:
-                    self.on_cancelled(session, control.message_id)
-
-    def drop_expired(self, now: float) -> None:
-        """Take out of `calls` what was given up before its turn came; only the thread that runs them calls this."""
-        calls = list(self.calls)
-        self.calls.clear()
-        self.expires_at = FOREVER
-        for callback, argument in calls:
-            if isinstance(argument, Message) and not argument.is_response and argument.source_callback_id:
-                if argument.is_given_up(now):
-                    self.drop("expired")
-                    if callback is argument.link.callback and isinstance(argument.link, Session):
-                        argument.link.note_unrun(argument.number)
-                        self.mark_dirty(argument.link)
-                    continue
-                self.expires_at = min(self.expires_at, argument.deadline_at)
-            self.calls.append((callback, argument))
 
     # What the handshake tells.
 
@@ -318,7 +318,7 @@ class Outcomes:
         """Drop the entry of a waiter that nobody waits on any more (an interrupted `request`)."""
         for entry in [entry for entry in self._outstanding.values() if entry.callback is waiter]:
             self._give_up(entry)
-            del self._outstanding[entry.message_id]
+            self._fail(entry.message_id, Cancelled, "nobody waits for it any more")
 
     def _fail(self, message_id: int, kind: type[DeliveryError], why: str, *details: str) -> None:
         entry = self._outstanding.pop(message_id, None)

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from .wire import MSC_ID_MIN, Option, decode_message
+from .wire import MSC_ID_MIN, Option, OptionKind, decode_message
 
 # Messages up to this size, on average, keep their bytes until they have their outcome: to let go of each costs more.
 KEPT_BYTES_MAX = 256
@@ -51,6 +51,11 @@ class Outgoing(msgspec.Struct, eq=False):
         """Whether it means something only to the incarnation that it was given to."""
         _, dest_callback_id, _ = decode_message(self.data)
         return dest_callback_id >= MSC_ID_MIN or not self.message_id
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether an earlier process of the peer may have run it."""
+        return self.option is not None and self.option.kind == OptionKind.REDELIVERED
 
     def whole(self) -> bytes:
         """Return the whole message in one piece."""

@@ -17,9 +17,15 @@ class Running:
 
     def end(self, number: int) -> int:
         """Note that one has ended; return up to which number all are processed now, as far as is known."""
-        self._counts[number] -= 1
-        if not self._counts[number]:
-            del self._counts[number]
+        left = self._counts.get(number, 1) - 1
+        if left:
+            self._counts[number] = left
+            return self.limit(self._returned_through)
+        return self.let_go(number)
+
+    def let_go(self, number: int) -> int:
+        """Count a message as processed though its callbacks go on; return what `end` returns."""
+        self._counts.pop(number, None)
         return self.limit(self._returned_through)
 
     def limit(self, returned_through: int) -> int:

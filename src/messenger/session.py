@@ -147,9 +147,8 @@ class Session(Outlet):
         self.running = Running()
         self._held: deque[tuple[int, int]] = deque()
         self._held_bytes = 0
-        self._resent_after = -1
-        self._resent_at = -FOREVER
-        self.controls = Controls(self._limits.window_msgs)
+        self._resent_after, self._resent_at = -1, -FOREVER
+        self.controls = Controls(self._window_msgs, self._window_bytes)
         self.cancelled = self.controls.cancelled
         self.must_answer = False
         self._must_ask_resend = False
@@ -175,9 +174,9 @@ class Session(Outlet):
 
     def attach(self, link: Link | None, routing_id: bytes = b"") -> None:
         """Use a link from now on; what may have been lost on the way there is sent again."""
-        self.link = link
-        self.routing_id = routing_id
+        self.link, self.routing_id = link, routing_id
         self._resending = deque(self._unreceived)
+        self.controls.repeat_credits()
         if link is not None and self.received_through:
             self.must_answer = True  # What was told last may have been lost with the old link.
 
@@ -414,6 +413,7 @@ class Session(Outlet):
             self._resend(now)
         if flags & Flag.ASK:
             self.must_answer = True
+            self.controls.repeat_credits()
         expected = self.received_through + 1
         if data.first > expected:
             # Once for each number, and again when the answer seems lost.
@@ -454,7 +454,8 @@ class Session(Outlet):
 
     def note_one_processed(self, number: int) -> None:
         """Note that the callbacks of one message have returned, in any order (a listener with workers)."""
-        self._done_early.add(number)
+        if number > self.processed_through:
+            self._done_early.add(number)
         while self.processed_through + 1 in self._done_early:
             self.processed_through += 1
             self._done_early.discard(self.processed_through)

@@ -23,7 +23,7 @@ from . import interrupts
 from .endpoint import Endpoints
 from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
-from .futures import Done, NoRoom, Response, Steps
+from .futures import Done, NoRoom, Response, Steps, TaskParts
 from .handlers import TIMER_S_MIN, Handlers
 from .limits import CLOSE_TIMEOUT_S, POLL_S
 from .link import FOREVER, Outlet
@@ -38,6 +38,9 @@ logger = logging.getLogger("messenger")
 # How often a socket that is being closed is asked whether it is: at first, and later.
 SOCKET_POLL_S = 0.001
 SOCKET_POLL_S_MAX = 0.02
+
+
+_Place = tuple[Outlet, Message | None]
 
 
 class _Guard:
@@ -83,8 +86,8 @@ class TaskLoop(Loop):
         self._take_result = self._handlers.take_result
         # Of sockets that are being closed.
         self._closing_sockets: set[asyncio.Task[None]] = set()
-        # By outlet: who waits for room, and how to send then.
-        self._room_wanted: dict[Outlet, OrderedDict[asyncio.Future[Any], Callable[[], object]]] = {}
+        # By outlet, and message whose response comes in parts: who waits for room, and how to send then.
+        self._room_wanted: dict[_Place, OrderedDict[asyncio.Future[Any], Callable[[], object]]] = {}
         self._closer: asyncio.Task[None] | None = None
         # Set after each turn while the messenger closes.
         self._turned = asyncio.Event()
@@ -310,14 +313,22 @@ class TaskLoop(Loop):
         elif not self._is_turn_planned:
             self.flush_soon(outlet, 0.0)
 
-    def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
+    def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
         """Tell the caller to wait; a plain function cannot."""
+        why = self._exchange.why_held_up(outlet, message)
         if self.is_own_thread():
-            raise QueueFull(
-                f"the queue to {outlet} is full ({len(outlet.queue)} messages), and a callback that is a plain "
-                "function cannot wait; make it a coroutine function"
-            )
-        raise NoRoom(outlet, deadline_at) from None
+            raise QueueFull(f"{why}, and a callback that is a plain function cannot wait; make it a coroutine function")
+        raise NoRoom(outlet, message, deadline_at, why) from None
+
+    async def await_part(self, parts: TaskParts, deadline_at: float) -> None:
+        """Wait until there is something to take of a stream, or its deadline has ended it."""
+        self._exchange.await_part(parts, deadline_at)
+        self._look_again()
+        parts.waiter = self._event_loop.create_future()
+        try:
+            await parts.waiter
+        finally:
+            parts.waiter = None
 
     def make_future(self) -> Steps:
         """Return a future of the event loop."""
@@ -329,7 +340,7 @@ class TaskLoop(Loop):
         Raises:
             QueueFull: Too many wait already.
         """
-        waiting = self._room_wanted.setdefault(full.outlet, OrderedDict())
+        waiting = self._room_wanted.setdefault((full.outlet, full.message), OrderedDict())
         if len(waiting) >= self._endpoints.limits.queue_msgs_max:
             raise QueueFull(f"{len(waiting)} calls wait for room in the queue to {full.outlet}, that is queue_msgs_max")
         waiting[future] = send
@@ -347,12 +358,20 @@ class TaskLoop(Loop):
         timer = self._event_loop.call_later(min(max(0.0, full.deadline_at - monotonic()), SLEEP_S_MAX), expire)
         future.add_done_callback(forget)
 
+    def has_waiting(self, message: Message) -> bool:
+        """Return whether parts of the response to a message wait for room, so that the next must wait behind them."""
+        return bool(self._room_wanted.get((message.link, message)))
+
+    def let_go(self, message: Message) -> None:
+        """Count a message as processed though its task goes on."""
+        self._handlers.let_go(message)
+
     def _announce_room(self) -> None:
         """Send for those who wait for room, as far as there is."""
         # What is sent here does not come back here.
         self._room_wanted_count = 0
-        for outlet, waiting in list(self._room_wanted.items()):
-            while waiting and (self.state is not State.RUNNING or not self._exchange.is_full(outlet)):
+        for place, waiting in list(self._room_wanted.items()):
+            while waiting and (self.state is not State.RUNNING or not self._exchange.is_held_up(*place)):
                 future, send = waiting.popitem(last=False)
                 if future.done():
                     continue
@@ -365,7 +384,7 @@ class TaskLoop(Loop):
                 except Exception as error:
                     future.set_exception(error)
             if not waiting:
-                del self._room_wanted[outlet]
+                del self._room_wanted[place]
         self._room_wanted_count = sum(map(len, self._room_wanted.values()))
 
     def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:

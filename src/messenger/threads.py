@@ -24,7 +24,7 @@ from .loop import Loop, State, started
 from .message import Message
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX, Wakeup
-from .waiting import ThreadWaiter
+from .waiting import ThreadParts, ThreadWaiter
 
 logger = logging.getLogger("messenger")
 
@@ -53,8 +53,8 @@ class ThreadLoop(Loop):
         # Of threads that sleep until a full queue gets room, or a leader has left while the messenger closes.
         self._sleepers: list[threading.Lock] = []
         self._wakeup: Wakeup
-        self._leader: ThreadWaiter | None = None
-        self._followers: deque[ThreadWaiter] = deque()
+        self._leader: ThreadWaiter | ThreadParts | None = None
+        self._followers: deque[ThreadWaiter | ThreadParts] = deque()
         # Whether the leader, and the loop's thread, sleep; only then need they be woken.
         self._leader_sleeps = False
         self._thread_sleeps = False
@@ -172,18 +172,20 @@ class ThreadLoop(Loop):
             self._thread_sleeps = False
             self._wakeup.announce_calls()
 
-    def wait_room(self, outlet: Outlet, deadline_at: float) -> None:
-        """Wait until a full queue takes a message. In a callback it raises at once, since it would wait for itself.
+    def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
+        """Wait until a full queue takes a message, or a part of the response to a message.
+
+        In a callback it raises at once, since it would wait for itself.
 
         Raises:
             QueueFull: There was no room before the deadline.
         """
         if self.is_own_thread():
-            raise QueueFull(f"the queue to {outlet} is full ({len(outlet.queue)} messages), and a callback cannot wait")
-        while self._exchange.is_full(outlet) and self.state is State.RUNNING:
+            raise QueueFull(f"{self._exchange.why_held_up(outlet, message)}, and a callback cannot wait")
+        while self._exchange.is_held_up(outlet, message) and self.state is State.RUNNING:
             left_s = deadline_at - monotonic()
             if left_s <= 0:
-                raise QueueFull(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
+                raise QueueFull(f"{self._exchange.why_held_up(outlet, message)}, and that did not change in time")
             self._sleep(left_s)
 
     def _sleep(self, timeout: float) -> None:
@@ -215,7 +217,7 @@ class ThreadLoop(Loop):
 
     # Waiting in another thread.
 
-    def await_outcome(self, waiter: ThreadWaiter, outlet: Outlet, deadline_at: float) -> None:
+    def await_outcome(self, waiter: ThreadWaiter | ThreadParts, outlet: Outlet, deadline_at: float) -> None:
         """Send what is queued and wait until a waiter is settled: lead if nobody does, else follow."""
         try:
             if self._leader is not None:
@@ -242,7 +244,7 @@ class ThreadLoop(Loop):
             if self._leader is waiter:
                 self._leave_lead()
 
-    def _lead(self, waiter: ThreadWaiter) -> None:
+    def _lead(self, waiter: ThreadWaiter | ThreadParts) -> None:
         """Take input once, if need be after a sleep until there is some."""
         if self._read_events():
             # What came may have to be answered, so nobody sleeps before the events were read again.
@@ -262,7 +264,7 @@ class ThreadLoop(Loop):
             self._leader_sleeps = False
         self._take_input(descriptors)
 
-    def _follow(self, waiter: ThreadWaiter, deadline_at: float) -> None:
+    def _follow(self, waiter: ThreadWaiter | ThreadParts, deadline_at: float) -> None:
         """Sleep until the leader settles the waiter or hands the lead over, or the deadline is over."""
         waiter.wake = _locked()
         self._followers.append(waiter)

@@ -4,6 +4,7 @@ import threading
 
 from .errors import DeliveryError
 from .message import Message, Waiter
+from .streams import Parts
 
 
 class ThreadWaiter(Waiter):
@@ -19,6 +20,22 @@ class ThreadWaiter(Waiter):
         """Note the outcome and wake the thread."""
         super().settle(response, error)
         self.wake_up()
+
+    def wake_up(self) -> None:
+        """Wake the thread, if it follows."""
+        if self.wake is not None:
+            self.wake.release()
+            self.wake = None
+
+
+class ThreadParts(Parts):
+    """The parts of a stream that a thread reads; it leads or follows as one that waits for an outcome does."""
+
+    __slots__ = ("wake",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wake: threading.Lock | None = None
 
     def wake_up(self) -> None:
         """Wake the thread, if it follows."""

@@ -158,6 +158,8 @@ class OptionKind(IntEnum):
     HANDLER_ERROR = 1  # It is an error response; name and text of the exception.
     NO_HANDLER = 2  # It is an error response: nothing ran.
     REDELIVERED = 3  # An earlier process may have run it.
+    MORE = 4  # It is a part of a response; more parts follow.
+    STREAM = 5  # Its response may come in parts.
 
 
 class Option(msgspec.Struct, array_like=True, frozen=True):
@@ -173,6 +175,7 @@ class ControlKind(IntEnum):
     """What an end says beside the numbered messages, so that it waits for no window; said twice, it changes nothing."""
 
     CANCEL = 1  # I have given up my message; nobody waits for its response.
+    CREDIT = 2  # Of the parts that answer my message, I have taken so many, and so many bytes.
 
 
 class Control(msgspec.Struct, array_like=True, frozen=True):
@@ -180,6 +183,8 @@ class Control(msgspec.Struct, array_like=True, frozen=True):
 
     kind: int
     message_id: int
+    taken_msgs: int = 0
+    taken_bytes: int = 0
 
 
 # A list that names more messages than a batch has is refused before it is built.

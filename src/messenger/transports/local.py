@@ -154,7 +154,7 @@ def _check_folder(folder: Path) -> None:
 class InprocWatcher(Protocol):
     """Somebody who wants to hear of inproc listeners that come and go."""
 
-    def notice_inproc_change(self) -> None:
+    def notice_change(self) -> None:
         """Called after each change, by any thread; must be quick and must not call back."""
 
 
@@ -201,7 +201,7 @@ class _InprocNames:
         with self._lock:
             watchers = list(self._watchers)
         for watcher in watchers:
-            watcher.notice_inproc_change()
+            watcher.notice_change()
 
 
 _held_locks: set[IpcLock] = set()
