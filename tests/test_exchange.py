@@ -1712,7 +1712,7 @@ def test_what_was_received_before_a_goodbye_is_not_acknowledged_after_it() -> No
     exchange, incarnation = world.client.exchange, session.peer_incarnation
     assert (session.received_through, session.processed_through) == (1, 0)
     response = next(argument for _, argument in exchange.calls if isinstance(argument, Message))
-    exchange.note_running(response)
+    session.running.begin(response.number)
 
     def receive(frame: bytes) -> None:
         exchange.handshake.receive(world.connection_link, b"", frame, [], 0.0)
@@ -1722,7 +1722,7 @@ def test_what_was_received_before_a_goodbye_is_not_acknowledged_after_it() -> No
     receive(encode_challenge(incarnation, session.incarnation, again))
     assert (session.peer_incarnation, session.received_through) == (incarnation, 0)
     world.client.take()
-    exchange.note_ended(response)
+    session.note_processed(session.running.end(response.number))
     assert (session.received_through, session.processed_through) == (0, 0)
 
 
