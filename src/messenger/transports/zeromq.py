@@ -17,6 +17,7 @@ Source: docs/protocol.md, "Basic dialect".
 """
 
 import errno
+import logging
 import os
 import resource
 import time
@@ -30,6 +31,7 @@ from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
 from ..limits import (
     BATCH_MSGS_MAX,
+    CROWDED_LOG_S,
     HANDSHAKE_S,
     HEADER_BYTES_MAX,
     LARGE_BYTES_MIN,
@@ -45,6 +47,7 @@ from .local import IpcLock, inproc_names
 from .sockets import POLLIN, Monitor, context, cut, scramble_routing_ids
 from .wakeup import check_descriptors
 
+logger = logging.getLogger("messenger")
 # libzmq takes milliseconds in 31 bits.
 LINGER_S_MAX = 1_000_000.0
 NOBLOCK = int(zmq.NOBLOCK)
@@ -257,6 +260,7 @@ class ListenerLink(SocketLink):
         # The descriptors of the connections that peers hold to this socket.
         self._accepted: set[int] = set()
         self._has_news = False
+        self._warned_at = -CROWDED_LOG_S
         self._accepted_max = min(limits.peer_connections_max, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         # The routing ids of plain peers that do not have their identity as routing id (transports/curve.py).
         self._routing_ids: dict[bytes, bytes] = {}
@@ -320,8 +324,21 @@ class ListenerLink(SocketLink):
             if len(self._accepted) > self._accepted_max:
                 self._exchange.drop("too_many_connections")
                 cut(value, self.port)
+                self._warn_crowded()
         else:
             self._exchange.drop("failed_handshakes")
+
+    def _warn_crowded(self) -> None:
+        """Say once a minute that connections are cut."""
+        now = time.monotonic()
+        if now >= self._warned_at + CROWDED_LOG_S:
+            self._warned_at = now
+            logger.warning(
+                "! %s: more than %d connections, the newest are cut; limits.peer_connections_max and half of ulimit -n "
+                "allow no more",
+                self.endpoint,
+                self._accepted_max,
+            )
 
     @property
     def port(self) -> int:
