@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test check test-all pytest sim fuzz bench lock clean
+.PHONY: help run test check test-all pytest sim cancel fuzz bench lock clean
 
 VENV ?= .venv
 VERSIONS := 3.11 3.12 3.13
@@ -51,6 +51,10 @@ SEEDS ?= 10000
 SEED ?= 0
 sim: $(VENV)/.installed ## Run SEEDS simulated networks, the first of them SEED.
 	$(VENV)/bin/python -m tests.sim --seeds $(SEEDS) --seed $(SEED)
+
+REQUESTS ?= 100000
+cancel: $(VENV)/.installed ## Cancel REQUESTS asyncio requests at random, and account for each.
+	$(VENV)/bin/python -X dev -m tests.asyncio_cancel --requests $(REQUESTS) --seed $(SEED)
 
 SECONDS ?= 60
 fuzz: $(VENV)/.fuzz-installed ## Fuzz the parser and the core, guided by coverage, SECONDS each.

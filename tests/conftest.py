@@ -198,13 +198,16 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out what only threads can do on event loops, and uvloop on all transports but one, to save time."""
+    """Leaves event loops out where only threads can do something, and outside of the tests of the transports, which are
+    the one body for all drivers; and uvloop on all transports but one, to save time.
+    """
 
     def is_wanted(item: pytest.Item) -> bool:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         name = params.get("driver", "thread")
         is_threads_only = item.get_closest_marker("threads_only") is not None
-        return name == "thread" or not (is_threads_only or (name == "uvloop" and params.get("transport") != "tcp"))
+        is_one_body = item.path.parent.name == "transports" and not is_threads_only
+        return name == "thread" or (is_one_body and (name != "uvloop" or params.get("transport") == "tcp"))
 
     items[:] = [item for item in items if is_wanted(item)]
 

@@ -1,14 +1,20 @@
 """The examples, run as a user runs them. They use the default ports, so one after the other."""
 
+import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from messenger import Messenger
+from tests.conftest import free_port, is_port_free, wait_until
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PORT = 15445
@@ -73,6 +79,46 @@ def test_two_processes_talk() -> None:
     # Two threads print, so their lines may run into each other.
     for answer in ("b'applied record 1'", "b'applied record 2'", "b'potato'"):
         assert finished.stdout.count(answer) == 1
+
+
+def test_threads_and_asyncio_talk() -> None:
+    with subprocess.Popen(
+        [sys.executable, EXAMPLES / "threads_and_asyncio.py", "asyncio"], stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            assert "serving" in server.stdout.readline()
+            finished = run(EXAMPLES / "threads_and_asyncio.py", "threads")
+            server.send_signal(signal.SIGINT)
+            assert server.wait(10) == 0
+            assert server.stdout.read() == "bye\n"
+        finally:
+            server.kill()
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "12 squared is 144\n100 squares, the sum is 328350\n"
+
+
+def test_a_web_app_awaits_requests() -> None:
+    port = free_port()
+
+    def get(path: str) -> tuple[int, Any]:
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(body)
+
+    with subprocess.Popen([sys.executable, EXAMPLES / "web_app.py", str(port)], stderr=subprocess.PIPE) as server:
+        try:
+            wait_until(lambda: not is_port_free(port), 20)
+            with ThreadPoolExecutor(20) as threads:
+                answers = list(threads.map(lambda pieces: get(f"/price/tea?pieces={pieces}"), range(100)))
+            assert answers == [(200, {"price": 3.5 * pieces}) for pieces in range(100)]
+            status, answer = get("/price/gold")
+            assert (status, "KeyError" in answer["error"]) == (404, True)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(10) in (0, -signal.SIGTERM)
+        finally:
+            server.kill()
 
 
 def test_a_plain_dealer_is_answered() -> None:

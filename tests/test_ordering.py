@@ -16,7 +16,7 @@ def message(number: int) -> Message:
 
 
 def test_a_key_that_cannot_be_hashed_is_an_error_and_nothing_else() -> None:
-    order = KeyOrder()
+    order: KeyOrder[Message] = KeyOrder()
     key: Any = []
     with pytest.raises(TypeError):
         order.admit(key, message(1))
@@ -25,7 +25,7 @@ def test_a_key_that_cannot_be_hashed_is_an_error_and_nothing_else() -> None:
 
 @given(st.lists(st.integers(0, 4)), st.randoms())
 def test_one_of_a_key_at_a_time_in_order_and_nothing_is_kept(keys: list[int], rng: Any) -> None:
-    order = KeyOrder()
+    order: KeyOrder[Message] = KeyOrder()
     running: dict[int, Message] = {}
     began: dict[int, list[bytes]] = {}
     waiting_count = 0

@@ -1,13 +1,15 @@
 """`AsyncMessenger`: the public calls of `base.py` on the caller's asyncio event loop (`tasks.py`)."""
 
-from collections.abc import Awaitable
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
+from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from .base import BaseMessenger, Contents, check_close_timeout
 from .endpoint import Connection, Listener, To
-from .futures import Done, NoRoom, Response, Sent, TypedResponse
+from .futures import Done, NoRoom, Response, Sent, Steps, TaskParts, TypedResponse
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .message import Callback, ErrorCallback, Message
 from .tasks import TaskLoop
@@ -44,7 +46,7 @@ class AsyncMessenger(BaseMessenger):
         remote_callback: int = NOOP,
         timeout: float = TIMEOUT_S,
         redeliver: bool = False,
-    ) -> Awaitable[int]:
+    ) -> Coroutine[Any, Any, int]:
         """Queue one message. Await it to have its id, and to wait for room if the queue is full.
 
         It is queued before this returns, or put behind those that wait for room, so without `await` it is sent too. A
@@ -67,14 +69,9 @@ class AsyncMessenger(BaseMessenger):
         }
         try:
             return Sent(send(to, contents, callback, **options))
-        except NoRoom as full:
-            future = self._loop.make_future()
-
-            def send_now() -> None:
-                future.set_result(send(to, contents, callback, **options))
-
-            self._loop.send_later(full, future, send_now)
-            return future
+        except NoRoom as error:
+            full = error
+        return self._later(full, lambda: send(to, contents, callback, **options))
 
     @overload
     def request(
@@ -131,16 +128,46 @@ class AsyncMessenger(BaseMessenger):
         response = Response() if response_type is None else TypedResponse(codec_of(response_type), encoding)
         if encoding != "msgpack":
             contents = encode_as(contents, encoding)
+        send = super().send_message
+        response.messenger = None
         try:
-            response.note_sent(
-                self, super().send_message(to, contents, response, remote_callback=remote_callback, timeout=timeout)
-            )
-        except NoRoom as full:
-            send = partial(
-                super().send_message, to, contents, response, remote_callback=remote_callback, timeout=timeout
-            )
-            self._loop.send_later(full, response, lambda: response.note_sent(self, send()))
+            response.message_id = send(to, contents, response, remote_callback=remote_callback, timeout=timeout)
+            response.messenger = self
+            return response
+        except NoRoom as error:
+            full = error
+
+        def send_now() -> None:
+            response.message_id = send(to, contents, response, remote_callback=remote_callback, timeout=timeout)
+            response.messenger = self
+
+        self._loop.send_later(full, response, send_now)
         return response
+
+    def stream(
+        self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S
+    ) -> "AsyncStream":
+        """Send one message and read its response, in many parts, as `async for part in messenger.stream(…)`.
+
+        Args:
+            to, contents, remote_callback, timeout: As `Messenger.stream` takes them.
+
+        Returns:
+            An asynchronous iterator over messages. To leave the loop, or `close` it, tells the sender that nobody reads
+            any more; so does cancelling the task that reads.
+
+        Raises:
+            ValueError: The receiver speaks the basic dialect, which has no parts. Nothing was sent.
+            MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid: The same.
+        """
+        parts = TaskParts()
+        send = partial(self._open_stream, to, contents, parts, remote_callback, timeout)
+        try:
+            send()
+            opening = None
+        except NoRoom as full:
+            opening = self._later(full, send)
+        return AsyncStream(self, parts, timeout, opening)
 
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> Awaitable[None]:
         """Wait until every message has its outcome, for at most `timeout` seconds, then stop. Twice is fine.
@@ -162,9 +189,39 @@ class AsyncMessenger(BaseMessenger):
     ) -> None:
         await self.close()
 
+    def _later(self, full: NoRoom, send: Callable[[], Any]) -> Steps[Any]:
+        """Send when there is room; return what the call then returns."""
+        future = self._loop.make_future()
+        self._loop.send_later(full, future, lambda: future.set_result(send()))
+        return future
+
     def _answer(self, message: Message, contents: bytes) -> Any:
-        sent: Any = super()._answer(message, contents)
+        answer = super()._answer
+        if message.credit is not None and self._loop.has_waiting(message):
+            full = NoRoom(message.link, message, monotonic() + TIMEOUT_S, "parts of the same response wait for room")
+            return self._later(full, lambda: answer(message, contents))
+        sent: Any = answer(message, contents)
         return sent if type(sent) is not int else Sent(sent)
+
+    def _reply_part(  # type: ignore[override]  # As `send_message`.
+        self, message: Message, contents: Contents, *, timeout: float = TIMEOUT_S
+    ) -> Coroutine[Any, Any, int]:
+        reply_part = super()._reply_part
+
+        def reply() -> int:
+            message_id = reply_part(message, contents, timeout=timeout)
+            if message.credit is not None and message.credit.sent_msgs == 1:
+                self._loop.let_go(message)
+            return message_id
+
+        if self._loop.has_waiting(message):
+            full = NoRoom(message.link, message, monotonic() + timeout, "parts before it wait for room")
+        else:
+            try:
+                return Sent(reply())
+            except NoRoom as error:
+                full = error
+        return self._later(full, reply)
 
     def _cut_revoked(self) -> None:
         self._loop.call_there(super()._cut_revoked)
@@ -173,3 +230,68 @@ class AsyncMessenger(BaseMessenger):
         if self._detach_endpoint(endpoint):
             return self._loop.close_links(endpoint.links)
         return Done()
+
+
+class AsyncStream:
+    """A response in parts, an asynchronous iterator over messages; from `AsyncMessenger.stream`. One task reads it."""
+
+    def __init__(self, messenger: AsyncMessenger, parts: TaskParts, timeout: float, opening: Steps[Any] | None) -> None:
+        self._messenger = messenger
+        self._parts = parts
+        self._timeout = timeout
+        # Until the message is sent: what waits for room.
+        self._opening = opening
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        """Return the next part; wait for it if need be.
+
+        Raises:
+            StopAsyncIteration: The last part was taken.
+            NotDelivered, OutcomeUnknown, HandlerError, NoHandler: What the stream ended with instead, once; what had
+                come before was returned before. QueueFull: Nothing was sent.
+        """
+        loop, exchange, parts = self._messenger._loop, self._messenger._exchange, self._parts
+        if self._opening is not None:
+            await self._opening
+            self._opening = None
+        if not parts.done:
+            try:
+                await loop.await_part(parts, monotonic() + self._timeout)
+            except asyncio.CancelledError:
+                self.close()
+                raise
+        part = exchange.take_part(parts)
+        if exchange.is_dirty:
+            loop.flush()
+        if part is not None:
+            return part
+        error, parts.error = parts.error, None
+        if error is not None:
+            raise error
+        raise StopAsyncIteration
+
+    def close(self) -> Awaitable[None]:
+        """Read no more: the sender's next part raises `Cancelled` there, and its task is cancelled. Does not wait."""
+        if self._opening is not None:
+            self._opening.cancel()
+        with self._messenger._loop.lock:
+            self._messenger._exchange.end_stream(self._parts)
+            self._parts.error = None
+            if self._messenger._exchange.is_dirty:
+                self._messenger._loop.flush()
+        return Done()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._parts.is_over and self._parts.message_id:
+            self._messenger._abandon_stream(self._parts)

@@ -53,8 +53,8 @@ class BaseMessenger:
         self._exchange = Exchange(self, self.limits, _log_unheard, encode_identity(identity), _rng)
         self._endpoints = Endpoints(self, self.limits, security, self._exchange)
         self._loop = self._loop_class(f"messenger-{identity}", self._exchange, self._endpoints, self._attach_links)
+        self.security = security
         self._abandoned: deque[Parts] = deque()
-        self._security = security
         security.on_reload(self._cut_revoked)
 
     def listen_for_connection(

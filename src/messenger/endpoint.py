@@ -49,8 +49,9 @@ class Driver(Protocol):
 
 
 class _Endpoint:
-    # How many of its messages may be in its callback at one time, 0 if that was not said.
+    # How many of its messages may be in its callback at one time, 0 if that was not said; and those of one key, 1.
     worker_count = 0
+    order_by: "KeyFunction | None" = None
 
     def __init__(self, messenger: Any, destination: Destination) -> None:
         self.messenger = messenger
@@ -139,8 +140,6 @@ class Listener(_Endpoint):
     """
 
     identity: str
-    worker_count = 0
-    order_by: "KeyFunction | None" = None
     workers: "Workers | None" = None
 
     def __init__(self, messenger: Any, destination: Destination) -> None:
@@ -205,7 +204,7 @@ class Workers:
         self._on_overflow = on_overflow
         self._on_key_error = on_key_error
         self._order_by = order_by
-        self._order = KeyOrder()
+        self._order: KeyOrder[Message] = KeyOrder()
         # With their keys; without an order that is None.
         self._queue: queue.SimpleQueue[tuple[Hashable, Message] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()

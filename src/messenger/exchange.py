@@ -338,19 +338,6 @@ class Exchange(Streams):
             session.note_processed(number)
             self.mark_dirty(session)
 
-    def note_running(self, message: Message) -> None:
-        """A callback of a message goes on after it has returned: it is a coroutine."""
-        session = message.link
-        if isinstance(session, Session) and message.incarnation == session.peer_incarnation:
-            session.note_running(message.number)
-
-    def note_ended(self, message: Message) -> None:
-        """A callback that went on has ended."""
-        session = message.link
-        if isinstance(session, Session) and message.incarnation == session.peer_incarnation:
-            session.note_ended(message.number)
-            self.mark_dirty(session)
-
     def note_one_processed(self, message: Message) -> None:
         """A worker is done with a message."""
         if isinstance(message.link, Session):

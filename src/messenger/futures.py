@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from .errors import ContentsInvalid, DeliveryError, QueueFull
 from .link import Outlet
 from .message import Message, Taker
+from .streams import Parts
 from .typed import Codec, Encoding
 
 T = TypeVar("T")
@@ -37,43 +38,10 @@ class Sent(int):
         """Do nothing."""
 
 
-class Response(Taker, asyncio.Future[T]):
-    """What `request` returns: a future of the response, which also may be given to `create_task` as a coroutine.
+class Steps(asyncio.Future[T]):
+    """A future that may be given to `create_task` as a coroutine."""
 
-    To cancel it, or the task that awaits it, gives the message up, as `AsyncMessenger.cancel` does.
-
-    Attributes:
-        message_id: Of the message, once it is queued.
-    """
-
-    __slots__ = ("_messenger", "_steps", "message_id")
-
-    def note_sent(self, messenger: Any, message_id: int) -> None:
-        """Note what to give up if this is cancelled."""
-        self._messenger = messenger
-        self.message_id = message_id
-
-    def settle(self, response: Message | None, error: DeliveryError | ContentsInvalid | None) -> None:
-        """Take the outcome."""
-        if self.done():
-            return
-        try:
-            if error is None:
-                self.set_result(response)  # type: ignore[arg-type]  # Settled without an error.
-            else:
-                self.set_exception(error)
-        except RuntimeError:
-            if not self.get_loop().is_closed():
-                raise
-
-    def cancel(self, msg: Any = None) -> bool:
-        """Give the message up, if it has no outcome yet."""
-        if not super().cancel(msg):
-            return False
-        messenger = getattr(self, "_messenger", None)
-        if messenger is not None:
-            messenger.cancel(self.message_id)
-        return True
+    __slots__ = ("_steps",)
 
     def send(self, value: None) -> Any:
         """Take a step, as a coroutine does."""
@@ -92,6 +60,42 @@ class Response(Taker, asyncio.Future[T]):
         except AttributeError:
             self._steps: Any = self.__await__()
             return self._steps
+
+
+class Response(Taker, Steps[T]):
+    """What `request` returns: a future of the response.
+
+    To cancel it, or the task that awaits it, gives the message up, as `AsyncMessenger.cancel` does.
+
+    Attributes:
+        messenger: Which has sent the message; None as long as it waits for room.
+        message_id: Of the message, once it is queued.
+    """
+
+    __slots__ = ("message_id", "messenger")
+    message_id: int
+    messenger: Any
+
+    def settle(self, response: Message | None, error: DeliveryError | ContentsInvalid | None) -> None:
+        """Take the outcome."""
+        if self.done():
+            return
+        try:
+            if error is None:
+                self.set_result(response)  # type: ignore[arg-type]  # Settled without an error.
+            else:
+                self.set_exception(error)
+        except RuntimeError:
+            if not self.get_loop().is_closed():
+                raise
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Give the message up, if it has no outcome yet."""
+        if not super().cancel(msg):
+            return False
+        if self.messenger is not None:
+            self.messenger.cancel(self.message_id)
+        return True
 
 
 class TypedResponse(Response[T]):
@@ -115,17 +119,38 @@ class TypedResponse(Response[T]):
         super().settle(value, error)
 
 
+class TaskParts(Parts):
+    """The parts of a stream that a task reads.
+
+    Attributes:
+        waiter: What the task awaits, if it does.
+    """
+
+    __slots__ = ("waiter",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiter: asyncio.Future[None] | None = None
+
+    def wake_up(self) -> None:
+        """Wake the task."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
 class NoRoom(QueueFull):
     """A queue is full and the caller, who is no plain function, can wait for room.
 
     Attributes:
         outlet: Whose queue.
+        message: Whose response it is a part of, if it is that.
         deadline_at: Until when.
     """
 
-    def __init__(self, outlet: Outlet, deadline_at: float) -> None:
-        super().__init__(f"the queue to {outlet} stayed full ({len(outlet.queue)} messages) to the timeout")
+    def __init__(self, outlet: Outlet, message: Message | None, deadline_at: float, why: str) -> None:
+        super().__init__(f"{why}, and stayed so to the timeout")
         self.outlet = outlet
+        self.message = message
         self.deadline_at = deadline_at
 
 
@@ -139,4 +164,4 @@ class Done:
 
 
 Coroutine.register(Sent)
-Coroutine.register(Response)
+Coroutine.register(Steps)

@@ -8,11 +8,12 @@ Source: docs/protocol.md, "Order of processing".
 
 from collections import deque
 from collections.abc import Hashable
+from typing import Generic, TypeVar
 
-from .message import Message
+T = TypeVar("T")
 
 
-class KeyOrder:
+class KeyOrder(Generic[T]):
     """The keys at work, and behind each what waits for it. Called by one at a time; a driver asks before each start.
 
     Attributes:
@@ -20,10 +21,10 @@ class KeyOrder:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Hashable, deque[Message]] = {}
+        self._waiting: dict[Hashable, deque[T]] = {}
         self.waiting_count = 0
 
-    def admit(self, key: Hashable, message: Message) -> bool:
+    def admit(self, key: Hashable, message: T) -> bool:
         """Return whether a message may start now; else it waits, and a `release` returns it.
 
         Raises:
@@ -37,7 +38,7 @@ class KeyOrder:
         self.waiting_count += 1
         return False
 
-    def release(self, key: Hashable) -> Message | None:
+    def release(self, key: Hashable) -> T | None:
         """Note that the message of a key that was at work is done; return the next one, which may start now."""
         waiting = self._waiting[key]
         if waiting:

@@ -58,6 +58,7 @@ from .limits import (
 from .link import FOREVER, Link, Outlet, Random
 from .outgoing import Batch, Outgoing
 from .roundtrip import RoundTrip
+from .running import Running
 from .wire import (
     Control,
     Data,
@@ -143,8 +144,7 @@ class Session(Outlet):
         self._resend_asked_at = -FOREVER
         self._resend_asked_after = -1
         self._done_early: set[int] = set()
-        self._running: dict[int, int] = {}
-        self._returned_through = 0
+        self.running = Running()
         self._held: deque[tuple[int, int]] = deque()
         self._held_bytes = 0
         self._resent_after, self._resent_at = -1, -FOREVER
@@ -440,9 +440,8 @@ class Session(Outlet):
 
     def note_processed(self, number: int) -> None:
         """Note that the callbacks of all messages up to a number have returned; some may still run as coroutines."""
-        if self._running:
-            self._returned_through = max(number, self._returned_through)
-            number = min(number, next(iter(self._running)) - 1)
+        if self.running:
+            number = self.running.limit(number)
         if number > self.processed_through:
             self.processed_through = number
         while self._held and self._held[0][0] <= self.processed_through:
@@ -452,17 +451,6 @@ class Session(Outlet):
         """Note a message that no worker will ever be done with, since it was dropped or is no message of the user's."""
         if self.has_workers:
             self.note_one_processed(number)
-
-    def note_running(self, number: int) -> None:
-        """Note that a callback of a message goes on. Called in the order of the messages."""
-        self._running[number] = self._running.get(number, 0) + 1
-
-    def note_ended(self, number: int) -> None:
-        """Note that a callback that went on has ended; in any order."""
-        self._running[number] -= 1
-        if not self._running[number]:
-            del self._running[number]
-            self.note_processed(self._returned_through)
 
     def note_one_processed(self, number: int) -> None:
         """Note that the callbacks of one message have returned, in any order (a listener with workers)."""

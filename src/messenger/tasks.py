@@ -1,13 +1,11 @@
-"""The server loop of an `AsyncMessenger`: turns on the caller's event loop, and the tasks of coroutine callbacks.
+"""The server loop of an `AsyncMessenger`: turns on the caller's asyncio event loop.
 
 The sockets' descriptors are watched by the event loop. A turn begins when one becomes readable, when a deadline is
 reached, or soon after something was queued: it receives, runs callbacks, sends, and reads the events of all links that
 were used, because a descriptor tells only of what is new (it is edge-triggered). Nothing here is touched by another
 thread than the event loop's, so the lock only checks that.
 
-A callback may be a coroutine function. Its coroutines become tasks; those of a listener's callback wait in its **lane**
-until one of `workers` is free, so they start in the order in which the messages came. A message counts as processed
-when its task has ended (`Session.note_running`).
+Coroutine callbacks are tasks of the event loop (`handlers.py`).
 
 What must never happen here: a task that is left behind by `close`; a wait that blocks the event loop; a sleep of the
 event loop with a touched link whose events were not read again.
@@ -15,9 +13,9 @@ event loop with a touched link whose events were not read again.
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from functools import partial
+import threading
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
 from time import monotonic
 from typing import Any
 
@@ -25,7 +23,8 @@ from . import interrupts
 from .endpoint import Endpoints
 from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
-from .futures import Done, NoRoom, Response, Sent
+from .futures import Done, NoRoom, Response, Steps, TaskParts
+from .handlers import TIMER_S_MIN, Handlers
 from .limits import CLOSE_TIMEOUT_S, POLL_S
 from .link import FOREVER, Outlet
 from .loop import Loop, State, started
@@ -36,20 +35,12 @@ from .transports.zeromq import SocketLink
 
 logger = logging.getLogger("messenger")
 
-# Event loops may round to whole milliseconds; a shorter sleep would end before its time, again and again.
-TIMER_S_MIN = 0.001
 # How often a socket that is being closed is asked whether it is: at first, and later.
 SOCKET_POLL_S = 0.001
 SOCKET_POLL_S_MAX = 0.02
 
 
-class Lane:
-    """The coroutines of one listener's callback: some run, the others wait for their turn."""
-
-    def __init__(self, active_max: int) -> None:
-        self.active_max = active_max
-        self.active_count = 0
-        self.waiting: deque[tuple[Any, Any, Any]] = deque()
+_Place = tuple[Outlet, Message | None]
 
 
 class _Guard:
@@ -57,9 +48,14 @@ class _Guard:
 
     def __init__(self) -> None:
         self.event_loop: asyncio.AbstractEventLoop | None = None
+        self.thread_id = 0
 
     def acquire(self) -> None:
-        if self.event_loop is not None and asyncio._get_running_loop() is not self.event_loop:
+        running = asyncio._get_running_loop()
+        if running is self.event_loop or self.event_loop is None:
+            return
+        # Between two runs of the event loop its thread may: so `asyncio.run` cancels what is left.
+        if running is not None or threading.get_ident() != self.thread_id:
             raise RuntimeError(
                 "an AsyncMessenger may only be used on the event loop that it was first used on; from another thread "
                 "call it by asyncio.run_coroutine_threadsafe or loop.call_soon_threadsafe"
@@ -85,12 +81,13 @@ class TaskLoop(Loop):
         self._is_turn_planned = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = FOREVER
-        # Of coroutine callbacks, and of sockets that are being closed.
-        self._tasks: set[asyncio.Task[None]] = set()
+        backlog_max = endpoints.limits.worker_backlog_max
+        self._handlers = Handlers(exchange, backlog_max, self._report, self._plan_last_turn)
+        self._take_result = self._handlers.take_result
+        # Of sockets that are being closed.
         self._closing_sockets: set[asyncio.Task[None]] = set()
-        self._lanes: dict[Any, Lane] = {}
-        # By outlet: who waits for room, and how to send then.
-        self._room_wanted: dict[Outlet, OrderedDict[asyncio.Future[Any], Callable[[], object]]] = {}
+        # By outlet, and message whose response comes in parts: who waits for room, and how to send then.
+        self._room_wanted: dict[_Place, OrderedDict[asyncio.Future[Any], Callable[[], object]]] = {}
         self._closer: asyncio.Task[None] | None = None
         # Set after each turn while the messenger closes.
         self._turned = asyncio.Event()
@@ -108,7 +105,8 @@ class TaskLoop(Loop):
             raise RuntimeError("an AsyncMessenger needs a running event loop; without one, use Messenger")
         # Where asyncio takes Ctrl-C itself, as in `asyncio.run`, this leaves it alone.
         interrupts.install()
-        self._event_loop = self._guard.event_loop = event_loop
+        self._event_loop = self._guard.event_loop = self._handlers.event_loop = event_loop
+        self._guard.thread_id = threading.get_ident()
         self.state = State.RUNNING
         started.add(self)
         inproc_names.watch(self)
@@ -121,7 +119,7 @@ class TaskLoop(Loop):
         """Stop when all is settled or `timeout` is over; what is returned waits for that, except in a callback."""
         with self.lock:
             self.begin_close(timeout)
-            if self._closer is None or self.is_own_thread() or asyncio.current_task() in self._tasks:
+            if self._closer is None or self.is_own_thread() or self._handlers.runs_in(asyncio.current_task()):
                 return Done()
             return asyncio.shield(self._closer)
 
@@ -152,7 +150,7 @@ class TaskLoop(Loop):
                 waiting = asyncio.ensure_future(self._turned.wait())
                 await asyncio.wait((waiting,), timeout=min(max(0.0, self.close_at - monotonic()), SLEEP_S_MAX))
                 waiting.cancel()
-            await self._end_tasks(0.0)
+            await self._handlers.end(0.0)
         finally:
             # Also if this task is cancelled, because the program ends.
             self._stop()
@@ -161,36 +159,22 @@ class TaskLoop(Loop):
             self._closing_sockets.add(closing)
             started.discard(self)
         # What the end of all messages has started.
-        await self._end_tasks(CLOSE_TIMEOUT_S)
+        await self._handlers.end(CLOSE_TIMEOUT_S)
         await asyncio.gather(*self._closing_sockets)
 
     def _is_over(self) -> bool:
-        return monotonic() >= self.close_at or (not self._tasks and super()._is_over())
+        return monotonic() >= self.close_at or (not self._handlers and super()._is_over())
 
     def _stop(self) -> None:
         """End every message and give up all links."""
         self.state = State.CLOSED
         self._remove_all()
-        for lane in self._lanes.values():
-            for _, _, coroutine in lane.waiting:
-                coroutine.close()
-            lane.waiting.clear()
+        self._handlers.discard_waiting()
         while self._exchange.calls:
             self._run_calls()
         inproc_names.unwatch(self)
         if self._timer is not None:
             self._timer.cancel()
-
-    async def _end_tasks(self, wait_s: float) -> None:
-        """Wait for the tasks of callbacks, then cancel them."""
-        if self._tasks and wait_s:
-            await asyncio.wait(self._tasks, timeout=wait_s)
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
-        if self._tasks:
-            logger.error("! %s: %d callbacks still run after the close", self._name, len(self._tasks))
 
     # Links.
 
@@ -243,6 +227,10 @@ class TaskLoop(Loop):
         if not self._is_turn_planned:
             self._is_turn_planned = True
             self._event_loop.call_soon(self._turn)
+
+    def _plan_last_turn(self) -> None:
+        if self.state is not State.CLOSED:
+            self._plan_turn()
 
     def _turn(self) -> None:
         self._is_turn_planned = False
@@ -308,9 +296,10 @@ class TaskLoop(Loop):
     def flush_soon(self, outlet: Outlet, now: float) -> None:
         """Send what was queued: at once if nothing is on its way there, else together with what follows.
 
-        In a callback that is a plain function messages wait for the end of the turn.
+        In a callback that is a plain function messages wait for the end of the turn, and so they do for one that is
+        planned.
         """
-        if self._callback_at != FOREVER:
+        if self._is_turn_planned or self._callback_at != FOREVER:
             return
         if outlet.is_quiet:
             self.flush()
@@ -321,7 +310,7 @@ class TaskLoop(Loop):
         """Send what was queued; the core settles the waiter."""
         if self._exchange.is_urgent:
             self.flush()
-        else:
+        elif not self._is_turn_planned:
             self.flush_soon(outlet, 0.0)
 
     def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
@@ -329,11 +318,21 @@ class TaskLoop(Loop):
         why = self._exchange.why_held_up(outlet, message)
         if self.is_own_thread():
             raise QueueFull(f"{why}, and a callback that is a plain function cannot wait; make it a coroutine function")
-        raise NoRoom(outlet, deadline_at)
+        raise NoRoom(outlet, message, deadline_at, why) from None
 
-    def make_future(self) -> asyncio.Future[Any]:
+    async def await_part(self, parts: TaskParts, deadline_at: float) -> None:
+        """Wait until there is something to take of a stream, or its deadline has ended it."""
+        self._exchange.await_part(parts, deadline_at)
+        self._look_again()
+        parts.waiter = self._event_loop.create_future()
+        try:
+            await parts.waiter
+        finally:
+            parts.waiter = None
+
+    def make_future(self) -> Steps[Any]:
         """Return a future of the event loop."""
-        return self._event_loop.create_future()
+        return Steps(loop=self._event_loop)
 
     def send_later(self, full: NoRoom, future: asyncio.Future[Any], send: Callable[[], object]) -> None:
         """Call `send` when there is room, after those who wait already; settle the future if there is none in time.
@@ -341,7 +340,7 @@ class TaskLoop(Loop):
         Raises:
             QueueFull: Too many wait already.
         """
-        waiting = self._room_wanted.setdefault(full.outlet, OrderedDict())
+        waiting = self._room_wanted.setdefault((full.outlet, full.message), OrderedDict())
         if len(waiting) >= self._endpoints.limits.queue_msgs_max:
             raise QueueFull(f"{len(waiting)} calls wait for room in the queue to {full.outlet}, that is queue_msgs_max")
         waiting[future] = send
@@ -359,12 +358,20 @@ class TaskLoop(Loop):
         timer = self._event_loop.call_later(min(max(0.0, full.deadline_at - monotonic()), SLEEP_S_MAX), expire)
         future.add_done_callback(forget)
 
+    def has_waiting(self, message: Message) -> bool:
+        """Return whether parts of the response to a message wait for room, so that the next must wait behind them."""
+        return bool(self._room_wanted.get((message.link, message)))
+
+    def let_go(self, message: Message) -> None:
+        """Count a message as processed though its task goes on."""
+        self._handlers.let_go(message)
+
     def _announce_room(self) -> None:
         """Send for those who wait for room, as far as there is."""
         # What is sent here does not come back here.
         self._room_wanted_count = 0
-        for outlet, waiting in list(self._room_wanted.items()):
-            while waiting and (self.state is not State.RUNNING or not self._exchange.is_full(outlet)):
+        for place, waiting in list(self._room_wanted.items()):
+            while waiting and (self.state is not State.RUNNING or not self._exchange.is_held_up(*place)):
                 future, send = waiting.popitem(last=False)
                 if future.done():
                     continue
@@ -377,62 +384,8 @@ class TaskLoop(Loop):
                 except Exception as error:
                     future.set_exception(error)
             if not waiting:
-                del self._room_wanted[outlet]
+                del self._room_wanted[place]
         self._room_wanted_count = sum(map(len, self._room_wanted.values()))
-
-    # Coroutine callbacks.
-
-    def _take_result(self, callback: Any, argument: Any, result: Any) -> None:
-        """Run the coroutine that a callback returned, now or when its lane has room."""
-        if type(result) is Sent or not isinstance(result, Coroutine):
-            return
-        if self._event_loop.is_closed():
-            result.close()
-            return
-        is_message = isinstance(argument, Message)
-        if not is_message or callback is not argument.link.callback:
-            self._start_task(callback, argument, result, None)
-        else:
-            endpoint = argument.link.handle
-            lane = self._lanes.get(endpoint)
-            if lane is None:
-                lane = self._lanes[endpoint] = Lane(max(1, endpoint.worker_count))
-            if lane.active_count < lane.active_max:
-                lane.active_count += 1
-                self._start_task(callback, argument, result, lane)
-            elif not argument.number and len(lane.waiting) >= self._endpoints.limits.worker_backlog_max:
-                # A session's window bounds what it sends; a plain peer cannot be told to slow down.
-                result.close()
-                self._exchange.drop("workers_full")
-                return
-            else:
-                lane.waiting.append((callback, argument, result))
-        if is_message:
-            self._exchange.note_running(argument)
-
-    def _start_task(self, callback: Any, argument: Any, coroutine: Any, lane: Lane | None) -> None:
-        task = self._event_loop.create_task(self._run_task(callback, argument, coroutine))
-        self._tasks.add(task)
-        task.add_done_callback(partial(self._end_task, argument, coroutine, lane))
-
-    async def _run_task(self, callback: Any, argument: Any, coroutine: Any) -> None:
-        try:
-            await coroutine
-        except BaseException as error:
-            self._report(callback, argument, error)
-
-    def _end_task(self, argument: Any, coroutine: Any, lane: Lane | None, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        coroutine.close()  # If it was cancelled before its first step, it was never started.
-        if isinstance(argument, Message):
-            self._exchange.note_ended(argument)
-        if lane is not None:
-            if lane.waiting:
-                self._start_task(*lane.waiting.popleft(), lane)
-            else:
-                lane.active_count -= 1
-        if self.state is not State.CLOSED:
-            self._plan_turn()
 
     def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
         """Tell of a callback that raised. A Ctrl-C goes on to the event loop, whose it is."""

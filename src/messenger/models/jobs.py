@@ -1,6 +1,6 @@
 """What callers are given: jobs, and what comes of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
@@ -13,7 +13,8 @@ class Job(Future[T]):
     """A call that was made, as a future: `result(timeout)`, `done()`, `exception(timeout)`, `add_done_callback(fn)`.
 
     It ends exactly once: with a result, with an error, or cancelled. Callbacks run on the messenger's thread and must
-    not block. `asyncio.wrap_future(job)` makes it awaitable. A `timeout` of `result` only ends that wait.
+    not block. It can be awaited, too; who is cancelled while awaiting it gives it up. A `timeout` of `result` only ends
+    that wait.
 
     Attributes:
         id: By which `manager.job(id)` and `messenger models status` find it; only trainings have one.
@@ -23,6 +24,12 @@ class Job(Future[T]):
         super().__init__()
         self.id = job_id
         self._on_cancel = on_cancel
+
+    def __await__(self) -> Generator[Any, None, T]:
+        """Wait on the event loop that runs, for the result."""
+        import asyncio
+
+        return asyncio.wrap_future(self).__await__()
 
     def cancel(self) -> bool:
         """Give the job up. Only a training that runs takes time to end, at most 2 s, and may yet be completed.

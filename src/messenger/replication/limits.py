@@ -71,3 +71,5 @@ SNAPSHOT_STEP_PAGES = 256
 SNAPSHOT_SYNC_BYTES = 4 * MIB
 # Milliseconds that SQLite waits for another process's lock on the file.
 BUSY_MS = 5_000
+# Transactions of an `AsyncPrimary` that are open or wait, each with a thread; and as many other calls.
+ASYNC_TRANSACTIONS_MAX = 32

@@ -1,0 +1,157 @@
+"""A primary and its replicas in a program with asyncio."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+import uvloop
+
+from messenger import AsyncMessenger
+from messenger.replication import ReplicationClosed, WriterBusy
+from messenger.replication.aio import AsyncPrimary, AsyncReplica
+from tests.conftest import free_port
+from tests.replication.pairs import BOOKS, INSERT, SELECT, content_of
+
+
+def run(coroutine: Coroutine[Any, Any, None], uses_uvloop: bool = False) -> None:
+    async def check() -> None:
+        async with asyncio.timeout(50):
+            await coroutine
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if uses_uvloop else asyncio.new_event_loop) as runner:
+        runner.run(check())
+
+
+@contextlib.asynccontextmanager
+async def pair(folder: Path) -> AsyncIterator[tuple[AsyncPrimary, AsyncReplica]]:
+    port = free_port()
+    async with (
+        AsyncMessenger("primary") as one,
+        AsyncMessenger("replica") as other,
+        AsyncPrimary(folder / "primary.db", one, port) as primary,
+        AsyncReplica(folder / "replica.db", other, port) as replica,
+    ):
+        await primary.execute(BOOKS)
+        await replica.wait_for(primary.position, timeout=20)
+        yield primary, replica
+
+
+@pytest.mark.parametrize("uses_uvloop", [False, True])
+def test_transactions_and_reads(tmp_path: Path, uses_uvloop: bool) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (primary, replica):
+            async with primary.transaction(commit="applied") as tx:
+                await tx.executemany(INSERT, [("a",), ("b",)])
+                assert await tx.execute("SELECT count(*) FROM books") == [(2,)]
+                assert await tx.last_insert_rowid() == 2
+            assert tx.position == primary.position
+            assert await replica.execute(SELECT) == [(1, "a"), (2, "b")]
+            await asyncio.gather(*[primary.execute(INSERT, (str(number),)) for number in range(50)])
+            await primary.wait_confirmed(primary.position, commit="applied")
+            assert len(await replica.execute(SELECT)) == 52
+            assert [each.name for each in (await primary.status()).replicas] == ["replica"]
+            assert (await replica.status()).lsn == primary.position.lsn
+            assert await primary.check() == {"replica": ""}
+        assert content_of(tmp_path / "replica.db") == content_of(tmp_path / "primary.db")
+
+    run(main(), uses_uvloop)
+
+
+def test_transaction_that_raises_or_is_cancelled_is_rolled_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (primary, _):
+            with pytest.raises(ValueError, match="planted"):  # noqa: PT012  # It leaves by the context manager.
+                async with primary.transaction() as tx:
+                    await tx.execute(INSERT, ("lost",))
+                    raise ValueError("planted")
+            with pytest.raises(apsw.SQLError):
+                async with primary.transaction() as tx:
+                    await tx.execute("nonsense")
+            entered = asyncio.Event()
+
+            async def hold() -> None:
+                async with primary.transaction() as tx:
+                    await tx.execute(INSERT, ("lost too",))
+                    entered.set()
+                    await asyncio.Event().wait()
+
+            holder = asyncio.create_task(hold())
+            await entered.wait()
+            with pytest.raises(WriterBusy):
+                async with primary.transaction(timeout=0.05):
+                    pass
+            # One that waits for its turn is cancelled before it begins.
+            waiting = asyncio.create_task(hold())
+            await asyncio.sleep(0.05)
+            waiting.cancel()
+            holder.cancel()
+            for task in (holder, waiting):
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            async with primary.transaction() as tx:
+                await tx.execute(INSERT, ("kept",))
+            assert await primary.execute(SELECT) == [(1, "kept")]
+
+    run(main())
+
+
+def test_event_loop_is_never_blocked(tmp_path: Path) -> None:
+    """A tick of 5 ms goes on beside openings, commits and a wait for a replica that is not there."""
+    gaps: list[float] = []
+
+    async def tick() -> None:
+        last_at = time.monotonic()
+        while True:
+            await asyncio.sleep(0.005)
+            gaps.append(time.monotonic() - last_at)
+            last_at = time.monotonic()
+
+    async def main() -> None:
+        ticking = asyncio.create_task(tick())
+        async with pair(tmp_path) as (primary, replica):
+            for _ in range(20):
+                await primary.execute(INSERT, ("x",))
+            with contextlib.suppress(Exception):
+                await replica.wait_for((9, 9), timeout=0.5)
+        ticking.cancel()
+        await asyncio.wait([ticking])
+        assert sorted(gaps)[-3] < 0.25, sorted(gaps)[-5:]
+
+    run(main())
+
+
+def test_promotion(tmp_path: Path) -> None:
+    async def main() -> None:
+        port = free_port()
+        async with AsyncMessenger("replica") as messenger, AsyncReplica(tmp_path / "r.db", messenger, port) as replica:
+            async with AsyncMessenger("primary") as other, AsyncPrimary(tmp_path / "p.db", other, port) as primary:
+                await primary.execute(BOOKS)
+                await primary.execute(INSERT, ("a",))
+                await replica.wait_for(primary.position, timeout=20)
+            promoted = await replica.promote()
+        # The replica is closed, and what it has become goes on.
+        await promoted.execute(INSERT, ("b",))
+        assert await promoted.execute(SELECT) == [(1, "a"), (2, "b")]
+        assert promoted.position.term == 2
+        await promoted.close()
+        await promoted.close()
+
+    run(main())
+
+
+def test_calls_before_it_is_open_and_a_refused_opening(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with AsyncMessenger() as messenger:
+            with pytest.raises(ReplicationClosed, match="async with"):
+                await AsyncPrimary(tmp_path / "x.db", messenger, free_port()).execute("SELECT 1")
+            with pytest.raises(ValueError, match="check_every"):
+                async with AsyncPrimary(tmp_path / "x.db", messenger, free_port(), check_every=0):
+                    pass
+
+    run(main())

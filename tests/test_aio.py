@@ -1,0 +1,709 @@
+"""`AsyncMessenger`: what it does that threads do not. What both do is tested by tests/transports over both drivers."""
+
+import asyncio
+import inspect
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+import uvloop
+
+from messenger import (
+    AsyncMessenger,
+    Cancelled,
+    ForkedError,
+    HandlerError,
+    Limits,
+    Message,
+    MessageTooLarge,
+    Messenger,
+    MessengerClosed,
+    NotDelivered,
+    OutcomeUnknown,
+    QueueFull,
+)
+from tests.asyncio_cancel import cancel_at_random
+
+TIMEOUT_S = 10.0
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Runs a coroutine to its end, for a limited time, in debug mode, and finds no task left."""
+
+    async def check(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        async with asyncio.timeout(5 * TIMEOUT_S):
+            result = await coroutine
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return result
+
+    def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        factory = asyncio.new_event_loop if request.param == "asyncio" else uvloop.new_event_loop
+        with asyncio.Runner(loop_factory=factory, debug=True) as runner:
+            return runner.run(check(coroutine))
+
+    return run
+
+
+def answer(message: Message) -> None:
+    message.reply(b"answer to " + message.contents)
+
+
+async def until(predicate: Callable[[], object]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not predicate():  # noqa: ASYNC110  # What no event tells.
+            await asyncio.sleep(0.001)
+
+
+class Pair:
+    """A server with one listener and a client, both closed at the end."""
+
+    def __init__(self, callback: Callable[[Message], object], workers: int = 0, limits: Limits | None = None) -> None:
+        self.server, self.client = AsyncMessenger("server"), AsyncMessenger("client", limits=limits)
+        self._callback, self._workers = callback, workers
+
+    async def __aenter__(self) -> "Pair":
+        self.listener = self.server.listen_for_connection("tcp://127.0.0.1:0", self._callback, workers=self._workers)
+        self.to = self.client.make_connection(f"tcp://127.0.0.1:{self.listener.port}")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.close()
+        await self.server.close()
+
+
+# One API.
+
+
+def test_both_messengers_have_the_same_names_and_parameters() -> None:
+    """What may differ: what is awaited, and how they are used as context managers."""
+
+    def calls(kind: type) -> dict[str, list[inspect.Parameter]]:
+        functions = {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}
+        return {
+            name: [each.replace(annotation=None) for each in inspect.signature(function).parameters.values()]
+            for name, function in {**functions, "__init__": kind.__init__}.items()  # type: ignore[misc]
+        }
+
+    assert calls(AsyncMessenger) == calls(Messenger)
+    assert len(calls(Messenger)) >= 9
+    waiting = {"send_message", "request", "close"}
+    for name in calls(Messenger):
+        assert (name in vars(AsyncMessenger)) >= (name in waiting), name
+
+
+def test_import_of_messenger_does_not_import_asyncio() -> None:
+    """It takes as long as half of the rest."""
+    code = "import sys, messenger; print('asyncio' in sys.modules, 'AsyncMessenger' in dir(messenger))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.split()[0] == "False"
+    with pytest.raises(AttributeError, match="Nonsense"):
+        getattr(__import__("messenger"), "Nonsense")  # noqa: B009
+
+
+# Awaitables.
+
+
+def test_request_in_all_the_ways_of_asyncio(run: Run) -> None:
+    async def main() -> None:
+        async with Pair(answer) as pair:
+            request, to = pair.client.request, pair.to
+            assert (await request(to, b"1")).contents == b"answer to 1"
+            assert [each.contents for each in await asyncio.gather(request(to, b"2"), request(to, b"3"))] == [
+                b"answer to 2",
+                b"answer to 3",
+            ]
+            assert (await asyncio.create_task(request(to, b"4"))).contents == b"answer to 4"
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(request(to, b"5"))
+                sent = group.create_task(pair.client.send_message(to, b""))
+            assert task.result().contents == b"answer to 5"
+            assert sent.result() > 1024
+            assert (await asyncio.wait_for(request(to, b"6"), 5)).contents == b"answer to 6"
+            future = request(to, b"7")
+            assert future.message_id == sent.result() + 2
+            assert (await future).contents == b"answer to 7"
+            assert await pair.client.send_message(to, b"8") == future.message_id + 1
+
+    run(main())
+
+
+def test_outcomes_are_raised(run: Run) -> None:
+    async def fail(message: Message) -> None:
+        if message.contents == b"wait":
+            await asyncio.sleep(TIMEOUT_S)
+        raise ValueError("planted")
+
+    async def main() -> None:
+        async with Pair(fail, workers=5) as pair:
+            with pytest.raises(HandlerError, match="planted"):
+                await pair.client.request(pair.to, b"")
+            with pytest.raises(OutcomeUnknown):
+                await pair.client.request(pair.to, b"wait", timeout=0.05)
+            with pytest.raises(NotDelivered):
+                await pair.client.request("inproc://nobody", b"", timeout=0.05)
+            with pytest.raises(MessageTooLarge):
+                pair.client.request(pair.to, b"x" * (64 * 2**20 + 1))
+            waiting = pair.client.request(pair.to, b"wait")
+            assert pair.client.cancel(waiting.message_id)
+            with pytest.raises(Cancelled):
+                await waiting
+
+    run(main())
+
+
+def test_cancelling_the_task_gives_the_message_up(run: Run) -> None:
+    started: list[bytes] = []
+    ended: list[str] = []
+
+    async def wait(message: Message) -> None:
+        started.append(message.contents)
+        try:
+            await asyncio.sleep(TIMEOUT_S)
+        except asyncio.CancelledError:
+            ended.append(f"{message.contents.decode()} {message.cancelled}")
+            raise
+
+    async def main() -> None:
+        async with Pair(wait) as pair:
+            task = asyncio.create_task(pair.client.request(pair.to, b"1"))
+            behind = asyncio.create_task(pair.client.request(pair.to, b"2"))
+            await until(lambda: started)
+            behind.cancel()
+            await asyncio.sleep(0.05)
+            cancelled_at = time.monotonic()
+            task.cancel()
+            await until(lambda: ended)
+            assert time.monotonic() - cancelled_at < 0.1
+            for each in (task, behind):
+                with pytest.raises(asyncio.CancelledError):
+                    await each
+            await until(lambda: pair.server.statistics().dropped.get("expired"))
+            assert (started, ended) == ([b"1"], ["1 True"])
+            assert pair.client.statistics().outstanding_msgs == 0
+            assert pair.server.statistics().callback_error_count == 0
+
+    run(main())
+
+
+def test_deadline_cancels_the_task_of_the_callback(run: Run) -> None:
+    ended: list[float] = []
+
+    async def wait(message: Message) -> None:
+        try:
+            await asyncio.sleep(TIMEOUT_S)
+        finally:
+            ended.append(time.monotonic())
+
+    async def main() -> None:
+        async with Pair(wait) as pair:
+            deadline_at = time.monotonic() + 0.2
+            with pytest.raises(OutcomeUnknown):
+                await pair.client.request(pair.to, b"", timeout=0.2)
+            await until(lambda: ended)
+            assert -0.01 < ended[0] - deadline_at < 0.1
+
+    run(main())
+
+
+def test_random_cancellation_loses_nothing(run: Run) -> None:
+    """A part of what `make cancel` does."""
+    figures = run(cancel_at_random(2_500, seed=int.from_bytes(os.urandom(4))))
+    assert figures.sent == figures.answered + figures.cancelled + figures.failed
+    assert figures.left_outstanding == 0
+    assert min(figures.answered, figures.cancelled) > 100
+
+
+# Callbacks.
+
+
+def test_coroutines_start_in_order_and_run_side_by_side(run: Run) -> None:
+    started: list[int] = []
+    active = most_active = 0
+
+    async def work(message: Message) -> None:
+        nonlocal active, most_active
+        started.append(int(message.contents))
+        active += 1
+        most_active = max(most_active, active)
+        await asyncio.sleep(0.01 if started[-1] % 2 else 0)
+        active -= 1
+        await message.reply(message.contents)
+
+    async def main() -> None:
+        nonlocal most_active
+        for workers, most in ((4, 4), (0, 1), (1, 1)):
+            started.clear()
+            most_active = 0
+            async with Pair(work, workers=workers) as pair:
+                responses = await asyncio.gather(*[pair.client.request(pair.to, b"%d" % n) for n in range(40)])
+                assert [int(each.contents) for each in responses] == list(range(40))
+            assert started == list(range(40))
+            assert most_active == most
+
+    run(main())
+
+
+def test_message_counts_as_processed_when_its_coroutine_has_ended(run: Run) -> None:
+    """The window is what shows it: two messages fill it, until one of them is processed."""
+    release = asyncio.Event()
+
+    async def hold(_: Message) -> None:
+        await release.wait()
+
+    async def main() -> None:
+        async with Pair(lambda message: hold(message), limits=Limits(window_msgs=2)) as pair:
+            for number in range(3):
+                await pair.client.send_message(pair.to, b"%d" % number)
+            await until(lambda: pair.client.statistics().queued_msgs == 1)
+            await asyncio.sleep(0.1)
+            assert pair.client.statistics().queued_msgs == 1
+            assert pair.server.statistics().received_msgs == 2
+            release.set()
+            await until(lambda: pair.server.statistics().received_msgs == 3)
+
+    run(main())
+
+
+def test_every_callback_may_be_a_coroutine_function(run: Run) -> None:
+    seen: list[str] = []
+
+    async def note(text: str, argument: Any) -> None:
+        await asyncio.sleep(0)
+        seen.append(f"{text} {type(argument).__name__}")
+        if text in ("slc", "registered"):
+            await argument.reply(b"")
+
+    def noting(text: str) -> Callable[[Any], Awaitable[None]]:
+        return lambda argument: note(text, argument)
+
+    async def main() -> None:
+        async with Pair(noting("slc")) as pair:
+            pair.server.register_callback(100, noting("registered"))
+            await pair.client.send_message(pair.to, b"", noting("msc"), remote_callback=100)
+            await until(lambda: len(seen) == 3)
+            await pair.client.send_message("inproc://nobody", b"", on_error=noting("error"), timeout=0.01)
+            await until(lambda: len(seen) == 4)
+            await pair.client.send_message(pair.to, b"")
+            connection = pair.client.make_connection(f"tcp://127.0.0.1:{pair.listener.port}", callback=noting("back"))
+            await pair.client.request(connection, b"")
+            await until(lambda: "back Message" in seen)
+
+    run(main())
+    assert sorted(seen[:3]) == ["msc Message", "registered Message", "slc Message"]
+    assert seen[3] == "error NotDelivered"
+
+
+@pytest.mark.parametrize("raised", [ValueError("planted"), SystemExit(3)], ids=repr)
+def test_coroutine_raises(run: Run, raised: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(message: Message) -> None:
+        await asyncio.sleep(0)
+        if message.contents == b"fail":
+            raise raised
+        answer(message)
+
+    async def main() -> None:
+        async with Pair(fail) as pair:
+            with pytest.raises(HandlerError, match=type(raised).__name__):
+                await pair.client.request(pair.to, b"fail")
+            assert (await pair.client.request(pair.to, b"next")).contents == b"answer to next"
+            assert pair.server.statistics().callback_error_count == 1
+
+    run(main())
+    assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [raised]
+
+
+@pytest.mark.parametrize("is_coroutine", [False, True])
+def test_ctrl_c_in_a_callback_ends_the_program(is_coroutine: bool) -> None:
+    def stop(_: Message) -> None:
+        raise KeyboardInterrupt
+
+    async def stop_later(_: Message) -> None:
+        await asyncio.sleep(0)
+        raise KeyboardInterrupt
+
+    async def main() -> None:
+        async with Pair(stop_later if is_coroutine else stop) as pair:
+            await pair.client.request(pair.to, b"")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+
+
+def test_callback_that_is_a_plain_function_cannot_wait(run: Run) -> None:
+    caught: list[Exception] = []
+
+    def fill(message: Message) -> None:
+        try:
+            for _ in range(3):
+                message.reply(b"")
+        except QueueFull as error:
+            caught.append(error)
+
+    async def main() -> None:
+        async with AsyncMessenger(limits=Limits(queue_msgs_max=2)) as server, AsyncMessenger() as client:
+            server.listen_for_connection("inproc://full", fill)
+            await client.send_message("inproc://full", b"")
+            await until(lambda: caught)
+            assert "plain function" in str(caught[0])
+
+    run(main())
+
+
+# Room.
+
+
+def test_send_waits_for_room_in_order(run: Run) -> None:
+    received: list[bytes] = []
+
+    async def main() -> None:
+        async with AsyncMessenger(limits=Limits(queue_msgs_max=5)) as client, AsyncMessenger() as server:
+            sends = [client.send_message("inproc://later", b"%d" % number) for number in range(8)]
+            requests = [client.request("inproc://later", b"8"), client.request("inproc://later", b"9")]
+            cancelled = asyncio.ensure_future(sends.pop(6))
+            cancelled.cancel()
+            requests.pop().cancel()
+            await asyncio.sleep(0.01)
+
+            def note_and_answer(message: Message) -> None:
+                received.append(message.contents)
+                answer(message)
+
+            server.listen_for_connection("inproc://later", note_and_answer)
+            ids = [await each for each in sends]
+            assert ids == sorted(ids)
+            assert (await requests[0]).contents == b"answer to 8"
+            assert received == [b"0", b"1", b"2", b"3", b"4", b"5", b"7", b"8"]
+
+    run(main())
+
+
+def test_no_room_before_the_timeout(run: Run) -> None:
+    async def main() -> None:
+        async with AsyncMessenger(limits=Limits(queue_msgs_max=1)) as client:
+            await client.send_message("inproc://nobody", b"")
+            with pytest.raises(QueueFull, match="stayed so"):
+                await client.send_message("inproc://nobody", b"", timeout=0.02)
+            with pytest.raises(QueueFull, match="stayed so"):
+                await client.request("inproc://nobody", b"", timeout=0.02)
+            waiting = client.send_message("inproc://nobody", b"")
+            with pytest.raises(QueueFull, match="calls wait"):
+                client.request("inproc://nobody", b"")
+            await client.close(0)
+            with pytest.raises(MessengerClosed):
+                await waiting
+
+    run(main())
+
+
+# Life.
+
+
+def test_close_drains_and_leaves_no_task(run: Run) -> None:
+    ended: list[str] = []
+
+    async def slow(message: Message) -> None:
+        try:
+            await asyncio.sleep(0.05 if message.contents == b"short" else TIMEOUT_S)
+            await message.reply(b"done")
+            ended.append("done")
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def main() -> None:
+        async with AsyncMessenger() as client:
+            server = AsyncMessenger()
+            server.listen_for_connection("inproc://slow", slow, workers=3)
+            short, long = client.request("inproc://slow", b"short"), client.request("inproc://slow", b"long")
+            await until(lambda: server.statistics().received_msgs == 2)
+            closing = server.close(timeout=0.3)
+            assert "closing" in repr(server)
+            await closing
+            assert (await short).contents == b"done"
+            with pytest.raises((OutcomeUnknown, HandlerError)):
+                await long
+            assert ended == ["done", "cancelled"]
+            await server.close()
+            with pytest.raises(MessengerClosed):
+                server.request("inproc://slow", b"")
+
+    run(main())
+
+
+def test_callbacks_close_their_messenger(run: Run) -> None:
+    async def close(message: Message) -> None:
+        await message.messenger.close()
+        await message.reply(b"closed")
+
+    def close_at_once(message: Message) -> None:
+        message.messenger.close()
+        message.reply(b"closed")
+
+    async def main() -> None:
+        for number, callback in enumerate((close, close_at_once)):
+            async with AsyncMessenger() as client:
+                server = AsyncMessenger()
+                server.listen_for_connection(f"inproc://close{number}", callback)
+                assert (await client.request(f"inproc://close{number}", b"")).contents == b"closed"
+                await server.close()
+                assert "closed" in repr(server)
+
+    run(main())
+
+
+def test_cancelled_close_goes_on(run: Run) -> None:
+    async def main() -> None:
+        messenger = AsyncMessenger()
+        await messenger.send_message("inproc://nobody", b"", on_error=lambda _: None)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(messenger.close(timeout=0.1), 0.01)
+        await until(lambda: "closed" in repr(messenger))
+        await messenger.close()
+
+    run(main())
+
+
+def test_endpoints_close(run: Run) -> None:
+    async def main() -> None:
+        async with AsyncMessenger() as messenger:
+            async with messenger.listen_for_connection("tcp://127.0.0.1:0", answer) as listener:
+                port = listener.port
+                assert (await messenger.request(f"tcp://127.0.0.1:{port}", b"")).contents == b"answer to "
+            async with messenger.listen_for_connection(f"tcp://127.0.0.1:{port}", answer) as listener:
+                await listener.close()
+            assert messenger.statistics().listener_count == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize("uses_uvloop", [False, True])
+def test_program_that_does_not_close(uses_uvloop: bool) -> None:
+    """It ends at once, says goodbye, and warns of nothing."""
+    code = """if True:
+        import asyncio, sys, logging
+        logging.basicConfig()
+        from messenger import AsyncMessenger
+        async def handle(message):
+            await asyncio.sleep(60)
+        async def main():
+            client, server = AsyncMessenger(), AsyncMessenger()
+            server.listen_for_connection("inproc://a", handle)
+            await client.send_message(sys.argv[1], b"hello", lambda response: None)
+            await client.send_message("inproc://a", b"")
+            await asyncio.sleep(0.2)
+        if sys.argv[2] == "True":
+            import uvloop
+            uvloop.run(main())
+        else:
+            asyncio.run(main())
+        """
+    with Messenger() as peer:
+        came: list[Message] = []
+        listener = peer.listen_for_connection("tcp://127.0.0.1:0", came.append)
+        to = f"tcp://127.0.0.1:{listener.port}"
+        started_at = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-X", "dev", "-c", code, to, str(uses_uvloop)], capture_output=True, text=True, timeout=30
+        )
+        assert time.monotonic() - started_at < 15
+        assert done.returncode == 0, done.stderr
+        assert "never awaited" not in done.stderr, done.stderr
+        assert "pending" not in done.stderr, done.stderr
+        assert came[0].is_sender_gone
+
+
+def test_wrong_thread_no_event_loop_and_fork(run: Run) -> None:
+    with pytest.raises(RuntimeError, match="running event loop"):
+        AsyncMessenger().make_connection("inproc://a")
+
+    async def main() -> None:
+        async with AsyncMessenger() as messenger:
+            with pytest.raises(RuntimeError, match="run_coroutine_threadsafe"):
+                await asyncio.to_thread(messenger.statistics)
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    messenger.make_connection("inproc://a")
+                except ForkedError:
+                    os._exit(7)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7  # noqa: ASYNC222
+            await messenger.close()
+        with pytest.raises(ValueError, match="timeout"):
+            messenger.close(-1)
+
+    logging.captureWarnings(False)
+    run(main())
+
+
+def test_talks_to_a_messenger_of_threads_both_ways(run: Run) -> None:
+    with Messenger("threads") as threads:
+        threads.listen_for_connection("inproc://threads", answer)
+
+        async def main() -> None:
+            async with AsyncMessenger("asyncio") as messenger:
+                messenger.listen_for_connection("inproc://asyncio", answer)
+                assert (await messenger.request("inproc://threads", b"1")).contents == b"answer to 1"
+                response = await asyncio.to_thread(threads.request, "inproc://asyncio", b"2")
+                assert (response.contents, response.sender) == (b"answer to 2", "asyncio")
+
+        run(main())
+
+
+# Streams, and order by key.
+
+
+def test_streams_are_read_in_order_and_hold_up_their_writers(run: Run) -> None:
+    """Of 300 parts that nobody takes yet, no more than the credit is sent; and others are served meanwhile."""
+    sent: list[int] = []
+
+    async def write(message: Message) -> None:
+        if message.contents:
+            answer(message)
+            return
+        for number in range(300):
+            await message.reply(b"%d" % number, more=True)
+            sent.append(number)
+        await message.reply(b"end")
+
+    async def main() -> None:
+        async with Pair(write, workers=2, limits=Limits(window_msgs=40)) as pair:
+            stream = pair.client.stream(pair.to, b"")
+            assert (await anext(stream)).contents == b"0"
+            await asyncio.sleep(0.1)
+            assert len(sent) < 40
+            for _ in range(100):
+                assert (await pair.client.request(pair.to, b"x")).contents == b"answer to x"
+            assert [part.contents async for part in stream] == [*(b"%d" % number for number in range(1, 300)), b"end"]
+            assert [part.contents async for part in stream] == []
+
+            async def read() -> int:
+                return len([part async for part in pair.client.stream(pair.to, b"")])
+
+            assert await asyncio.gather(*[read() for _ in range(5)]) == [301] * 5
+        assert pair.server.statistics().callback_error_count == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize("way", ["break", "close", "cancel", "forget"])
+def test_reader_that_stops_cancels_the_writer(run: Run, way: str) -> None:
+    ended: list[str] = []
+
+    async def write(message: Message) -> None:
+        try:
+            while True:
+                await message.reply(b"x" * 1000, more=True)
+        except (Cancelled, asyncio.CancelledError) as error:
+            ended.append(type(error).__name__)
+            raise
+
+    async def main() -> None:
+        async with Pair(write) as pair:
+            if way == "break":
+                async for _ in pair.client.stream(pair.to, b""):
+                    break
+            elif way == "close":
+                async with pair.client.stream(pair.to, b"") as stream:
+                    await anext(stream)
+            elif way == "cancel":
+
+                async def read() -> None:
+                    async for _ in pair.client.stream(pair.to, b""):
+                        await asyncio.sleep(0)
+
+                task = asyncio.create_task(read())
+                await until(lambda: pair.client.statistics().received_msgs > 10)
+                task.cancel()
+                await asyncio.wait([task])
+                del task
+            else:
+                stream = pair.client.stream(pair.to, b"")
+                await anext(stream)
+                del stream
+            await until(lambda: ended)
+            await until(lambda: pair.client.statistics().outstanding_msgs == 0)
+        assert pair.server.statistics().callback_error_count == 0
+
+    run(main())
+
+
+def test_streams_end_with_their_error(run: Run) -> None:
+    async def fail(message: Message) -> None:
+        await message.reply(b"1", more=True)
+        if message.contents == b"wait":
+            await asyncio.sleep(TIMEOUT_S)
+        raise ValueError("planted")
+
+    async def main() -> None:
+        async with Pair(fail, workers=2) as pair:
+            for contents, timeout, kind in ((b"", 5.0, HandlerError), (b"wait", 0.1, OutcomeUnknown)):
+                stream = pair.client.stream(pair.to, contents, timeout=timeout)
+                assert (await anext(stream)).contents == b"1"
+                with pytest.raises(kind):
+                    await anext(stream)
+                assert [part async for part in stream] == []
+
+    run(main())
+
+
+def test_a_plain_function_writes_a_short_stream_and_messages_of_threads_read_it(run: Run) -> None:
+    def write(message: Message) -> None:
+        for number in range(5):
+            message.reply(b"%d" % number, more=True)
+        message.reply(b"end")
+
+    def read(to: str) -> list[bytes]:
+        with Messenger() as threads:
+            return [part.contents for part in threads.stream(to, b"")]
+
+    async def main() -> None:
+        async with Pair(write) as pair:
+            to = f"tcp://127.0.0.1:{pair.listener.port}"
+            assert await asyncio.to_thread(read, to) == [b"0", b"1", b"2", b"3", b"4", b"end"]
+
+    run(main())
+
+
+def test_coroutines_of_one_key_run_one_after_the_other(run: Run) -> None:
+    active: set[bytes] = set()
+    most_active = 0
+    order: dict[bytes, list[int]] = {}
+
+    async def work(message: Message) -> None:
+        nonlocal most_active
+        key, number = message.contents[:1], int(message.contents[1:])
+        assert key not in active
+        active.add(key)
+        most_active = max(most_active, len(active))
+        order.setdefault(key, []).append(number)
+        await asyncio.sleep(0.002)
+        active.discard(key)
+        await message.reply(b"")
+
+    def key_of(message: Message) -> bytes:
+        if message.contents == b"fail":
+            raise ValueError("no key")
+        return message.contents[:1]
+
+    async def main() -> None:
+        async with AsyncMessenger() as server, AsyncMessenger() as client:
+            server.listen_for_connection("inproc://keys", work, workers=3, order_by=key_of)
+            asked = [client.request("inproc://keys", b"%c%d" % (b"abcdef"[n % 6], n)) for n in range(60)]
+            given_up = client.request("inproc://keys", b"a99")
+            given_up.cancel()
+            with pytest.raises(HandlerError, match="no key"):
+                await client.request("inproc://keys", b"fail")
+            await asyncio.gather(*asked)
+            assert all(numbers == sorted(numbers) for numbers in order.values())
+            assert (len(order), most_active) == (6, 3)
+            assert (await client.request("inproc://keys", b"a100")).contents == b""
+
+    run(main())
