@@ -56,6 +56,12 @@ def ask(client: Messenger, destination: object, contents: bytes = b"hello") -> b
 
 
 @pytest.fixture
+def driver() -> str:
+    """Attacks run on threads; `test_identity.py` has both drivers."""
+    return "thread"
+
+
+@pytest.fixture
 def server(messenger: MessengerFactory) -> SecuredServer:
     return SecuredServer(messenger)
 

@@ -249,7 +249,8 @@ def processed_of_another_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of the old incarnation returns when the new one is there."""
 
     def note_processed(real: Any, exchange: Exchange, session: Session, peer_incarnation: int, number: int) -> None:
-        real(exchange, session, session.peer_incarnation, number)
+        session.note_processed(number)
+        exchange.mark_dirty(session)
 
     wrap(monkeypatch, Exchange, "note_processed", note_processed)
 
