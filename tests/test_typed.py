@@ -1,5 +1,6 @@
 """`typed`: what is decoded as what, and that nothing but `ContentsInvalid` comes of anything else."""
 
+import asyncio
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -256,5 +257,14 @@ def test_coroutine_functions_stay_coroutine_functions() -> None:
     async def add_slowly(request: Add) -> Sum:
         return add(request)
 
-    assert inspect.iscoroutinefunction(typed(add_slowly))
+    class AsyncFake(FakeMessenger):
+        async def _answer(self, message: Message, contents: bytes) -> int:  # type: ignore[override]
+            return super()._answer(message, contents)
+
+    callback = typed(add_slowly)
+    assert inspect.iscoroutinefunction(callback)
+    for source_id in (1024, 0):
+        fake = AsyncFake()
+        asyncio.run(callback(Message(fake, encode(Add(1, 2)), source_id, 0, Outlet("listener", None), b"")))
+        assert fake.answers == ([encode(Sum(3))] if source_id else [])
     assert not inspect.iscoroutinefunction(typed(add))
