@@ -84,6 +84,8 @@ class SocketLink(Link):
         self.is_up = False
         self._exchange = exchange
         self._busy = False
+        # Whether the monitor may have more to tell.
+        self._has_news = False
         # Whether frames of a message that goes no further are still to be taken off the socket.
         self._is_dropping = False
         # Set by the loop: has the events read before anybody sleeps.
@@ -116,12 +118,16 @@ class SocketLink(Link):
     def has_input(self) -> bool:
         """Read the socket's events, as must be done before anybody sleeps on its descriptor."""
         self._busy = bool(self._events() & POLLIN)
-        return self._busy
+        return self._busy or self._has_news
 
     def read_news(self) -> None:
-        """Take what the monitor tells of the link."""
-        for event, value in self._monitor.read():
+        """Take some of what the monitor tells; thousands of peers may come or go at once, and others wait."""
+        news = self._monitor.read(TURN_NEWS_MAX)
+        for event, value in news:
             self._handle_news(event, value)
+        self._has_news = len(news) == TURN_NEWS_MAX
+        if self._has_news:
+            self.touch(self)
 
     def _handle_news(self, event: int, value: int) -> None:
         """Take one event of the monitor."""
@@ -142,6 +148,8 @@ class SocketLink(Link):
 
     def receive(self) -> None:
         """Give what has arrived to the exchange: one message if the link was quiet, many if it was busy."""
+        if self._has_news:
+            self.read_news()
         for _ in range(TURN_MSGS_MAX if self._busy else 1):
             if self._is_dropping:
                 self._drop_frames()
@@ -259,7 +267,6 @@ class ListenerLink(SocketLink):
         self.is_shared = True
         # The descriptors of the connections that peers hold to this socket.
         self._accepted: set[int] = set()
-        self._has_news = False
         self._warned_at = -CROWDED_LOG_S
         self._accepted_max = min(limits.peer_connections_max, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         # The routing ids of plain peers that do not have their identity as routing id (transports/curve.py).
@@ -295,25 +302,6 @@ class ListenerLink(SocketLink):
         if endpoint.startswith("ipc:"):
             # Beside the modes of the folder and of the file, which somebody may change.
             self.socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-
-    def read_news(self) -> None:
-        """Take some of what the monitor tells; thousands of connections may come or go at once, and others wait."""
-        news = self._monitor.read(TURN_NEWS_MAX)
-        for event, value in news:
-            self._handle_news(event, value)
-        self._has_news = len(news) == TURN_NEWS_MAX
-        if self._has_news:
-            self.touch(self)
-
-    def has_input(self) -> bool:
-        """Read the socket's events; return whether there is input, or more news."""
-        return super().has_input() or self._has_news
-
-    def receive(self) -> None:
-        """Give what has arrived to the exchange, and take more news if there was some left."""
-        if self._has_news:
-            self.read_news()
-        super().receive()
 
     def _handle_news(self, event: int, value: int) -> None:
         """Count the connections of peers, and cut those that are too many."""
