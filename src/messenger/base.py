@@ -80,6 +80,7 @@ class BaseMessenger:
         Raises:
             DestinationInUse: Somebody listens there already. Nothing was opened.
             DestinationInvalid: It cannot be used, or is not loopback and `security` does not allow that.
+            SecurityError: There is a key and nobody may connect, or the listener's self-test failed.
             LimitReached, MessengerClosed, ForkedError.
 
         Thread: any. Source: docs/protocol.md, "Destinations".
@@ -116,6 +117,7 @@ class BaseMessenger:
             dialect: `"basic"` for servers that are plain ZeroMQ programs; fire and forget, as ZeroMQ is.
 
         Raises:
+            SecurityError: There is a key, and the server's is not known.
             DestinationInvalid, LimitReached, MessengerClosed, ForkedError.
 
         Thread: any. Source: docs/protocol.md, "Destinations".

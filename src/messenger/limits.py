@@ -88,6 +88,9 @@ DESCRIPTORS_RESERVED = 32
 # A connection that has not said who it is by then is cut. A handshake with keys takes three round trips.
 HANDSHAKE_S = 3.0
 
+# A socket that has as many connections as it may have says so, once in so many seconds.
+CROWDED_LOG_S = 60.0
+
 # Keys.
 
 ALLOWED_KEYS_MAX = 100_000

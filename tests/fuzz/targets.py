@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from messenger.errors import DeliveryError, LimitReached, MalformedMessage, MessageTooLarge, QueueFull
+from messenger.errors import Cancelled, DeliveryError, LimitReached, MalformedMessage, MessageTooLarge, QueueFull
 from messenger.exchange import Exchange
 from messenger.limits import CHALLENGES_MAX, Limits
 from messenger.link import Link
 from messenger.message import Message
 from messenger.session import State
+from messenger.streams import Parts
 from messenger.wire import (
     MAGIC,
     VERSION,
@@ -144,6 +145,7 @@ class _Conversation:
         self.data = _Bytes(data)
         self.now = 0.0
         self.outcomes: Counter[int] = Counter()
+        self.streams: list[Parts] = []
         self.sent_ids: set[int] = set()
         self.exchange = Exchange("messenger", LIMITS, self.note_unheard, b"me", random.Random(1))
         self.listener = _FuzzedLink("listener", self.answer)
@@ -156,6 +158,11 @@ class _Conversation:
     def answer(self, message: Message) -> None:
         if message.contents.startswith(b"raise"):
             self.exchange.report_raised(message, ValueError("asked to"))
+        elif message.contents.startswith(b"part"):
+            try:
+                self.exchange.reply_part(message, b"part", self.now)
+            except (ValueError, Cancelled, QueueFull, MessageTooLarge):
+                return
         elif message.source_callback_id:
             self.send(message.link, message.peer if message.link.is_shared else b"", message.source_callback_id)
 
@@ -186,7 +193,7 @@ class _Conversation:
     def step(self) -> None:
         steps = (
             self.take_raw, self.take_basic, self.take_session, self.take_data, self.join, self.join_connection,
-            self.pass_time, self.send_some, self.run, self.change_link,
+            self.pass_time, self.send_some, self.run, self.change_link, self.open_stream, self.read_stream,
         )  # fmt: skip
         steps[self.data.number() % len(steps)]()
 
@@ -218,11 +225,13 @@ class _Conversation:
         numbers = (self.data.number(), self.data.number(), self.data.number(), len(messages))
         flags = self.data.number()
         if flags & Flag.CONTROLS:
-            controls = [Control(self.data.number() % 3, 1_000 + self.data.number()) for _ in messages]
+            controls = [
+                Control(self.data.number() % 4, 1_000 + self.data.number(), self.data.number()) for _ in messages
+            ]
             frame = encode_controls(source, dest, flags & 3, (*numbers[:3], 0), controls)
         else:
             left_ms = [self.data.number(2) for _ in messages] if flags & Flag.DEADLINES else ()
-            options = [Option(self.data.number(), self.data.number() % 5)] if flags & Flag.OPTIONS else ()
+            options = [Option(self.data.number(), self.data.number() % 7)] if flags & Flag.OPTIONS else ()
             frame = encode_data(source, dest, flags & 3, numbers, messages, (), options, left_ms)
         self.exchange.handshake.receive(link, routing_id, frame, [], self.now)
 
@@ -257,6 +266,23 @@ class _Conversation:
             outlet = self.exchange.handshake.find("listener", b"peer %d" % (routing_id[0] % 4)) or self.session
         self.send(outlet, b"", self.data.number() % 3, self.data.frame())
 
+    def open_stream(self) -> None:
+        parts = Parts()
+        try:
+            self.exchange.open_stream(self.session, parts, self.data.frame(), 0, self.now + 5)
+        except (QueueFull, LimitReached, MessageTooLarge):
+            return
+        self.streams.append(parts)
+
+    def read_stream(self) -> None:
+        choice = self.data.number()
+        if self.streams:
+            parts = self.streams[choice % len(self.streams)]
+            if choice >= 240:
+                self.exchange.end_stream(parts)
+            elif self.exchange.take_part(parts) is None:
+                self.exchange.await_part(parts, self.now + 1)
+
     def run(self) -> None:
         while self.exchange.calls:
             callback, argument = self.exchange.calls.popleft()
@@ -284,12 +310,15 @@ class _Conversation:
 
     def finish(self) -> None:
         """Let all deadlines pass: then each message has its one outcome."""
+        for parts in self.streams:
+            self.exchange.await_part(parts, self.now + 1)
         for _ in range(3):
             self.run()
             self.now += 1_000
             self.exchange.handle_deadline(self.now)
         self.run()
         require(self.exchange.outstanding_count == 0, "nothing is outstanding after all deadlines")
+        require(all(parts.is_over for parts in self.streams), "each stream has an end")
         require(self.outcomes.keys() == self.sent_ids, "each message has an outcome")
         require(set(self.outcomes.values()) <= {1}, "no message has two outcomes")
 

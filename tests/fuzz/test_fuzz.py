@@ -29,7 +29,7 @@ def test_wire(data: bytes) -> None:
     fuzz_wire(bytes((wire.MAGIC, wire.VERSION, wire.Kind.DATA)) + data)
 
 
-STEPS = st.lists(st.tuples(st.integers(0, 9), st.binary(max_size=40)), max_size=30)
+STEPS = st.lists(st.tuples(st.integers(0, 11), st.binary(max_size=40)), max_size=30)
 
 
 @given(STEPS)

@@ -68,7 +68,7 @@ def test_idle_connections_and_garbage_end_by_themselves(server: SecuredServer) -
     assert server.messenger.statistics().dropped.keys() == {"failed_handshakes"}
 
 
-def test_connections_beyond_the_limit_are_cut(messenger: MessengerFactory) -> None:
+def test_connections_beyond_the_limit_are_cut(messenger: MessengerFactory, caplog: pytest.LogCaptureFixture) -> None:
     limits = Limits(peer_connections_max=20)
     server = messenger("server", limits=limits)
     listener = server.listen_for_connection("tcp://127.0.0.1:0", lambda message: message.reply(b"served"))
@@ -83,6 +83,8 @@ def test_connections_beyond_the_limit_are_cut(messenger: MessengerFactory) -> No
     finally:
         for connection in connections:
             connection.close()
+    said = [record.getMessage() for record in caplog.records if "more than 20 connections" in record.getMessage()]
+    assert len(said) == 1, "once, not for each of them"
     wait_until(lambda: connected_count(listener) == 1)
     assert ask(messenger("another"), listener.destination) == b"served"
 

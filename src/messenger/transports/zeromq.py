@@ -17,6 +17,7 @@ Source: docs/protocol.md, "Basic dialect".
 """
 
 import errno
+import logging
 import os
 import resource
 import time
@@ -30,6 +31,7 @@ from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
 from ..limits import (
     BATCH_MSGS_MAX,
+    CROWDED_LOG_S,
     HANDSHAKE_S,
     HEADER_BYTES_MAX,
     LARGE_BYTES_MIN,
@@ -45,6 +47,7 @@ from .local import IpcLock, inproc_names
 from .sockets import POLLIN, Monitor, context, cut, scramble_routing_ids
 from .wakeup import check_descriptors
 
+logger = logging.getLogger("messenger")
 # libzmq takes milliseconds in 31 bits.
 LINGER_S_MAX = 1_000_000.0
 NOBLOCK = int(zmq.NOBLOCK)
@@ -81,6 +84,8 @@ class SocketLink(Link):
         self.is_up = False
         self._exchange = exchange
         self._busy = False
+        # Whether the monitor may have more to tell.
+        self._has_news = False
         # Whether frames of a message that goes no further are still to be taken off the socket.
         self._is_dropping = False
         # Set by the loop: has the events read before anybody sleeps.
@@ -113,12 +118,16 @@ class SocketLink(Link):
     def has_input(self) -> bool:
         """Read the socket's events, as must be done before anybody sleeps on its descriptor."""
         self._busy = bool(self._events() & POLLIN)
-        return self._busy
+        return self._busy or self._has_news
 
     def read_news(self) -> None:
-        """Take what the monitor tells of the link."""
-        for event, value in self._monitor.read():
+        """Take some of what the monitor tells; thousands of peers may come or go at once, and others wait."""
+        news = self._monitor.read(TURN_NEWS_MAX)
+        for event, value in news:
             self._handle_news(event, value)
+        self._has_news = len(news) == TURN_NEWS_MAX
+        if self._has_news:
+            self.touch(self)
 
     def _handle_news(self, event: int, value: int) -> None:
         """Take one event of the monitor."""
@@ -139,6 +148,8 @@ class SocketLink(Link):
 
     def receive(self) -> None:
         """Give what has arrived to the exchange: one message if the link was quiet, many if it was busy."""
+        if self._has_news:
+            self.read_news()
         for _ in range(TURN_MSGS_MAX if self._busy else 1):
             if self._is_dropping:
                 self._drop_frames()
@@ -256,7 +267,7 @@ class ListenerLink(SocketLink):
         self.is_shared = True
         # The descriptors of the connections that peers hold to this socket.
         self._accepted: set[int] = set()
-        self._has_news = False
+        self._warned_at = -CROWDED_LOG_S
         self._accepted_max = min(limits.peer_connections_max, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         # The routing ids of plain peers that do not have their identity as routing id (transports/curve.py).
         self._routing_ids: dict[bytes, bytes] = {}
@@ -292,25 +303,6 @@ class ListenerLink(SocketLink):
             # Beside the modes of the folder and of the file, which somebody may change.
             self.socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
 
-    def read_news(self) -> None:
-        """Take some of what the monitor tells; thousands of connections may come or go at once, and others wait."""
-        news = self._monitor.read(TURN_NEWS_MAX)
-        for event, value in news:
-            self._handle_news(event, value)
-        self._has_news = len(news) == TURN_NEWS_MAX
-        if self._has_news:
-            self.touch(self)
-
-    def has_input(self) -> bool:
-        """Read the socket's events; return whether there is input, or more news."""
-        return super().has_input() or self._has_news
-
-    def receive(self) -> None:
-        """Give what has arrived to the exchange, and take more news if there was some left."""
-        if self._has_news:
-            self.read_news()
-        super().receive()
-
     def _handle_news(self, event: int, value: int) -> None:
         """Count the connections of peers, and cut those that are too many."""
         if event == DOWN:
@@ -320,8 +312,21 @@ class ListenerLink(SocketLink):
             if len(self._accepted) > self._accepted_max:
                 self._exchange.drop("too_many_connections")
                 cut(value, self.port)
+                self._warn_crowded()
         else:
             self._exchange.drop("failed_handshakes")
+
+    def _warn_crowded(self) -> None:
+        """Say once a minute that connections are cut."""
+        now = time.monotonic()
+        if now >= self._warned_at + CROWDED_LOG_S:
+            self._warned_at = now
+            logger.warning(
+                "! %s: more than %d connections, the newest are cut; limits.peer_connections_max and half of ulimit -n "
+                "allow no more",
+                self.endpoint,
+                self._accepted_max,
+            )
 
     @property
     def port(self) -> int:
