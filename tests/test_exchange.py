@@ -32,6 +32,7 @@ from messenger.session import Session, State
 from messenger.wire import (
     CONTROLS_MAX,
     ID_MAX,
+    Challenge,
     Control,
     Kind,
     Option,
@@ -39,10 +40,12 @@ from messenger.wire import (
     Reason,
     decode_batch,
     decode_header,
+    encode_challenge,
+    encode_goodbye,
     encode_header,
     encode_refusal,
 )
-from tests.conftest import data_of
+from tests.conftest import contents_of, data_of
 
 
 class FakeRandom:
@@ -1693,6 +1696,55 @@ def test_a_link_that_was_refused_is_revived_at_its_time_and_not_when_it_is_close
         now = core.exchange.next_deadline_at
         core.exchange.handle_deadline(now)
     assert revived == [("first", 1.0), ("second", 2.0)]
+
+
+def test_what_was_received_before_a_goodbye_is_not_acknowledged_after_it() -> None:
+    """Found by the fuzzer: a server says goodbye, and is there again as the same incarnation before callbacks ran."""
+    world = World()
+    world.connect()
+    session = world.session
+    world.ask()
+    world.deliver()
+    (question,) = world.server.take()
+    world.server.reply(question, b"answer")
+    world.deliver(runs=False)
+    # The response has come, and its callback has not returned yet, or is a coroutine.
+    exchange, incarnation = world.client.exchange, session.peer_incarnation
+    assert (session.received_through, session.processed_through) == (1, 0)
+    response = next(argument for _, argument in exchange.calls if isinstance(argument, Message))
+    session.running.begin(response.number)
+
+    def receive(frame: bytes) -> None:
+        exchange.handshake.receive(world.connection_link, b"", frame, [], 0.0)
+
+    receive(encode_goodbye(incarnation, session.incarnation, 1))
+    again = Challenge(session.nonce, 1, 10, 1_000, b"server")
+    receive(encode_challenge(incarnation, session.incarnation, again))
+    assert (session.peer_incarnation, session.received_through) == (incarnation, 0)
+    world.client.take()
+    session.note_processed(session.running.end(response.number))
+    assert (session.received_through, session.processed_through) == (0, 0)
+
+
+def test_a_connection_that_was_refused_resumes_nothing() -> None:
+    """The server still knows the session, its key was only off the list for a while; both must count from 1 again."""
+    world = World()
+    world.connect()
+    world.ask(b"before")
+    world.deliver()
+    assert contents_of(world.server.take()) == [b"before"]
+    world.link_down()
+    world.client.exchange.handle_link_refused(world.connection_link, "our key is not on the list")
+    world.client.take()
+    world.link_up()
+    message_id = world.ask(b"after")
+    world.deliver()
+    (question,) = world.server.take()
+    assert question.contents == b"after"
+    world.server.reply(question, b"answer")
+    world.deliver()
+    (response,) = world.client.take()
+    assert (response.contents, response.dest_callback_id) == (b"answer", message_id)
 
 
 def test_after_a_refusal_the_next_hello_is_not_forgotten() -> None:

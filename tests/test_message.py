@@ -97,3 +97,24 @@ def test_statistics_cannot_be_changed() -> None:
     assert statistics.sent_msgs == 3
     with pytest.raises(AttributeError):
         statistics.sent_msgs = 4  # type: ignore[misc]
+
+
+def test_a_part_goes_another_way_and_has_no_callback() -> None:
+    calls: list[Any] = []
+
+    class FakeMessenger:
+        def _reply_part(self, *arguments: Any, **options: Any) -> int:
+            calls.append((arguments, options))
+            return 8
+
+        def _answer(self, *arguments: Any) -> int:
+            calls.append(arguments)
+            return 9
+
+    asked = message(messenger=FakeMessenger())
+    assert asked.reply(b"part", more=True, timeout=5.0) == 8
+    assert calls.pop() == ((asked, b"part"), {"timeout": 5.0})
+    with pytest.raises(ValueError, match="a part of a response has no callback"):
+        asked.reply(b"part", print, more=True)
+    assert asked.reply(b"last") == 9
+    assert calls == [(asked, b"last")]

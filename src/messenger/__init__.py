@@ -7,6 +7,7 @@ from .endpoint import Connection, Listener
 from .errors import (
     CalledFromCallback,
     Cancelled,
+    ContentsInvalid,
     DeliveryError,
     DestinationInUse,
     DestinationInvalid,
@@ -27,6 +28,7 @@ from .limits import Limits
 from .message import Message, Statistics
 from .messenger import Messenger, Stream
 from .security import KeyPair, Security
+from .typed import typed
 from .wire import ECHO, NOOP, BuiltinCallback
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ __all__ = [
     "CalledFromCallback",
     "Cancelled",
     "Connection",
+    "ContentsInvalid",
     "DeliveryError",
     "Destination",
     "DestinationInUse",
@@ -67,6 +70,7 @@ __all__ = [
     "Statistics",
     "Stream",
     "__version__",
+    "typed",
 ]
 
 

@@ -5,15 +5,18 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from time import monotonic
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, overload
 
 from .base import BaseMessenger, Contents, check_close_timeout
 from .endpoint import Connection, Listener, To
-from .futures import Done, NoRoom, Response, Sent, Steps, TaskParts
+from .futures import Done, NoRoom, Response, Sent, Steps, TaskParts, TypedResponse
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .message import Callback, ErrorCallback, Message
 from .tasks import TaskLoop
+from .typed import Encoding, codec_of, encode_as
 from .wire import NOOP
+
+T = TypeVar("T")
 
 
 class AsyncMessenger(BaseMessenger):
@@ -70,25 +73,61 @@ class AsyncMessenger(BaseMessenger):
             full = error
         return self._later(full, lambda: send(to, contents, callback, **options))
 
+    @overload
     def request(
-        self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S
-    ) -> Response:
+        self,
+        to: To,
+        contents: Contents,
+        *,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        response_type: None = None,
+        encoding: Encoding = "msgpack",
+    ) -> Response[Message]: ...
+
+    @overload
+    def request(
+        self,
+        to: To,
+        contents: Contents,
+        *,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        response_type: type[T],
+        encoding: Encoding = "msgpack",
+    ) -> Response[T]: ...
+
+    def request(
+        self,
+        to: To,
+        contents: Contents,
+        *,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        response_type: Any = None,
+        encoding: Encoding = "msgpack",
+    ) -> Response[Any]:
         """Send one message and return a future of its response; it is on its way before this returns.
 
         To cancel the future, or the task that awaits it, gives the message up as `cancel` does.
 
         Args:
             to, contents, remote_callback, timeout: As `send_message` takes them.
+            response_type, encoding: As `Messenger.request` takes them.
 
         Returns:
             What to await, or to give to `asyncio.gather`, `create_task` or a `TaskGroup`. Awaited, it raises
             NotDelivered, OutcomeUnknown: What became of the message.
+            ContentsInvalid: The response does not decode as `response_type`.
             QueueFull: As `send_message` raises it.
 
         Raises:
             MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid. Nothing was sent.
         """
-        response = Response()
+        response: Response[Any]
+        response = Response() if response_type is None else TypedResponse(codec_of(response_type), encoding)
+        if encoding != "msgpack":
+            contents = encode_as(contents, encoding)
         send = super().send_message
         response.messenger = None
         try:
@@ -150,7 +189,7 @@ class AsyncMessenger(BaseMessenger):
     ) -> None:
         await self.close()
 
-    def _later(self, full: NoRoom, send: Callable[[], Any]) -> Steps:
+    def _later(self, full: NoRoom, send: Callable[[], Any]) -> Steps[Any]:
         """Send when there is room; return what the call then returns."""
         future = self._loop.make_future()
         self._loop.send_later(full, future, lambda: future.set_result(send()))
@@ -196,7 +235,7 @@ class AsyncMessenger(BaseMessenger):
 class AsyncStream:
     """A response in parts, an asynchronous iterator over messages; from `AsyncMessenger.stream`. One task reads it."""
 
-    def __init__(self, messenger: AsyncMessenger, parts: TaskParts, timeout: float, opening: Steps | None) -> None:
+    def __init__(self, messenger: AsyncMessenger, parts: TaskParts, timeout: float, opening: Steps[Any] | None) -> None:
         self._messenger = messenger
         self._parts = parts
         self._timeout = timeout

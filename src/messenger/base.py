@@ -12,6 +12,8 @@ from threading import get_ident
 from time import monotonic
 from typing import ClassVar, Literal
 
+import msgspec
+
 from .destination import Destination
 from .endpoint import Connection, Endpoints, KeyFunction, Listener, To
 from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
@@ -22,13 +24,14 @@ from .loop import Loop, State
 from .message import Callback, ErrorCallback, Message, Statistics, Taker
 from .security import Security
 from .streams import Parts
+from .typed import encode
 from .wire import ID_MAX, NOOP, Buffer, encode_identity
 
 logger = logging.getLogger("messenger")
 # Draws incarnations and nonces, which others must not guess.
 _rng = secrets.SystemRandom()
 
-Contents = Buffer | str
+Contents = Buffer | str | msgspec.Struct
 RUNNING = State.RUNNING
 
 
@@ -143,7 +146,8 @@ class BaseMessenger:
 
         Args:
             to: A connection, a message to answer, a (listener, identity) pair, or a destination (connected once).
-            contents: Bytes, or text that is sent as UTF-8; at most `limits.message_bytes_max` bytes.
+            contents: Bytes, text that is sent as UTF-8, or a `msgspec.Struct` that is sent as MessagePack; at most
+                `limits.message_bytes_max` bytes.
             callback: The message-specific callback (MSC), run on the response.
             on_error: Told what became of the message if no response came; without it, that is logged.
             remote_callback: The callback that the receiver is to run; in an answer, by default the one asked for.
@@ -349,6 +353,8 @@ class BaseMessenger:
 def _as_bytes(contents: Contents) -> Buffer:
     if isinstance(contents, str):
         return contents.encode()
+    if isinstance(contents, msgspec.Struct):
+        return encode(contents)
     return contents if isinstance(contents, (bytes, bytearray)) else memoryview(contents).cast("B")
 
 

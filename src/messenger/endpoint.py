@@ -17,10 +17,11 @@ from .link import GoneOutlet, Outlet
 from .message import Callback, Message
 from .ordering import KeyOrder
 from .security import KeyPair, Security, ServerKey
+from .transports.connection import ConnectionLink
 from .transports.curve import CurveListenerLink
 from .transports.local import best_endpoint
 from .transports.zap import Gate
-from .transports.zeromq import ConnectionLink, ListenerLink, SocketLink
+from .transports.zeromq import ListenerLink, SocketLink
 from .wire import encode_identity
 
 logger = logging.getLogger("messenger")

@@ -49,6 +49,10 @@ class MalformedMessage(MessengerError, ValueError):
     """Bytes of a peer that are no message. The loop counts it and drops the bytes; it never leaves the loop."""
 
 
+class ContentsInvalid(MessengerError, ValueError):
+    """The contents of a typed message do not decode as the type that is wanted; the text names the field."""
+
+
 class DeliveryError(MessengerError):
     """What became of one message that got no response.
 

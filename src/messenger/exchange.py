@@ -334,7 +334,8 @@ class Exchange(Streams):
 
     def note_processed(self, session: Session, peer_incarnation: int, number: int) -> None:
         """The callbacks of all messages of a session up to a number have returned."""
-        if session.peer_incarnation == peer_incarnation:
+        # A peer may come back under an incarnation that it said goodbye to, before its callbacks have returned.
+        if session.peer_incarnation == peer_incarnation and number <= session.received_through:
             session.note_processed(number)
             self.mark_dirty(session)
 

@@ -5,12 +5,15 @@
 
 import asyncio
 from collections.abc import Coroutine, Generator
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import DeliveryError, QueueFull
+from .errors import ContentsInvalid, DeliveryError, QueueFull
 from .link import Outlet
 from .message import Message, Taker
 from .streams import Parts
+from .typed import Codec, Encoding
+
+T = TypeVar("T")
 
 
 class Sent(int):
@@ -35,7 +38,7 @@ class Sent(int):
         """Do nothing."""
 
 
-class Steps(asyncio.Future[Any]):
+class Steps(asyncio.Future[T]):
     """A future that may be given to `create_task` as a coroutine."""
 
     __slots__ = ("_steps",)
@@ -59,8 +62,8 @@ class Steps(asyncio.Future[Any]):
             return self._steps
 
 
-class Response(Taker, Steps):
-    """What `request` returns: a future of the response, a `Message`.
+class Response(Taker, Steps[T]):
+    """What `request` returns: a future of the response.
 
     To cancel it, or the task that awaits it, gives the message up, as `AsyncMessenger.cancel` does.
 
@@ -73,13 +76,13 @@ class Response(Taker, Steps):
     message_id: int
     messenger: Any
 
-    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
+    def settle(self, response: Message | None, error: DeliveryError | ContentsInvalid | None) -> None:
         """Take the outcome."""
         if self.done():
             return
         try:
             if error is None:
-                self.set_result(response)
+                self.set_result(response)  # type: ignore[arg-type]  # Settled without an error.
             else:
                 self.set_exception(error)
         except RuntimeError:
@@ -93,6 +96,27 @@ class Response(Taker, Steps):
         if self.messenger is not None:
             self.messenger.cancel(self.message_id)
         return True
+
+
+class TypedResponse(Response[T]):
+    """A future of what the contents of a response decode to."""
+
+    __slots__ = ("_codec", "_encoding")
+
+    def __init__(self, codec: Codec, encoding: Encoding) -> None:
+        super().__init__()
+        self._codec = codec
+        self._encoding = encoding
+
+    def settle(self, response: Message | None, error: DeliveryError | ContentsInvalid | None) -> None:
+        """Take the outcome."""
+        value: Any = None
+        if response is not None:
+            try:
+                value = self._codec.decode(response.contents, self._encoding)
+            except ContentsInvalid as invalid:
+                error = invalid
+        super().settle(value, error)
 
 
 class TaskParts(Parts):

@@ -146,6 +146,10 @@ class Handshake:
         self.sessions[session] = None
         return session
 
+    def renew(self, session: Session) -> None:
+        """Begin anew at a connection; the other end may still know the old numbering, so it must not be resumed."""
+        session.incarnation = self._draw()
+
     def handle_link_up(self, link: Link, now: float) -> None:
         """A connection's link reaches somebody, perhaps anew."""
         self._start_hello(link.session, link, now)

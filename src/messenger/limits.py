@@ -95,8 +95,10 @@ KEY_FILE_BYTES_MAX = 4 * KIB
 SELF_TEST_S = 5.0
 # A connection that was refused tries again so much later, since the list may have changed.
 RETRY_S = 1.0
-# A server that has another key than the one we know just hangs up; after so many times in a row that counts as refused.
+# A server that has another key than the one we know just hangs up; after so many times in a row, and so long, that
+# counts as refused.
 HANDSHAKE_FAILURES_MAX = 3
+HANDSHAKE_FAILURES_S = 1.0
 # Refused keys are counted each, but logged once in so many seconds a key, and so many keys in that time.
 # Connections of plain peers with one key, to one socket, that can be told apart: its identity, and `#2` to so many.
 NAMES_PER_KEY_MAX = 64

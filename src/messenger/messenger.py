@@ -2,7 +2,7 @@
 
 from time import monotonic
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar, overload
 
 from .base import BaseMessenger, Contents, check_close_timeout
 from .endpoint import Connection, Listener, To
@@ -10,8 +10,11 @@ from .errors import CalledFromCallback
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .message import Message
 from .threads import ThreadLoop
+from .typed import Encoding, codec_of, encode_as
 from .waiting import ThreadParts, ThreadWaiter
 from .wire import NOOP
+
+T = TypeVar("T")
 
 
 class Messenger(BaseMessenger):
@@ -32,19 +35,53 @@ class Messenger(BaseMessenger):
     _loop: ThreadLoop
     _loop_class = ThreadLoop
 
+    @overload
     def request(
-        self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S
-    ) -> Message:
+        self,
+        to: To,
+        contents: Contents,
+        *,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        response_type: None = None,
+        encoding: Encoding = "msgpack",
+    ) -> Message: ...
+
+    @overload
+    def request(
+        self,
+        to: To,
+        contents: Contents,
+        *,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        response_type: type[T],
+        encoding: Encoding = "msgpack",
+    ) -> T: ...
+
+    def request(
+        self,
+        to: To,
+        contents: Contents,
+        *,
+        remote_callback: int = NOOP,
+        timeout: float = TIMEOUT_S,
+        response_type: Any = None,
+        encoding: Encoding = "msgpack",
+    ) -> Any:
         """Send one message and wait for its response.
 
         Args:
             to, contents, remote_callback, timeout: As `send_message` takes them.
+            response_type: What the contents of the response are decoded as, such as a `msgspec.Struct`.
+            encoding: Of contents that are a struct, and of a response with a type; `"msgpack"` or `"json"`.
 
         Returns:
-            The response.
+            The response; with a `response_type`, what its contents decode to.
 
         Raises:
             NotDelivered, OutcomeUnknown: What became of the message.
+            ContentsInvalid: The response does not decode as `response_type`.
             CalledFromCallback: Made on the messenger's own thread. Nothing was sent; use `send_message` with a
             callback. QueueFull, MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid.
 
@@ -52,11 +89,15 @@ class Messenger(BaseMessenger):
         """
         if self._loop.is_own_thread():
             raise CalledFromCallback("request would wait for itself in a callback; use send_message with a callback")
+        codec = None if response_type is None else codec_of(response_type)
+        if encoding != "msgpack":
+            contents = encode_as(contents, encoding)
         waiter = ThreadWaiter()
         self.send_message(to, contents, waiter, remote_callback=remote_callback, timeout=timeout)
         if waiter.error is not None:
             raise waiter.error
-        return waiter.response  # type: ignore[return-value]  # Settled without an error.
+        response: Any = waiter.response
+        return response if codec is None else codec.decode(response.contents, encoding)
 
     def stream(
         self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S

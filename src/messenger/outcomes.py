@@ -305,6 +305,7 @@ class Outcomes:
         """A connection's link was refused before anything could be sent on it."""
         if link.session is not None:
             self.handle_refused(link.session, Reason.KEY, text, False)
+            self.handshake.renew(link.session)
         else:
             self.drop("refused")
             self.abandon(link, f"refused: {text}")

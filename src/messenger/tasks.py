@@ -306,7 +306,7 @@ class TaskLoop(Loop):
         else:
             self._plan_turn()
 
-    def await_outcome(self, waiter: Response, outlet: Outlet, deadline_at: float) -> None:
+    def await_outcome(self, waiter: Response[Any], outlet: Outlet, deadline_at: float) -> None:
         """Send what was queued; the core settles the waiter."""
         if self._exchange.is_urgent:
             self.flush()
@@ -330,7 +330,7 @@ class TaskLoop(Loop):
         finally:
             parts.waiter = None
 
-    def make_future(self) -> Steps:
+    def make_future(self) -> Steps[Any]:
         """Return a future of the event loop."""
         return Steps(loop=self._event_loop)
 

@@ -185,7 +185,7 @@ class ThreadLoop(Loop):
         while self._exchange.is_held_up(outlet, message) and self.state is State.RUNNING:
             left_s = deadline_at - monotonic()
             if left_s <= 0:
-                raise QueueFull(f"{self._exchange.why_held_up(outlet, message)}, and that did not change in time")
+                raise QueueFull(f"{self._exchange.why_held_up(outlet, message)}, and it stayed so to the timeout")
             self._sleep(left_s)
 
     def _sleep(self, timeout: float) -> None:

@@ -86,8 +86,10 @@ def test_another_key_of_the_server_is_refused(server: SecuredServer) -> None:
     """The client does not talk to a server that has not the key that was pinned: nothing of its message leaves."""
     alice = server.client(server.alice, server=server.bob.public)
     text = refusal(alice, server.destination)
-    assert f"it hung up {HANDSHAKE_FAILURES_MAX} times in the handshake" in text
-    assert server.bob.public in text
+    match = re.search(r"it hung up (\d+) times in the handshake, so it probably has not the key (.*)$", text)
+    assert match
+    assert int(match[1]) >= HANDSHAKE_FAILURES_MAX
+    assert match[2] == server.bob.public
     assert len(server.received) == 0
 
 
@@ -96,7 +98,9 @@ def test_a_server_without_a_key_gets_nothing(messenger: MessengerFactory, plain:
     router = plain.router(f"tcp://127.0.0.1:{port}")
     client = messenger(security=Security(key=KeyPair.generate("alice"), servers=KeyPair.generate().public))
     # Which end hangs up first is a race.
-    assert re.search("(does not speak CURVE|hung up 3 times).* not the key", refusal(client, f"tcp://127.0.0.1:{port}"))
+    assert re.search(
+        "(does not speak CURVE|hung up .* times).* not the key", refusal(client, f"tcp://127.0.0.1:{port}")
+    )
     assert router.is_silent()
 
 

@@ -3,15 +3,18 @@
 `python -m tests.security.flood` does the first with 2,000 connections, and measures what a listed client feels.
 """
 
+import ctypes
 import select
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from messenger import Limits, Listener, NotDelivered, Security
-from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S
-from tests.conftest import MessengerFactory, PlainPeers, dropped, wait_until
+from messenger import KeyPair, Limits, Listener, Message, NotDelivered, Security
+from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S
+from messenger.transports import zap
+from tests.conftest import Inbox, MessengerFactory, PlainPeers, dropped, wait_until
 from tests.security.conftest import SecuredServer, ask
 from tests.security.flood import GARBAGE, open_idle
 from tests.transports.test_bad_input import RawSession
@@ -104,6 +107,49 @@ def test_one_key_has_so_many_open_challenges(server: SecuredServer, plain: Plain
     wait_until(lambda: dropped(server.messenger, "too_many_challenges") == 3)
     server.allow(server.alice, server.bob)
     assert ask(server.client(server.bob), server.destination) == b"bob said hello"
+
+
+def test_routing_ids_cannot_be_guessed(messenger: MessengerFactory, plain: PlainPeers) -> None:
+    """libzmq aborts the process when a peer shows the routing id that it gives out next; it must not be known.
+
+    Its own numbers start at what rand() gives, which it never seeds, so they are the same in each process.
+    """
+    libc = ctypes.CDLL(None)
+    ids: set[str] = set()
+    for _ in range(3):
+        libc.srand(1)
+        server = messenger()
+        received: Inbox[Message] = Inbox()
+        listener = server.listen_for_connection("tcp://127.0.0.1:0", received)
+        plain.dealer(listener.destination).send(b"", b"0-0-x")
+        ids.update(message.sender for message in received.wait())
+    assert len(ids) == 3
+    first_known = 0x6B8B4567
+    assert not any(int(sender[4:], 16) & 0x7FFFFFFF in range(first_known, first_known + 1_000) for sender in ids)
+
+
+def test_so_many_refused_keys_are_logged_at_a_time(
+    server: SecuredServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who makes a new key for each try fills neither the disk nor the memory."""
+    now = 1_000.0
+    monkeypatch.setattr(zap, "time", SimpleNamespace(monotonic=lambda: now))
+    gate = zap.Gate(server.security, server.pair, "server")
+
+    def knock(count: int) -> int:
+        """Returns how many of so many new keys were logged."""
+        caplog.clear()
+        for _ in range(count):
+            assert not gate.admits(KeyPair.generate().public, "192.0.2.1")
+        return len(caplog.records)
+
+    assert knock(REFUSAL_LOG_KEYS_MAX + 20) == REFUSAL_LOG_KEYS_MAX
+    assert len(gate._logged_at) == REFUSAL_LOG_KEYS_MAX
+    now += REFUSAL_LOG_S / 2
+    assert knock(20) == 0
+    now += REFUSAL_LOG_S / 2
+    assert knock(20) == 20
+    assert gate.refused_count == REFUSAL_LOG_KEYS_MAX + 60
 
 
 def test_refusals_are_counted_each_and_logged_once(server: SecuredServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -24,6 +24,12 @@ from tests.transports.test_bad_input import DATA, GOODBYE, RESPONSE, RawSession
 Warnings = Callable[[], list[str]]
 
 
+@pytest.fixture(params=["thread", "asyncio"])
+def driver(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
 def victim(server: SecuredServer) -> Messenger:
     """Alice, whom bob wants to be; both are on the list."""

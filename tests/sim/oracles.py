@@ -76,6 +76,7 @@ class Sent(msgspec.Struct, eq=False, kw_only=True):
     must_run: bool = True
     is_probe: bool = False
     is_timed: bool = True
+    part_count: int = 0
     runs: list[Any] = msgspec.field(default_factory=list)
     run_keys: set[Any] = msgspec.field(default_factory=set)
     msc_runs: int = 0
@@ -205,6 +206,18 @@ class Oracles:
             if reply.msc_runs > 1:
                 self.fail("processed twice", f"{reply} as a response")
 
+    def note_stream_end(self, sent: Sent, taken: list[bytes], error: DeliveryError | None) -> None:
+        """The reader of a stream has taken all that came."""
+        self.counts["stream"] += 1
+        if taken != [b"%d %d" % (sent.token, number) for number in range(1, len(taken) + 1)]:
+            self.fail("parts out of order", f"{sent}: {taken}")
+        if error is not None:
+            self.note_error(sent, error)
+            return
+        self._note_outcome(sent, "response")
+        if len(taken) != sent.part_count:
+            self.fail("parts are missing", f"{sent}: {len(taken)} of {sent.part_count}")
+
     def note_error(self, sent: Sent, error: DeliveryError) -> None:
         """The error callback of a message runs."""
         name = type(error).__name__
@@ -288,7 +301,13 @@ class Oracles:
             if sent is None or message.number > processed_through or not isinstance(message.link, Session):
                 continue
             session = sent.outlet if process.is_client else message.link
-            if sent.sender is not process and {session.incarnation, session.peer_incarnation} == incarnations:
+            # What asked for a stream counts as processed from its first part on.
+            is_whole = sent.action != "stream"
+            if (
+                is_whole
+                and sent.sender is not process
+                and {session.incarnation, session.peer_incarnation} == incarnations
+            ):
                 self.fail("acknowledged too early", f"{process}: {processed_through} while {sent} waits or runs")
 
     # Processes.

@@ -14,12 +14,13 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from messenger.errors import DeliveryError, LimitReached, QueueFull
+from messenger.errors import Cancelled, DeliveryError, LimitReached, QueueFull
 from messenger.exchange import BATCH_PROCESSED, Exchange
 from messenger.limits import Limits
-from messenger.link import FOREVER, GoneOutlet
+from messenger.link import FOREVER, GoneOutlet, Outlet
 from messenger.message import Message
 from messenger.session import Session
+from messenger.streams import Parts
 from messenger.wire import ECHO, NOOP
 
 from .network import ConnectionLink, ListenerLink, SimLink
@@ -34,6 +35,34 @@ UNKNOWN_ID = 999
 
 class Planned(Exception):
     """What callbacks raise on purpose."""
+
+
+class SimParts(Parts):
+    """The parts of a stream, and a reader that takes them now and then."""
+
+    __slots__ = ("process", "sent", "taken")
+
+    def __init__(self, process: "Process", sent: Sent) -> None:
+        super().__init__()
+        self.process = process
+        self.sent = sent
+        self.taken: list[bytes] = []
+
+    def read(self) -> None:
+        """Take what a reader takes at a time, and note the end when all is taken."""
+        process = self.process
+        if not process.is_alive and not process.has_closed:
+            return
+        for _ in range(process.simulator.streams.choice((1, 1, 3, 20))):
+            part = process.exchange.take_part(self)
+            if part is not None:
+                self.taken.append(part.contents)
+        if self.is_over and not self.waiting:
+            process.simulator.oracles.note_stream_end(self.sent, self.taken, self.error)
+        else:
+            if process.is_alive:
+                process.flush()
+            process.simulator.schedule(process.simulator.now + process.simulator.streams.choice((0.02, 0.3)), self.read)
 
 
 class WatchedExchange(Exchange):
@@ -312,6 +341,48 @@ class Process:
         simulator.note("send", sent, outlet, dest_callback_id, sent.action)
         return sent
 
+    def open_stream(self, session: Session, sent: Sent) -> None:
+        """Ask for a response in parts, and read it."""
+        parts = SimParts(self, sent)
+        try:
+            self.exchange.open_stream(session, parts, b"%d " % sent.token, NOOP, sent.deadline_at)
+        except QueueFull:
+            return
+        sent.index = self.simulator.oracles.next_index(session)
+        self.simulator.oracles.note_sent(sent)
+        self.simulator.note("stream", sent, sent.part_count)
+        self.flush()
+        parts.read()
+
+    def _write(self, message: Message, sent: Sent, number: int) -> None:
+        """Send the next part of a stream, or the last, when there is room."""
+        if not self.is_alive or self.is_closing:
+            return
+        contents = b"%d %d" % (sent.token, number)
+        try:
+            if number == sent.part_count:
+                self._guard(
+                    *(self.exchange.send, self._outlet_of(message), b"", contents, None, None),
+                    *(message.source_callback_id, self.simulator.now + 200.0),
+                )
+                number += 1
+            elif not self.exchange.is_held_up(message.link, message):
+                self.exchange.reply_part(message, contents, self.simulator.now)
+                number += 1
+        except Cancelled:
+            return
+        except QueueFull:
+            self.simulator.note("full", self, sent)
+        self.flush()
+        if number <= sent.part_count:
+            wait_s = self.simulator.streams.choice((0.0, 0.01, 0.1))
+            self.simulator.schedule(self.simulator.now + wait_s, self._write, message, sent, number)
+
+    def flush(self) -> None:
+        """Send what is queued, as a call of another thread than the loop's does."""
+        self._guard(self.exchange.flush, self.simulator.now)
+        self.wake(max(self.exchange.next_deadline_at, self.simulator.now))
+
     def _cancel(self, sent: Sent, message_id: int) -> None:
         """A user gives a message up; it is told so only if it has no outcome yet."""
         if not self.is_alive:
@@ -332,14 +403,18 @@ class Process:
         self._act(message, sent)
         return None
 
+    def _outlet_of(self, message: Message) -> Outlet:
+        """Return where an answer leaves, as `Endpoints.route` does: it is only for the incarnation that asked."""
+        is_gone = message.incarnation != message.link.peer_incarnation
+        return GoneOutlet(message.link.handle, None) if is_gone else message.link
+
     def _act(self, message: Message, sent: Sent) -> None:
+        if sent.action == "stream":
+            self._write(message, sent, 1)
         if sent.action.startswith("reply") and message.source_callback_id:
             waits = sent.action == "reply and wait"
             sent.replied = True
-            # As `Endpoints.route` does: an answer is only for the incarnation that asked.
-            is_gone = message.incarnation != message.link.peer_incarnation
-            outlet = GoneOutlet(message.link.handle, None) if is_gone else message.link
-            self.send(outlet, message.source_callback_id, sent, waits=waits)
+            self.send(self._outlet_of(message), message.source_callback_id, sent, waits=waits)
         if sent.action.endswith("raise"):
             sent.raised = True
             raise Planned(f"on {sent}")

@@ -153,6 +153,7 @@ class Simulator:
         self.rng = Random(seed)
         self.more = Random(f"{seed} more")
         self._deadlines = Random(f"{seed} deadlines")
+        self.streams = Random(f"{seed} streams")
         self.now = 0.0
         self.plan = change(draw_plan(self.rng, self.more))
         self.log: list[tuple[Any, ...]] = []
@@ -293,6 +294,31 @@ class Simulator:
                 if session is not None:
                     process.send(session, draw_dest(self.rng, peer.has_callback), cancel_after_s=self._draw_cancel())
 
+    def _open_stream(self, site: Site) -> None:
+        """A user of a client asks for a response in parts."""
+        process = site.process
+        if process is None or not process.is_alive or process.is_closing:
+            return
+        session = self.streams.choice(process.links).session
+        self._token += 1
+        sent = Sent(
+            token=self._token,
+            sender=process,
+            outlet=session,
+            index=0,
+            ends=self.oracles.ends_of(session),
+            sent_at=self.now,
+            deadline_at=self.now + 200.0,
+            waits=True,
+            redeliver=False,
+            dest_callback_id=int(NOOP),
+            action="stream",
+            duration_s=0.0,
+            parent=None,
+            part_count=self.streams.choice((1, 2, 5, 30)),
+        )
+        process.open_stream(session, sent)
+
     def _draw_cancel(self) -> float | None:
         """Return after how long a message is given up, if it is."""
         return self.more.choice((0.0, 0.01, 0.5)) if self.more.random() < self.plan.cancel_share else None
@@ -419,6 +445,9 @@ class Simulator:
             burst = rng.choice((1, 1, 2, 8))
             self.schedule(rng.uniform(0.1, HEAL_S), self._send, rng.choice(self.sites), burst)
             sent_count += burst
+        if self.sites[0].has_callback and self.streams.random() < 0.3:
+            for _ in range(self.streams.randint(1, 3)):
+                self.schedule(self.streams.uniform(0.1, HEAL_S), self._open_stream, self.streams.choice(self.sites[1:]))
         self._draw_faults()
         self.schedule(AUDIT_S, self._audit)
         self.schedule(HEAL_S, self._heal)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from messenger import handshake
+from messenger.control import Controls, Credit
 from messenger.errors import NotDelivered, OutcomeUnknown
 from messenger.exchange import Exchange
 from messenger.handshake import Handshake
@@ -248,7 +249,8 @@ def processed_of_another_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of the old incarnation returns when the new one is there."""
 
     def note_processed(real: Any, exchange: Exchange, session: Session, peer_incarnation: int, number: int) -> None:
-        real(exchange, session, session.peer_incarnation, number)
+        session.note_processed(number)
+        exchange.mark_dirty(session)
 
     wrap(monkeypatch, Exchange, "note_processed", note_processed)
 
@@ -329,6 +331,28 @@ def expired_never_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "note_unrun", lambda session, number: None)
 
 
+def credit_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Credit, "has_room", True)
+
+
+def credit_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Controls, "tell_credit", lambda controls, *taken: None)
+
+
+def credit_never_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Controls, "repeat_credits", lambda controls: None)
+
+
+def first_part_taken_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part ends its stream, as a response does."""
+
+    def add_part(real: Any, exchange: Exchange, entry: Any, message: Any) -> None:
+        del exchange._outstanding[entry.message_id]
+        entry.callback.settle(message, None)
+
+    wrap(monkeypatch, Exchange, "_add_part", add_part)
+
+
 # Each with the rules of which one must be broken, and the seeds within which that must happen.
 FAULTS: list[tuple[Plant, set[str], int]] = [
     (no_dedup, {"processed twice"}, 50),
@@ -364,6 +388,10 @@ FAULTS: list[tuple[Plant, set[str], int]] = [
     (acks_never_stop, {"storm"}, 20),
     (deadline_shortened, {"dropped before its deadline"}, 50),
     (expired_started, {"started too late"}, 200),
+    (credit_ignored, {"false outcome"}, 100),
+    (credit_never_told, {"no outcome"}, 100),
+    (credit_never_repeated, {"no outcome"}, 1_500),
+    (first_part_taken_for_all, {"parts are missing"}, 50),
     (expired_never_acknowledged, {"no progress", "message vanished"}, 500),
 ]
 

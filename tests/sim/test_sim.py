@@ -46,6 +46,7 @@ def test_runs_differ_and_fail_in_all_ways() -> None:
     assert outcomes == {
         *("response", "OutcomeUnknown", "NotDelivered", "NoHandler", "HandlerError", "IdentityInUse", "Cancelled"),
         "expired",
+        "stream",
     }
     assert events >= {"connect", "cut", "partition", "crash", "close", "start", "ended", "run", "unheard", "heal"}
     assert any("that is sessions_max" in why for why in ends)

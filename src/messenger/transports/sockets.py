@@ -4,8 +4,10 @@ A socket is really closed, and its port free, only when its monitor says that it
 blocks the thread which closes all sockets of the process, so a monitor that was not told is kept until it is.
 """
 
+import ctypes
 import itertools
 import os
+import secrets
 import socket
 import struct
 import threading
@@ -19,6 +21,7 @@ POLLIN = int(zmq.POLLIN)
 _NEWS = struct.Struct("=Hi")
 _context: zmq.Context[zmq.Socket[bytes]] | None = None
 _lock = threading.Lock()
+_libc = ctypes.CDLL(None)
 _monitor_numbers = itertools.count(1)
 # Of closed sockets that have not stopped yet.
 _untold: "list[Monitor]" = []
@@ -43,6 +46,16 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
+
+
+def scramble_routing_ids() -> None:
+    """Have the next ROUTER draw an unpredictable number for the routing ids that it gives to peers without one.
+
+    libzmq counts up from `rand()`, which it never seeds, so the first ROUTER of each process would start at the same
+    number. Who knows the next one can show it as its own routing id, and the process aborts when libzmq gives it out;
+    or can take over the link of a peer.
+    """
+    _libc.srand(secrets.randbits(32))
 
 
 def cut(descriptor: int, port: int) -> bool:

@@ -1,7 +1,7 @@
-"""ZeroMQ sockets as links of the core.
+"""ZeroMQ sockets as links of the core: what they have in common, and those of listeners.
 
-A connection is a DEALER, a listener a ROUTER for each of its endpoints. All calls are made under the messenger's
-lock, by any thread.
+A connection is a DEALER (`connection.py`), a listener a ROUTER for each of its endpoints. All calls are made under the
+messenger's lock, by any thread.
 
 The traps of ZeroMQ that this file is about:
 
@@ -17,7 +17,6 @@ Source: docs/protocol.md, "Basic dialect".
 """
 
 import errno
-import logging
 import os
 import resource
 import time
@@ -31,11 +30,9 @@ from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
 from ..limits import (
     BATCH_MSGS_MAX,
-    HANDSHAKE_FAILURES_MAX,
     HANDSHAKE_S,
     HEADER_BYTES_MAX,
     LARGE_BYTES_MIN,
-    RETRY_S,
     TURN_DROPPED_FRAMES_MAX,
     TURN_MSGS_MAX,
     Limits,
@@ -43,13 +40,10 @@ from ..limits import (
 from ..link import Link
 from ..message import Callback
 from ..outgoing import Outgoing
-from ..security import KeyPair, ServerKey
-from ..wire import encode_identity
-from .local import IpcLock, inproc_names, is_own_socket
-from .sockets import POLLIN, Monitor, context, cut
+from .local import IpcLock, inproc_names
+from .sockets import POLLIN, Monitor, context, cut, scramble_routing_ids
 from .wakeup import check_descriptors
 
-logger = logging.getLogger("messenger")
 # libzmq takes milliseconds in 31 bits.
 LINGER_S_MAX = 1_000_000.0
 NOBLOCK = int(zmq.NOBLOCK)
@@ -236,152 +230,6 @@ class SocketLink(Link):
         return self.is_up
 
 
-class ConnectionLink(SocketLink):
-    """A DEALER that is connected to one endpoint.
-
-    Args:
-        keys: Ours and the server's, with which it speaks CURVE on tcp.
-    """
-
-    def __init__(
-        self,
-        routing_id: bytes,
-        handle: object,
-        callback: Callback | None,
-        exchange: Exchange,
-        limits: Limits,
-        keys: tuple[KeyPair, ServerKey] | None = None,
-    ) -> None:
-        super().__init__(
-            zmq.DEALER, UP | DOWN | NOT_ALLOWED | BAD_PROTOCOL | HUNG_UP, handle, callback, exchange, limits
-        )
-        # A session's routing id is ZeroMQ's own and means nothing; in the basic dialect it is the identity.
-        if routing_id:
-            self.socket.setsockopt(zmq.ROUTING_ID, routing_id)
-        self.socket.setsockopt(zmq.IPV6, 1)
-        self._inproc_binding = 0
-        self._keys = keys
-        self._failure_count = 0
-        self._is_refused = False
-
-    def _handle_news(self, event: int, value: int) -> None:
-        if event == UP and self.endpoint.startswith("ipc:") and not is_own_socket(self.endpoint):
-            self._detach()
-            self._take_refusal("the socket is not this user's, so whoever listens there gets nothing", True)
-        elif event in (UP, DOWN):
-            if event == UP:
-                self._failure_count, self._is_refused = 0, False
-            self.note_up(event == UP)
-        elif event == NOT_ALLOWED:
-            key = self._keys[0].public if self._keys else ""
-            self._take_refusal(f"our key {key} is not on the allow-list there", True)
-        elif event == HUNG_UP and self._keys is not None:
-            self._failure_count += 1
-            if self._failure_count >= HANDSHAKE_FAILURES_MAX:
-                text = f"it hung up {self._failure_count} times in the handshake, so it probably has"
-                text = f"{text} not the key {self._keys[1].public}"
-                self._take_refusal(text, False)
-        elif event == BAD_PROTOCOL and self._keys is not None:
-            self._take_refusal(f"it does not speak CURVE, so it has not the key {self._keys[1].public}", True)
-        elif event == BAD_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            self._take_refusal("it lets in only who has a key: Security(key=…, servers=…)", True)
-
-    def _take_refusal(self, text: str, is_over: bool) -> None:
-        """End what waits to be sent, and have another try later; libzmq itself makes none if it `is_over`."""
-        if not self._is_refused:
-            logger.warning("! %s refused a connection: %s", self.endpoint, text)
-        self._is_refused = True
-        self._exchange.handle_link_refused(self, text)
-        if is_over:
-            self._exchange.revive_later(self, time.monotonic() + RETRY_S)
-
-    def revive(self) -> None:
-        """Connect anew, unless that has happened meanwhile."""
-        if not self.is_up:
-            self.attach(self.endpoint)
-
-    def may_speak_for(self, routing_id: bytes, identity: bytes) -> bool:
-        """Return whether the server may have an identity: that which its key was given with, if there was one."""
-        name = self._keys[1].name if self._keys is not None and self.endpoint.startswith("tcp:") else ""
-        return not name or identity == encode_identity(name)
-
-    def _is_up_now(self) -> bool:
-        """Read what the monitor has, without telling anybody."""
-        states = [event == UP for event, _ in self._monitor.read() if event in (UP, DOWN)]
-        return states[-1] if states else self.is_up
-
-    def attach(self, endpoint: str) -> None:
-        """Connect to an endpoint, in place of the present one if there is one; what is queued here goes there.
-
-        Raises:
-            DestinationInvalid: ZeroMQ cannot use the endpoint.
-        """
-        self._detach()
-        self.endpoint = endpoint
-        if endpoint.startswith("inproc:"):
-            # No monitor tells of inproc; the names that are bound do.
-            self._inproc_binding = inproc_names.binding(endpoint)
-            if not self._inproc_binding:
-                return
-        self._take_keys(endpoint.startswith("tcp:"))
-        try:
-            self.socket.connect(endpoint)
-        except zmq.ZMQError as error:
-            raise DestinationInvalid(f"cannot connect to {endpoint}: {error}") from error
-        if self._inproc_binding:
-            self.note_up(True)
-
-    def _take_keys(self, is_tcp: bool) -> None:
-        """Speak CURVE from the next connect on, or do not."""
-        if self._keys is None:
-            return
-        own, server = self._keys
-        if is_tcp:
-            self.socket.setsockopt(zmq.CURVE_SERVERKEY, server.public.encode())
-            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, own.public.encode())
-            self.socket.setsockopt(zmq.CURVE_SECRETKEY, own.reveal())
-        else:
-            self.socket.setsockopt(zmq.CURVE_SERVER, 0)  # This unsets the mechanism.
-
-    def _detach(self) -> None:
-        # To disconnect would throw away what an inproc listener that is gone has sent, its goodbye too.
-        self._busy = bool(self._inproc_binding)
-        while self._busy:
-            self.receive()
-        if self.endpoint and (self._inproc_binding or not self.endpoint.startswith("inproc:")):
-            try:
-                self.socket.disconnect(self.endpoint)
-            except zmq.ZMQError as error:
-                if error.errno != errno.ENOENT:  # An inproc link is gone already when its listener is.
-                    raise
-        self._inproc_binding = 0
-        if self.is_up:
-            self.note_up(False)
-
-    def must_attach(self) -> bool:
-        """Return whether the present endpoint leads nowhere, so that it is time to choose again."""
-        if self.endpoint.startswith("inproc:"):
-            return self._inproc_binding != inproc_names.binding(self.endpoint) or not self._inproc_binding
-        return not self.is_up
-
-    def _receive_one(self) -> None:
-        peer = self.socket.recv(NOBLOCK)
-        if self.session is not None:
-            self._receive_session(b"", peer)
-        elif not self.socket.getsockopt(RCVMORE):
-            self._exchange.drop("malformed_frames")
-        elif self.socket.recv(NOBLOCK) != b"" or not self.socket.getsockopt(RCVMORE):
-            self._drop_rest("malformed_frames")
-        else:
-            self._receive_last(peer)
-
-    def flush(self, now: float) -> None:
-        """Give the queue to ZeroMQ, as far as it takes it; the descriptor tells when somebody comes."""
-        queue = self.queue
-        while queue and self.send_frames(b"", (b"", queue[0].whole())):
-            self.queue_bytes -= queue.popleft().size_bytes
-
-
 class ListenerLink(SocketLink):
     """A ROUTER that is bound to one endpoint."""
 
@@ -400,6 +248,7 @@ class ListenerLink(SocketLink):
             DestinationInUse, DestinationInvalid: Nothing is left open.
         """
         is_tcp = endpoint.startswith("tcp:")
+        scramble_routing_ids()
         super().__init__(
             zmq.ROUTER, ACCEPTED | DOWN | BAD_PROTOCOL | HUNG_UP if is_tcp else 0, handle, callback, exchange, limits
         )
