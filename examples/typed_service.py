@@ -1,8 +1,8 @@
 """An asyncio service with typed commands: python typed_service.py
 
-The service keeps accounts. Its server-loop callback takes a tagged union of commands and returns a struct; what does not
-decode is answered with an error that names the field, and the service goes on. Transfers from one account run one after
-the other, those from different accounts at once.
+The service keeps accounts. Its server-loop callback takes a tagged union of commands and returns a struct; what does
+not decode is answered with an error that names the field, and the service goes on. Transfers from one account run one
+after the other, those from different accounts at once.
 """
 
 import asyncio
