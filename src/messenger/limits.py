@@ -61,6 +61,8 @@ IDENTITY_BYTES_MAX = 240
 # One turn of the loop takes at most so many messages from one socket, so that both sides of a busy link work at once
 # and no socket starves the others (batches of 250 were the fastest of 50, 125, 250 and unbounded).
 TURN_MSGS_MAX = 250
+# The same for connections that come and go at one socket.
+TURN_NEWS_MAX = 50
 # A peer may send a message of a million frames, which takes seconds to drop; a turn drops at most so many.
 TURN_DROPPED_FRAMES_MAX = 500
 # The two callback ids and their dashes in front of the contents: 2 x 20 digits + 2.

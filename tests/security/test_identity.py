@@ -181,8 +181,12 @@ def test_a_server_that_calls_itself_as_another(
 # Revocation.
 
 
-def test_revocation_ends_a_session_at_once(server: SecuredServer, victim: Messenger, warnings: Warnings) -> None:
-    bob = server.client(server.bob)
+def test_revocation_ends_a_session_at_once(server: SecuredServer, warnings: Warnings) -> None:
+    server.allow(server.alice, server.bob)
+    victim, bob = server.client(server.alice), server.client(server.bob)
+    # It takes what the server asks, and never answers.
+    connection = victim.make_connection(server.destination, callback=lambda _: None)
+    assert ask(victim, connection) == b"alice said hello"
     assert ask(bob, server.destination) == b"bob said hello"
     errors: Inbox[Exception] = Inbox()
     server.messenger.send_message((server.listener, "alice"), b"question", lambda _: None, on_error=errors)
@@ -192,11 +196,11 @@ def test_revocation_ends_a_session_at_once(server: SecuredServer, victim: Messen
     assert isinstance(error, OutcomeUnknown | NotDelivered)
     assert "its key was taken off the allow-list" in str(error)
     with pytest.raises(NotDelivered, match="not on the allow-list"):
-        ask(victim, server.destination)
+        ask(victim, connection)
     assert any("the session with b'alice' was ended" in line for line in warnings())
     assert ask(bob, server.destination) == b"bob said hello"
     server.allow(server.alice, server.bob)
-    wait_until(lambda: is_served(victim, server.destination))
+    wait_until(lambda: is_served(victim, connection))
 
 
 def test_who_goes_on_after_its_key_was_revoked_is_cut_off(server: SecuredServer, plain: PlainPeers) -> None:

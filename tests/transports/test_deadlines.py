@@ -179,6 +179,7 @@ def test_what_wants_no_response_has_no_deadline(messenger: MessengerFactory, des
     assert not dropped(server, "expired")
 
 
+@pytest.mark.threads_only
 def test_a_response_is_processed_however_late_its_sender_finds_it(messenger: MessengerFactory, destination: To) -> None:
     """The answer itself waits for an answer and is given up, but it is the outcome of our message all the same."""
     server, client = messenger(), messenger()

@@ -18,6 +18,8 @@ import zmq
 from ..limits import SOCKETS_MAX
 
 POLLIN = int(zmq.POLLIN)
+NOBLOCK = int(zmq.NOBLOCK)
+COUNT_MAX = 1_000_000
 _NEWS = struct.Struct("=Hi")
 _context: zmq.Context[zmq.Socket[bytes]] | None = None
 _lock = threading.Lock()
@@ -94,12 +96,16 @@ class Monitor:
         self.descriptor: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]
         self._is_stopped = False
 
-    def read(self) -> list[tuple[int, int]]:
-        """Return the events that came, each with its value."""
+    def read(self, count_max: int = COUNT_MAX) -> list[tuple[int, int]]:
+        """Return the events that came, each with its value; if there are `count_max`, there may be more."""
         news: list[tuple[int, int]] = []
-        while self._socket.getsockopt(zmq.EVENTS) & POLLIN:  # type: ignore[operator]
-            news.append(_NEWS.unpack(self._socket.recv(zmq.NOBLOCK)))
-            self._socket.recv(zmq.NOBLOCK)  # The endpoint.
+        receive = self._socket.recv
+        try:
+            while len(news) < count_max:
+                news.append(_NEWS.unpack(receive(NOBLOCK)))
+                receive(NOBLOCK)  # The endpoint.
+        except zmq.Again:
+            return news
         return news
 
     def wait(self, timeout_s: float) -> list[tuple[int, int]]:

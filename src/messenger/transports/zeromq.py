@@ -35,6 +35,7 @@ from ..limits import (
     LARGE_BYTES_MIN,
     TURN_DROPPED_FRAMES_MAX,
     TURN_MSGS_MAX,
+    TURN_NEWS_MAX,
     Limits,
 )
 from ..link import Link
@@ -255,6 +256,7 @@ class ListenerLink(SocketLink):
         self.is_shared = True
         # The descriptors of the connections that peers hold to this socket.
         self._accepted: set[int] = set()
+        self._has_news = False
         self._accepted_max = min(limits.peer_connections_max, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         # The routing ids of plain peers that do not have their identity as routing id (transports/curve.py).
         self._routing_ids: dict[bytes, bytes] = {}
@@ -289,6 +291,25 @@ class ListenerLink(SocketLink):
         if endpoint.startswith("ipc:"):
             # Beside the modes of the folder and of the file, which somebody may change.
             self.socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+
+    def read_news(self) -> None:
+        """Take some of what the monitor tells; thousands of connections may come or go at once, and others wait."""
+        news = self._monitor.read(TURN_NEWS_MAX)
+        for event, value in news:
+            self._handle_news(event, value)
+        self._has_news = len(news) == TURN_NEWS_MAX
+        if self._has_news:
+            self.touch(self)
+
+    def has_input(self) -> bool:
+        """Read the socket's events; return whether there is input, or more news."""
+        return super().has_input() or self._has_news
+
+    def receive(self) -> None:
+        """Give what has arrived to the exchange, and take more news if there was some left."""
+        if self._has_news:
+            self.read_news()
+        super().receive()
 
     def _handle_news(self, event: int, value: int) -> None:
         """Count the connections of peers, and cut those that are too many."""
