@@ -146,6 +146,10 @@ class ConnectionLink(SocketLink):
             self.socket.setsockopt(zmq.CURVE_SERVER, 0)  # This unsets the mechanism.
 
     def _detach(self) -> None:
+        # To disconnect would throw away what an inproc listener that is gone has sent, its goodbye too.
+        self._busy = bool(self._inproc_binding)
+        while self._busy:
+            self.receive()
         if self.endpoint and (self._inproc_binding or not self.endpoint.startswith("inproc:")):
             try:
                 self.socket.disconnect(self.endpoint)
