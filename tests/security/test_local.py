@@ -131,6 +131,25 @@ def test_another_user_who_listens_in_our_stead_gets_nothing(
     assert pretender.stdout.readline() == "got nothing\n"
 
 
+def test_a_socket_that_is_gone_when_it_is_looked_at_is_no_refusal(
+    messenger: MessengerFactory, new_destination: NewDestination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its listener has just closed; what waits is for the next one."""
+    destination = new_destination("ipc")
+    messenger().listen_for_connection(destination, answer)
+    gone = [str(destination)]
+    lstat = os.lstat
+
+    def look(path: str) -> os.stat_result:
+        if gone and path in gone.pop():
+            raise FileNotFoundError(path)
+        return lstat(path)
+
+    monkeypatch.setattr(os, "lstat", look)
+    assert ask(messenger("late"), destination) == b"late said hello"
+    assert not gone
+
+
 def test_ipc_and_inproc_need_no_keys_and_cannot_be_reached_with_some(
     server: SecuredServer, new_destination: NewDestination
 ) -> None:

@@ -15,7 +15,7 @@ import zmq
 
 from ..errors import DestinationInvalid
 from ..exchange import Exchange
-from ..limits import HANDSHAKE_FAILURES_MAX, HANDSHAKE_FAILURES_S, RETRY_S, Limits
+from ..limits import HANDSHAKE_FAILURES_MAX, HANDSHAKE_FAILURES_S, HELLO_S_MIN, RETRY_S, Limits
 from ..message import Callback
 from ..security import KeyPair, ServerKey
 from ..wire import encode_identity
@@ -56,9 +56,12 @@ class ConnectionLink(SocketLink):
         self._is_refused = False
 
     def _handle_news(self, event: int, value: int) -> None:
-        if event == UP and self.endpoint.startswith("ipc:") and not is_own_socket(self.endpoint):
+        if event == UP and self.endpoint.startswith("ipc:") and not (is_own := is_own_socket(self.endpoint)):
             self._detach()
-            self._take_refusal("the socket is not this user's, so whoever listens there gets nothing", True)
+            if is_own is None:
+                self._exchange.revive_later(self, time.monotonic() + HELLO_S_MIN)
+            else:
+                self._take_refusal("the socket is not this user's, so whoever listens there gets nothing", True)
         elif event in (UP, DOWN):
             if event == UP:
                 self._failure_count, self._hung_up_at, self._is_refused = 0, 0.0, False
@@ -146,6 +149,10 @@ class ConnectionLink(SocketLink):
             self.socket.setsockopt(zmq.CURVE_SERVER, 0)  # This unsets the mechanism.
 
     def _detach(self) -> None:
+        # To disconnect would throw away what an inproc listener that is gone has sent, its goodbye too.
+        self._busy = bool(self._inproc_binding)
+        while self._busy:
+            self.receive()
         if self.endpoint and (self._inproc_binding or not self.endpoint.startswith("inproc:")):
             try:
                 self.socket.disconnect(self.endpoint)

@@ -112,10 +112,14 @@ def has_ipc_listener(path: Path) -> bool:
     return False
 
 
-def is_own_socket(endpoint: str) -> bool:
-    """Return whether the socket at an ipc endpoint is this user's; another user may have put one there."""
+def is_own_socket(endpoint: str) -> bool | None:
+    """Return whether the socket at an ipc endpoint is this user's, for another may have put one there; None if it is
+    gone, as when its listener has just closed.
+    """
     try:
         return os.lstat(endpoint.removeprefix("ipc://")).st_uid == os.getuid()
+    except FileNotFoundError:
+        return None
     except OSError:
         return False
 
