@@ -1,5 +1,6 @@
 """A replica that holds something else than its primary is noticed, named, and mended only when somebody says so."""
 
+import time
 from typing import Any
 
 import apsw
@@ -120,6 +121,25 @@ def test_a_check_compares_one_moment_while_writes_go_on(cluster: Cluster) -> Non
     replica.close()
     wait_until(lambda: state_of(primary, "replica") is ReplicaState.DOWN)
     assert primary.check(timeout=20) == {"second": ""}
+
+
+def test_a_check_does_not_wait_for_a_replica_that_began_behind_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is filled from a snapshot that has the check's entry in it, so it never comes to it."""
+    primary, _ = cluster.pair()
+    replicas: list[Replica] = []
+    compare = primary._hub.compare
+
+    def join_first(check: Any, deadline_at: float) -> dict[str, str]:
+        replicas.append(cluster.replica("late"))
+        wait_until(lambda: state_of(primary, "late") is ReplicaState.STREAMING)
+        return compare(check, deadline_at)
+
+    monkeypatch.setattr(primary._hub, "compare", join_first)
+    started_at = time.monotonic()
+    assert primary.check(timeout=20) == {"replica": ""}
+    assert time.monotonic() - started_at < 10
 
 
 def test_checks_come_by_themselves(cluster: Cluster) -> None:

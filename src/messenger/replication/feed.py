@@ -51,6 +51,8 @@ class Peer:
         self.name = name
         self.state = DOWN
         self.sent = self.received = self.durable = self.applied = 0
+        # What it had when it joined, or was filled from a snapshot of; it is sent only what comes after.
+        self.began = 0
         self.contact_at: float | None = None
         self.echo_s = 0.0
         self.snapshot_bytes = self.snapshot_bytes_total = 0
@@ -72,7 +74,7 @@ class Peer:
 
     def begin(self, lsn: int) -> None:
         """It has all up to an LSN on its disk, and nothing is under way."""
-        self.sent = self.received = self.durable = self.applied = lsn
+        self.began = self.sent = self.received = self.durable = self.applied = lsn
         self.under_way.clear()
         self.sent_bytes = self.applied_bytes = 0
         self.pending = []
@@ -323,7 +325,7 @@ class Feed:
         if head is None:
             return
         with self.source.lock:
-            self.peer.sent = head.lsn
+            self.peer.began = self.peer.sent = head.lsn
         while self.peer.applied < head.lsn and not self._is_stopped:
             self.beat()  # Its answer tells when the snapshot is in place.
             self.news.wait(BEAT_S / 4)

@@ -327,7 +327,7 @@ class Hub:
     def compare(self, check: PrimaryCheck, deadline_at: float) -> dict[str, str]:
         """Return what a check found at each replica that answers in time, empty if nothing; those are told."""
         found: dict[str, str] = {}
-        for name in check.wait_sums(self._present, deadline_at):
+        for name in check.wait_sums(partial(self._taking, check.lsn), deadline_at):
             with self.lock:
                 feed = self.peers[name].feed
             if feed is None:
@@ -344,10 +344,10 @@ class Hub:
                 logger.warning("! replica %s is gone during a check: %s", name, error)
         return found
 
-    def _present(self) -> set[str]:
-        """Return the names of the replicas that are there."""
+    def _taking(self, lsn: int) -> set[str]:
+        """Return the names of the replicas that are there and are sent the entry with an LSN, or were."""
         with self.lock:
-            return {peer.name for peer in self.peers.values() if peer.feed is not None}
+            return {peer.name for peer in self.peers.values() if peer.feed is not None and peer.began < lsn}
 
     def _handle_diverged(self, report: DivergedReport) -> None:
         with self.lock:
