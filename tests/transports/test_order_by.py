@@ -17,7 +17,7 @@ from tests.conftest import (
 )
 
 To = str | int
-# An AsyncMessenger has none of this yet.
+# These read, write and block in plain functions; coroutines have tests of their own.
 pytestmark = pytest.mark.threads_only
 
 

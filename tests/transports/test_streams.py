@@ -33,7 +33,7 @@ from tests.conftest import (
 )
 
 To = str | int
-# An AsyncMessenger has none of this yet.
+# These read, write and block in plain functions; coroutines have tests of their own.
 pytestmark = pytest.mark.threads_only
 # A stream may have a quarter of it under way.
 WINDOW = Limits(window_msgs=40, window_bytes=4 * 1024 * 1024)
