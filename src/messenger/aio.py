@@ -253,7 +253,7 @@ class AsyncStream:
             NotDelivered, OutcomeUnknown, HandlerError, NoHandler: What the stream ended with instead, once; what had
                 come before was returned before. QueueFull: Nothing was sent.
         """
-        loop, exchange, parts = self._messenger._loop, self._messenger._exchange, self._parts
+        loop, parts = self._messenger._loop, self._parts
         if self._opening is not None:
             await self._opening
             self._opening = None
@@ -263,25 +263,16 @@ class AsyncStream:
             except asyncio.CancelledError:
                 self.close()
                 raise
-        part = exchange.take_part(parts)
-        if exchange.is_dirty:
-            loop.flush()
-        if part is not None:
-            return part
-        error, parts.error = parts.error, None
-        if error is not None:
-            raise error
-        raise StopAsyncIteration
+        part = self._messenger._take_part(parts)
+        if part is None:
+            raise StopAsyncIteration
+        return part
 
     def close(self) -> Awaitable[None]:
         """Read no more: the sender's next part raises `Cancelled` there, and its task is cancelled. Does not wait."""
         if self._opening is not None:
             self._opening.cancel()
-        with self._messenger._loop.lock:
-            self._messenger._exchange.end_stream(self._parts)
-            self._parts.error = None
-            if self._messenger._exchange.is_dirty:
-                self._messenger._loop.flush()
+        self._messenger._end_stream(self._parts)
         return Done()
 
     async def __aenter__(self) -> Self:

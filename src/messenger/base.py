@@ -298,6 +298,24 @@ class BaseMessenger:
                     self._loop.wait_room(outlet, deadline_at)
             self._loop.flush()
 
+    def _take_part(self, parts: Parts) -> Message | None:
+        """Return the next part of a stream, None if all were taken; raise, once, what it ended with instead."""
+        part = self._exchange.take_part(parts)
+        if self._exchange.is_dirty:
+            self._loop.flush()
+        if part is None and parts.error is not None:
+            error, parts.error = parts.error, None
+            raise error
+        return part
+
+    def _end_stream(self, parts: Parts) -> None:
+        """Read no more of a stream. Takes the lock."""
+        with self._loop.lock:
+            self._exchange.end_stream(parts)
+            parts.error = None
+            if self._exchange.is_dirty:
+                self._loop.flush()
+
     def _abandon_stream(self, parts: Parts) -> None:
         """End a stream soon that nobody holds any more. For a destructor, which may run with the lock held."""
         self._abandoned.append(parts)

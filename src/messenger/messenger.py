@@ -181,23 +181,14 @@ class Stream:
                 deadline_at = monotonic() + self._timeout
                 exchange.await_part(parts, deadline_at)
                 loop.await_outcome(parts, parts.session, deadline_at)
-            part = exchange.take_part(parts)
-            if exchange.is_dirty:
-                loop.flush()
-        if part is not None:
-            return part
-        error, parts.error = parts.error, None
-        if error is not None:
-            raise error
-        raise StopIteration
+            part = self._messenger._take_part(parts)
+        if part is None:
+            raise StopIteration
+        return part
 
     def close(self) -> None:
         """Read no more: the sender's next part raises `Cancelled` there, and its `message.cancelled` becomes true."""
-        with self._messenger._loop.lock:
-            self._messenger._exchange.end_stream(self._parts)
-            self._parts.error = None
-            if self._messenger._exchange.is_dirty:
-                self._messenger._loop.flush()
+        self._messenger._end_stream(self._parts)
 
     def __enter__(self) -> Self:
         return self
