@@ -48,7 +48,6 @@ def test_an_outlet_is_open_and_empty_and_its_handle_owns_it() -> None:
     assert outlet.callback is print
     assert (list(outlet.queue), outlet.queue_bytes, outlet.is_dirty) == ([], 0, False)
     assert (outlet.is_closed, outlet.is_shared, outlet.has_workers, outlet.peer_incarnation) == (False, False, False, 0)
-    assert outlet.next_deadline_at == FOREVER
     assert outlet.is_quiet  # The basic dialect knows of nothing that is on its way.
     assert str(Outlet("destination", None)) == "destination"
 

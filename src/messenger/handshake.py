@@ -39,6 +39,7 @@ from .limits import (
 )
 from .link import FOREVER, Link, Random
 from .session import ESTABLISHED, Session, State
+from .timers import Timers
 from .wire import (
     MAGIC,
     VERSION,
@@ -123,6 +124,7 @@ class Handshake:
     def __init__(self, owner: Owner, identity: bytes, limits: Limits, rng: Random) -> None:
         # Dictionaries instead of sets, for their order: what a seed of the simulator does must not hang on addresses.
         self.sessions: dict[Session, None] = {}
+        self._timers = Timers()
         self._owner = owner
         self._identity = identity
         self._limits = limits
@@ -418,6 +420,8 @@ class Handshake:
     def discard(self, session: Session) -> None:
         """Forget a session, after its outcomes were settled."""
         session.state = State.CLOSED
+        session.hello_at = FOREVER
+        self._timers.plan(session, FOREVER)
         self.sessions.pop(session, None)
         if self._by_incarnation.get(session.peer_incarnation) is session:
             del self._by_incarnation[session.peer_incarnation]
@@ -429,14 +433,22 @@ class Handshake:
 
     def next_deadline_at(self) -> float:
         """Return when `handle_deadline` has something to do."""
-        earliest = min((session.next_deadline_at for session in self.sessions), default=FOREVER)
-        idle_s = self._limits.session_idle_s_max
-        earliest = min(earliest, min((s.heard_at + idle_s for s in self._by_incarnation.values()), default=FOREVER))
-        return min(earliest, min((known.expires_at for known in self._challenged.values()), default=FOREVER))
+        challenged_at = min((known.expires_at for known in self._challenged.values()), default=FOREVER)
+        return min(self._timers.next_at, challenged_at)
+
+    def plan(self, session: Session) -> None:
+        """Have a session get attention when it wants it, or when it is to be forgotten, whichever is first."""
+        idle_at = self._idle_at(session)
+        deadline_at = session.next_deadline_at
+        self._timers.plan(session, deadline_at if deadline_at < idle_at else idle_at)
+
+    def _idle_at(self, session: Session) -> float:
+        """Return when a listener forgets a peer that it hears nothing of."""
+        return FOREVER if session.connection_link is not None else session.heard_at + self._limits.session_idle_s_max
 
     def handle_deadline(self, now: float) -> None:
         """Say HELLO again, ask for acknowledgements, forget who is gone."""
-        for session in list(self.sessions):
+        for session in self._timers.take_due(now):
             if session.hello_at <= now:
                 link = session.connection_link
                 if link is None:
@@ -445,9 +457,10 @@ class Handshake:
                     session.nonce = session.nonce or self._draw()
                     self._say_hello(session, link, now)
             session.handle_deadline(now)
-        idle_s = self._limits.session_idle_s_max
-        for session in [s for s in self._by_incarnation.values() if s.heard_at + idle_s <= now]:
-            self._end(session, f"nothing was heard of it for {idle_s} s")
+            if self._idle_at(session) <= now:
+                self._end(session, f"nothing was heard of it for {self._limits.session_idle_s_max} s")
+            else:
+                self.plan(session)
         self._forget_expired(now)
 
     def _forget_expired(self, now: float) -> None:

@@ -64,11 +64,6 @@ class Outlet:
         """Whether nothing will ever leave here again."""
         return False
 
-    @property
-    def next_deadline_at(self) -> float:
-        """When it wants to be looked at again."""
-        return FOREVER
-
     def flush(self, now: float) -> None:
         """Give the queue to the network, as far as it takes it."""
         raise NotImplementedError

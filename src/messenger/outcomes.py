@@ -90,9 +90,9 @@ class Outcomes:
                 if outlet.queue and outlet.is_closed:
                     self.dropped["peer_gone"] += len(outlet.queue)
                     self.abandon(outlet, "the peer is gone")
-                deadline_at = outlet.next_deadline_at
-                if deadline_at < self._sessions_at:
-                    self._sessions_at = deadline_at
+                if isinstance(outlet, Session) and outlet.is_overlooked and not outlet.is_closed:
+                    self.handshake.plan(outlet)
+                    self._sessions_at = min(self._sessions_at, self.handshake.next_deadline_at())
 
     # Outcomes other than a response.
 

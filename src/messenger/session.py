@@ -97,6 +97,7 @@ class Session(Outlet):
         connection_link: Of a connection, the link that it was made with, up or not.
         must_answer: Whether the other end is to get acknowledgements at the next flush.
         nonce: Of the HELLO that waits for its echo, 0 if none does.
+        due_at: When it gets attention (`timers.py`), no later than it wants it; infinite if that was not planned.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Session(Outlet):
         self.nonce = 0
         self.hello_at = FOREVER
         self.hello_count = 0
+        self.due_at = FOREVER
         self._limits = limits
         self._rng = rng
         self._reset(limits.window_msgs, limits.window_bytes, 0.0)
@@ -489,6 +491,11 @@ class Session(Outlet):
             if self.ack_at < deadline_at:
                 deadline_at = self.ack_at
         return deadline_at
+
+    @property
+    def is_overlooked(self) -> bool:
+        """Whether it would get attention too late, or never."""
+        return self.due_at == FOREVER or self.next_deadline_at < self.due_at
 
     def handle_deadline(self, now: float) -> None:
         """Send an acknowledgement that waited long enough, or ask for those that stay away."""
