@@ -79,6 +79,8 @@ class TaskLoop(Loop):
     def __init__(self, name: str, exchange: Exchange, endpoints: Endpoints, attach_links: Callable[[], None]) -> None:
         super().__init__(name, exchange, endpoints, attach_links)
         self._is_turn_planned = False
+        # Whether `_look` will be called before the event loop can sleep.
+        self._is_look_planned = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = FOREVER
         backlog_max = endpoints.limits.worker_backlog_max
@@ -179,7 +181,11 @@ class TaskLoop(Loop):
     # Links.
 
     def _watch(self, descriptor: int) -> None:
-        self._event_loop.add_reader(descriptor, self._handle_input, descriptor)
+        link = self._links.get(descriptor)
+        if link is not None:
+            self._event_loop.add_reader(descriptor, self._handle_input, link)
+        else:
+            self._event_loop.add_reader(descriptor, self._handle_news, descriptor)
 
     def _unwatch(self, descriptor: int) -> None:
         if not self._event_loop.is_closed():
@@ -237,9 +243,26 @@ class TaskLoop(Loop):
         self._take_input(())
         self._finish_turn()
 
-    def _handle_input(self, descriptor: int) -> None:
+    def _handle_news(self, descriptor: int) -> None:
         self._take_input((descriptor,))
         self._finish_turn()
+
+    def _handle_input(self, link: SocketLink) -> None:
+        link.receive()
+        self._touched.add(link)
+        self._take_input(())
+        if self._exchange.calls or self._is_turn_planned or self.state is not State.RUNNING:
+            self._finish_turn()
+        elif not self._is_look_planned:
+            # What came has settled futures, and the tasks that await them run before this does. If they send, that
+            # answers what came, and the events are read once for both.
+            self._is_look_planned = True
+            self._event_loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        self._is_look_planned = False
+        if self.state is not State.CLOSED:
+            self._look_again()
 
     def _handle_timer(self) -> None:
         self._timer = None
@@ -291,7 +314,8 @@ class TaskLoop(Loop):
     def flush(self) -> None:
         """Give what waits to the network."""
         self._exchange.flush(monotonic())
-        self._look_again()
+        if not self._is_look_planned:
+            self._look_again()
 
     def flush_soon(self, outlet: Outlet, now: float) -> None:
         """Send what was queued: at once if nothing is on its way there, else together with what follows.
@@ -303,7 +327,7 @@ class TaskLoop(Loop):
             return
         if outlet.is_quiet:
             self.flush()
-        else:
+        elif not self._is_look_planned:
             self._plan_turn()
 
     def await_outcome(self, waiter: Response[Any], outlet: Outlet, deadline_at: float) -> None:

@@ -170,15 +170,15 @@ class ConnectionLink(SocketLink):
         return not self.is_up
 
     def _receive_one(self) -> None:
-        peer = self.socket.recv(NOBLOCK)
+        first = self.socket.recv(NOBLOCK, copy=False)
         if self.session is not None:
-            self._receive_session(b"", peer)
-        elif not self.socket.getsockopt(RCVMORE):
+            self._receive_session(b"", first)
+        elif not first.more:
             self._exchange.drop("malformed_frames")
         elif self.socket.recv(NOBLOCK) != b"" or not self.socket.getsockopt(RCVMORE):
             self._drop_rest("malformed_frames")
         else:
-            self._receive_last(peer)
+            self._receive_last(first.bytes)
 
     def flush(self, now: float) -> None:
         """Give the queue to ZeroMQ, as far as it takes it; the descriptor tells when somebody comes."""

@@ -20,7 +20,7 @@ from ..limits import NAMES_PER_KEY_MAX
 from ..wire import encode_identity
 from .sockets import cut
 from .zap import Gate
-from .zeromq import BAD_PROTOCOL, NOBLOCK, RCVMORE, ListenerLink
+from .zeromq import BAD_PROTOCOL, NOBLOCK, ListenerLink
 
 LABEL_KEY_BYTES = 40
 
@@ -61,12 +61,12 @@ class CurveListenerLink(ListenerLink):
         routing_id = frame.bytes
         key = _key_of(frame)
         identity = self._gate.identity_of(key)
-        first = socket.recv(NOBLOCK)
+        first = socket.recv(NOBLOCK, copy=False)
         if identity is None:
             self._cut_off(frame, key)
-        elif first != b"":
+        elif len(first):
             self._receive_session(routing_id + key.encode(), first)
-        elif not socket.getsockopt(RCVMORE):
+        elif not first.more:
             self._exchange.drop("malformed_frames")
         else:
             self._receive_plain(key, encode_identity(identity), routing_id)
