@@ -419,6 +419,7 @@ class Handshake:
 
     def discard(self, session: Session) -> None:
         """Forget a session, after its outcomes were settled."""
+        session.end()
         session.state = State.CLOSED
         session.hello_at = FOREVER
         self._timers.plan(session, FOREVER)

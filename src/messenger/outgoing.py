@@ -10,7 +10,9 @@ from .wire import MSC_ID_MIN, Option, OptionKind, decode_message
 KEPT_BYTES_MAX = 256
 
 
-class Outgoing(msgspec.Struct, eq=False):
+# Python's collector does not look at these: a million of them would hold up everything for long, and often. It cannot
+# free a cycle with one in it either, so whatever holds them lets go of them when it ends.
+class Outgoing(msgspec.Struct, eq=False, gc=False):
     """A message on its way out.
 
     Attributes:

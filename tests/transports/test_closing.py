@@ -1,8 +1,10 @@
 """How connections, listeners and messengers end: one body, run over tcp, ipc, inproc and a bare port."""
 
+import gc
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -10,6 +12,7 @@ from messenger import (
     DeliveryError,
     Limits,
     Message,
+    Messenger,
     MessengerClosed,
     MessengerError,
     NotDelivered,
@@ -279,3 +282,39 @@ def test_messenger_objects_of_another_messenger_are_refused(messenger: Messenger
         with pytest.raises(ValueError, match="belongs to"):
             other.send_message(to, b"")
     assert client.request(connection, b"").contents == b"answer to "
+
+
+class Component:
+    """Knows its messenger, which knows its callbacks: the usual cycle."""
+
+    def __init__(self, messenger: Messenger, destination: To) -> None:
+        self.messenger = messenger
+        self.connection = messenger.make_connection(destination)
+        self.taken: list[object] = []
+
+    def take(self, outcome: object) -> None:
+        self.taken.append(outcome)
+
+
+def test_a_closed_messenger_keeps_no_callback_alive(messenger: MessengerFactory, destination: To) -> None:
+    server, client = messenger(), messenger()
+    received: Inbox[Message] = Inbox()
+
+    def keep(message: Message) -> None:
+        if message.contents == b"answer":
+            message.reply(b"")
+        received(message)
+
+    server.listen_for_connection(destination, keep)
+    component = Component(client, destination)
+    taken = component.taken
+    for contents in (b"answer", b"keep", b"keep"):
+        client.send_message(component.connection, contents, component.take, on_error=component.take)
+    received.wait(3)
+    wait_until(lambda: taken)
+    client.close(0)
+    wait_until(lambda: len(taken) == 3)
+    kept = weakref.ref(component)
+    del component
+    gc.collect()
+    assert kept() is None
