@@ -94,7 +94,7 @@ def data_of(frame: bytes) -> Data:
     """Returns the numbers of a DATA frame."""
     decoded = decode_data_frame(frame)
     assert decoded is not None
-    return decoded[3]
+    return Data(*decoded[3])
 
 
 def contents_of(messages: list[Message]) -> list[bytes]:

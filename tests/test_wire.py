@@ -153,7 +153,7 @@ def decode_frame(frame: bytes, extra: Sequence[bytes] = ()) -> tuple[object, ...
         decoded = decode_data_frame(frame)
         if decoded is None:
             raise MalformedMessage("it is too short")
-        data = decoded[3]
+        data = Data(*decoded[3])
         if header.flags & Flag.CONTROLS:
             return header, data, decode_controls(frame, data.msg_count)
         return header, data, decode_batch(frame, header.flags, data.msg_count, extra)
@@ -403,7 +403,7 @@ def test_deadlines_that_exceed_their_frame_are_malformed() -> None:
 def test_what_a_message_has_left_is_never_less_than_it_has(left_s: float) -> None:
     left_ms = encode_left_ms(left_s)
     assert 0 <= left_ms <= NO_DEADLINE_MS
-    assert left_ms == NO_DEADLINE_MS or max(0.0, left_s) <= left_ms / 1000 <= max(0.0, left_s) + 0.001
+    assert left_ms == NO_DEADLINE_MS or max(0.0, left_s) <= left_ms / 1000 <= max(0.0, left_s) + 0.001 + 1e-9
     assert left_ms < NO_DEADLINE_MS or left_s > 4e6
 
 

@@ -45,11 +45,11 @@ from .wire import (
     VERSION,
     Challenge,
     Control,
-    Data,
     Flag,
     Header,
     Hello,
     Kind,
+    Numbers,
     Option,
     Reason,
     decode_batch,
@@ -385,20 +385,22 @@ class Handshake:
         return ""
 
     def _receive_data(
-        self, session: Session, flags: int, data: Data, frame: bytes, extra: list[bytes], now: float
+        self, session: Session, flags: int, data: Numbers, frame: bytes, extra: list[bytes], now: float
     ) -> None:
+        owner = self._owner
+        first, _, _, count = data
         # A batch that does not decode must not be acknowledged.
         if flags & Flag.CONTROLS:
             batch = _NO_MESSAGES
-            self._owner.handle_controls(session, decode_controls(frame, data.msg_count))
+            owner.handle_controls(session, decode_controls(frame, count))
         else:
-            batch = decode_batch(frame, flags, data.msg_count, extra)
+            batch = decode_batch(frame, flags, count, extra)
         skipped = session.receive(flags, data, batch[3], now)
         if skipped is not None:
-            self._owner.handle_batch(session, data.first, batch, skipped)
-        self._owner.mark_dirty(session)
+            owner.handle_batch(session, first, batch, skipped)
+        owner.mark_dirty(session)
         if session.is_urgent:
-            self._owner.is_urgent = True
+            owner.is_urgent = True
 
     # Ends and time.
 

@@ -176,7 +176,7 @@ class Loop:
         self._monitored[link.monitor_descriptor] = link
         self._watch(link.descriptor)
         self._watch(link.monitor_descriptor)
-        link.touch = self.touch
+        link.touch = self._touched.add
         self._touched.add(link)
         # A descriptor tells of nothing before the events were read once.
         link.read_news()
@@ -239,10 +239,11 @@ class Loop:
     def _read_events(self) -> bool:
         """Send what waits and read touched links' events, as is due before a sleep; return whether there is input."""
         exchange = self._exchange
-        while self._touched or exchange.is_dirty:
-            if exchange.is_dirty:
-                exchange.flush(monotonic())
-            touched, self._touched = self._touched, set()
+        if exchange.is_dirty:
+            exchange.flush(monotonic())
+        if self._touched:
+            touched = list(self._touched)
+            self._touched.clear()
             for link in touched:
                 if link.has_input():
                     self._readable.add(link)

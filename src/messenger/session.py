@@ -61,8 +61,8 @@ from .roundtrip import RoundTrip
 from .running import Running
 from .wire import (
     Control,
-    Data,
     Flag,
+    Numbers,
     Option,
     decode_identity,
     encode_controls,
@@ -241,15 +241,14 @@ class Session(Outlet):
             return
         if self.controls.pending:
             self._send_controls()
-        if self._resending or self.queue:
-            has_sent = False
-            while (batch := self._next_batch(now)) is not None:
-                if not link.send_frames(self.routing_id, self._encode(batch, now)):
-                    self._lose_link()
-                    return
-                has_sent = True
-            if has_sent:
+        has_sent = False
+        while (self._resending or self.queue) and (batch := self._next_batch(now)) is not None:
+            if not link.send_frames(self.routing_id, self._encode(batch, now)):
+                self._lose_link()
                 return
+            has_sent = True
+        if has_sent:
+            return
         if self.must_answer or self._must_ask_resend or self._owes_much():
             self._send_empty(0)
         elif self.ack_at == FOREVER and self._owes_any():
@@ -388,7 +387,7 @@ class Session(Outlet):
 
     # Receiving.
 
-    def receive(self, flags: int, data: Data, size_bytes: int, now: float) -> int | None:
+    def receive(self, flags: int, data: Numbers, size_bytes: int, now: float) -> int | None:
         """Take the numbers of a DATA frame of the established peer.
 
         Args:
@@ -400,35 +399,36 @@ class Session(Outlet):
         Raises:
             MalformedMessage: It acknowledges what was never sent, or exceeds the window. Nothing was taken.
         """
-        if data.received_through >= self.next_number or data.processed_through > data.received_through:
+        first, received_through, processed_through, msg_count = data
+        if received_through >= self.next_number or processed_through > received_through:
             raise MalformedMessage("a frame acknowledges what was never sent")
-        last = data.first + data.msg_count - 1
-        if data.first <= self.received_through + 1 and last > self.received_through:
+        expected = self.received_through + 1
+        last = first + msg_count - 1
+        if first <= expected <= last:
             is_too_large = bool(self._held) and self._held_bytes + size_bytes > self._limits.window_bytes
             if is_too_large or last - self.processed_through > self._limits.window_msgs:
                 raise MalformedMessage("a batch exceeds the window")
         self.heard_at = now
         self._unanswered_count = 0
-        if data.received_through > self.peer_received_through or data.processed_through > self.peer_processed_through:
-            self._take_acks(data, now)
-        if flags & Flag.RESEND and data.received_through == self.peer_received_through:
+        if received_through > self.peer_received_through or processed_through > self.peer_processed_through:
+            self._take_acks(received_through, processed_through, now)
+        if flags & Flag.RESEND and received_through == self.peer_received_through:
             self._resend(now)
         if flags & Flag.ASK:
             self.must_answer = True
             self.controls.repeat_credits()
-        expected = self.received_through + 1
-        if data.first > expected:
+        if first > expected:
             # Once for each number, and again when the answer seems lost.
             if self._resend_asked_after != self.received_through or now >= self._resend_asked_at + self._trip.timeout_s:
                 self._resend_asked_after, self._resend_asked_at = self.received_through, now
                 self._must_ask_resend = True
             return None
-        if not data.msg_count:
+        if not msg_count:
             return None
         if last < expected:
             self.must_answer = True
             return None
-        skipped = expected - data.first
+        skipped = expected - first
         self.received_through = last
         self._held.append((last, size_bytes))
         self._held_bytes += size_bytes
@@ -463,20 +463,20 @@ class Session(Outlet):
             self._done_early.discard(self.processed_through)
         self.note_processed(self.processed_through)
 
-    def _take_acks(self, data: Data, now: float) -> None:
-        if data.received_through > self.peer_received_through:
-            self.peer_received_through = data.received_through
+    def _take_acks(self, received_through: int, processed_through: int, now: float) -> None:
+        if received_through > self.peer_received_through:
+            self.peer_received_through = received_through
             unreceived = self._unreceived
-            while unreceived and unreceived[0].last <= data.received_through:
+            while unreceived and unreceived[0].last <= received_through:
                 unreceived.popleft().forget_bytes()
             trip = self._trip
-            if trip.timed_number and data.received_through >= trip.timed_number:
+            if 0 < trip.timed_number <= received_through:
                 trip.note(now - trip.timed_at)
             self.probe_at = now + (trip.timeout_s if unreceived else IDLE_PROBE_S)
-        if data.processed_through > self.peer_processed_through:
-            self.peer_processed_through = data.processed_through
+        if processed_through > self.peer_processed_through:
+            self.peer_processed_through = processed_through
             unprocessed = self._unprocessed
-            while unprocessed and unprocessed[0].last <= data.processed_through:
+            while unprocessed and unprocessed[0].last <= processed_through:
                 self._unprocessed_bytes -= unprocessed.popleft().size_bytes
 
     # Time.

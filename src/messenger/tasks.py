@@ -248,10 +248,13 @@ class TaskLoop(Loop):
         self._finish_turn()
 
     def _handle_input(self, link: SocketLink) -> None:
+        # Deadlines have the timer, and what else a turn looks after plans one; so this need not do all that they do.
+        exchange = self._exchange
         link.receive()
         self._touched.add(link)
-        self._take_input(())
-        if self._exchange.calls or self._is_turn_planned or self.state is not State.RUNNING:
+        if exchange.is_urgent:
+            exchange.flush(monotonic())
+        if exchange.calls or self._is_turn_planned or self.state is not State.RUNNING:
             self._finish_turn()
         elif not self._is_look_planned:
             # What came has settled futures, and the tasks that await them run before this does. If they send, that

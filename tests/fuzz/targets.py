@@ -76,17 +76,17 @@ def fuzz_wire(data: bytes) -> None:
     decoded = decode_data_frame(data)
     if decoded is None:
         return
-    flags, _, _, numbers = decoded
+    flags, _, _, (*_, count) = decoded
     try:
-        decode_controls(data, numbers.msg_count)
+        decode_controls(data, count)
     except MalformedMessage:
         pass
     for extra in ([], [data], [b"", data]):
         try:
-            messages, large, _, size_bytes, left_ms = decode_batch(data, flags, numbers.msg_count, extra)
+            messages, large, _, size_bytes, left_ms = decode_batch(data, flags, count, extra)
         except MalformedMessage:
             continue
-        require(len(messages) == numbers.msg_count, "a batch has as many messages as it says")
+        require(len(messages) == count, "a batch has as many messages as it says")
         require(len(left_ms) in (0, len(messages)), "each message has a deadline, or none has")
         require(len(large) == len(extra), "each large message has its contents")
         require(size_bytes >= sum(map(len, messages)), "a batch counts the bytes of its messages")
