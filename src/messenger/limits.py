@@ -118,6 +118,8 @@ STREAM_SHARE = 4
 # A batch never holds more, so that both sides of a busy session work at once.
 BATCH_MSGS_MAX = 250
 BATCH_BYTES_MAX = 256 * KIB
+# The frame that holds one: its messages, and where all of them are error responses, a text of 2,000 characters each.
+BATCH_FRAME_BYTES_MAX = BATCH_BYTES_MAX + BATCH_MSGS_MAX * 8 * KIB
 # What callbacks send leaves at the end of their turn, but if the turn takes longer than this, in between.
 FLUSH_S = 0.001
 # An acknowledgement waits so long for a message that it can travel with.

@@ -388,7 +388,7 @@ def test_message_far_above_the_size_limit(messenger: MessengerFactory, plain: Pl
     client = messenger()
     exchange_one(good)
     monitor = offender.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-    offender.send(b"", b"1-0-" + bytes(MIB))
+    offender.send(b"", b"1-0-" + bytes(3 * MIB))
     assert monitor.poll(int(TIMEOUT_S * 1000)), "the offender is still connected"
     offender.socket.disable_monitor()
     monitor.close()

@@ -11,6 +11,7 @@ from messenger import (
     ECHO,
     Connection,
     DeliveryError,
+    HandlerError,
     LimitReached,
     Limits,
     Message,
@@ -283,6 +284,33 @@ def test_message_too_large(messenger: MessengerFactory, destination: To, never: 
         client.request(destination, "é" * 501)
     assert client.statistics().outstanding_msgs == 0
     assert client.request(destination, bytes(990), remote_callback=ECHO).contents == bytes(990)
+
+
+def test_batches_larger_than_the_largest_message(messenger: MessengerFactory, destination: To) -> None:
+    """A batch is one frame, and libzmq cut off whoever sent one of more than twice `message_bytes_max`, for ever."""
+    limits = Limits(message_bytes_max=1_000)
+    received: Inbox[Message] = Inbox()
+    messenger(limits=limits).listen_for_connection(destination, received)
+    client = messenger(limits=limits)
+    connection = client.make_connection(destination)
+    for number in range(1_000):
+        client.send_message(connection, b"%d" % number * 200)
+    assert contents_of(received.wait(1_000)) == [b"%d" % number * 200 for number in range(1_000)]
+
+
+def test_batches_of_long_error_texts(messenger: MessengerFactory, destination: To) -> None:
+    """The texts stand beside the messages in the same frame, so they count for it as well."""
+    limits = Limits(message_bytes_max=1_000)
+
+    def fail(message: Message) -> None:
+        raise ValueError("ä" * 3_000)
+
+    messenger(limits=limits).listen_for_connection(destination, fail)
+    client = messenger(limits=limits)
+    errors: Inbox[DeliveryError] = Inbox()
+    for _ in range(1_000):
+        client.send_message(destination, b"", errors, on_error=errors)
+    assert {type(error) for error in errors.wait(1_000)} == {HandlerError}
 
 
 # Deadlines.

@@ -32,6 +32,7 @@ from zmq.backend import zmq_poll
 from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
 from ..limits import (
+    BATCH_FRAME_BYTES_MAX,
     BATCH_MSGS_MAX,
     CROWDED_LOG_S,
     HANDSHAKE_S,
@@ -61,7 +62,8 @@ NOT_ALLOWED, BAD_PROTOCOL, HUNG_UP = (
     int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
     int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL),
 )
-# Beyond twice the largest message libzmq cuts the peer off itself; up to there we drop the message and count it.
+# Beyond twice the largest message, and the largest batch, libzmq cuts the peer off itself; up to there we drop the
+# message and count it.
 FRAME_BYTES_FACTOR = 2
 
 
@@ -101,7 +103,7 @@ class SocketLink(Link):
             # must never reach them, its window is what bounds it.
             zmq.SNDHWM: limits.queue_msgs_max + 2 * limits.window_msgs,
             zmq.RCVHWM: limits.queue_msgs_max,
-            zmq.MAXMSGSIZE: FRAME_BYTES_FACTOR * self._frame_bytes_max,
+            zmq.MAXMSGSIZE: max(FRAME_BYTES_FACTOR * self._frame_bytes_max, BATCH_FRAME_BYTES_MAX),
             zmq.HANDSHAKE_IVL: int(HANDSHAKE_S * 1000),
             zmq.RECONNECT_IVL: 50,
             zmq.RECONNECT_IVL_MAX: 500,
