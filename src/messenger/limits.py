@@ -91,6 +91,19 @@ HANDSHAKE_S = 3.0
 # A socket that has as many connections as it may have says so, once in so many seconds.
 CROWDED_LOG_S = 60.0
 
+# Messages without an end (`transports/inflow.py`).
+
+# So often each tcp connection is looked at, and those of a messenger that watches one.
+LOOK_S = 0.25
+LOOK_WATCHED_S = 0.1
+# A look at one takes 3 microseconds; many are looked at in portions, so that messages have their turn in between.
+TURN_LOOKS_MAX = 50
+LOOK_S_MIN = 0.025
+# What a connection may receive before it is asked at each message by which connection it came.
+INFLOW_UNWATCHED_BYTES_MAX = 4 * MIB
+# Heartbeats of an idle peer: PING and PONG each second, with keys.
+INFLOW_FORGIVEN_BYTES_PER_S = 128
+
 # Keys.
 
 ALLOWED_KEYS_MAX = 100_000

@@ -23,6 +23,8 @@ from .exchange import BATCH_PROCESSED, Exchange
 from .limits import CLOSE_TIMEOUT_S, FLUSH_S
 from .link import FOREVER, Outlet
 from .message import Message
+from .transports.inflow import Lookout
+from .transports.sockets import Kernel
 from .transports.zeromq import SocketLink
 
 logger = logging.getLogger("messenger")
@@ -73,6 +75,7 @@ class Loop:
         # By descriptor: of the sockets, and of their monitors.
         self._links: dict[int, SocketLink] = {}
         self._monitored: dict[int, SocketLink] = {}
+        exchange.on_look = Lookout(exchange, self._links.values(), Kernel()).look
         # Links whose events must be read before a sleep, and links that are known to have input.
         self._touched: set[SocketLink] = set()
         self._readable: set[SocketLink] = set()
@@ -191,6 +194,7 @@ class Loop:
         del self._monitored[link.monitor_descriptor]
         self._touched.discard(link)
         self._readable.discard(link)
+        link.inflows.clear()
         self.announce_calls()
         self._announce_room()
 

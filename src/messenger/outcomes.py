@@ -51,6 +51,9 @@ class Outcomes:
         self._dirty: list[Outlet] = []
         self._sweep_at = FOREVER
         self._sessions_at = FOREVER
+        # When the transports want to look at their connections, and how; returns when they want to again.
+        self.look_at = FOREVER
+        self.on_look: Callable[[float], float] | None = None
         # When links that were refused are to try again.
         self._revive_at: dict[Link, float] = {}
         # When `drop_expired` may have something to do.
@@ -162,6 +165,8 @@ class Outcomes:
         """Do what is due; afterwards `next_deadline_at` is later than `now`."""
         if self._sweep_at <= now:
             self._sweep(now)
+        if self.look_at <= now and self.on_look is not None:
+            self.look_at = self.on_look(now)
         if self._sessions_at <= now:
             for link in [link for link, revive_at in self._revive_at.items() if revive_at <= now]:
                 del self._revive_at[link]
@@ -345,7 +350,8 @@ class Outcomes:
     @property
     def next_deadline_at(self) -> float:
         """When `handle_deadline` has something to do."""
-        return self._sweep_at if self._sweep_at < self._sessions_at else self._sessions_at
+        deadline_at = self._sweep_at if self._sweep_at < self._sessions_at else self._sessions_at
+        return deadline_at if deadline_at < self.look_at else self.look_at
 
     @property
     def outstanding_count(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from messenger import KeyPair, Listener, Message, Messenger, Security
+from messenger import KeyPair, Limits, Listener, Message, Messenger, Security
 from tests.canary import canary
 from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeer, PlainPeers
 
@@ -19,13 +19,13 @@ def answer(message: Message) -> None:
 class SecuredServer:
     """A messenger that listens on tcp with a key, and lets alice in, at first nobody else."""
 
-    def __init__(self, messenger: MessengerFactory) -> None:
+    def __init__(self, messenger: MessengerFactory, limits: Limits | None = None) -> None:
         self._make = messenger
         self.pair = canary("server")
         self.alice, self.bob, self.mallory = (KeyPair.generate(name) for name in ("alice", "bob", "mallory"))
         self.security = Security(key=self.pair, allow={self.alice.public: "alice"})
         self.received: Inbox[Message] = Inbox()
-        self.messenger = messenger("server", security=self.security)
+        self.messenger = messenger("server", security=self.security, limits=limits)
         self.listener: Listener = self.messenger.listen_for_connection("tcp://127.0.0.1:0", self.take)
 
     def take(self, message: Message) -> None:
@@ -42,9 +42,12 @@ class SecuredServer:
 
     def dealer(self, plain: PlainPeers, pair: KeyPair, routing_id: bytes | None = None) -> PlainPeer:
         """Connects a bare DEALER with a key."""
+        return plain.dealer(self.destination, routing_id, **self.dealer_keys(pair))
+
+    def dealer_keys(self, pair: KeyPair) -> dict[str, bytes]:
+        """Returns the options of a bare DEALER with a key."""
         keys = {"CURVE_PUBLICKEY": pair.public.encode(), "CURVE_SECRETKEY": pair.reveal()}
-        keys["CURVE_SERVERKEY"] = self.pair.public.encode()
-        return plain.dealer(self.destination, routing_id, **keys)
+        return keys | {"CURVE_SERVERKEY": self.pair.public.encode()}
 
     def allow(self, *pairs: KeyPair) -> None:
         self.security.reload({pair.public: pair.name for pair in pairs})

@@ -42,7 +42,7 @@ with Messenger("server", security=Security(key=pair, allow={sys.argv[2]: "alice"
     listener = server.listen_for_connection("tcp://127.0.0.1:0", lambda message: message.reply(message.contents))
     print(sys.stdin.readline() and listener.port, flush=True)
     for line in sys.stdin:
-        print(len(listener.links[0]._accepted), dict(server.statistics().dropped), flush=True)
+        print(len(listener.links[0].inflows), dict(server.statistics().dropped), flush=True)
 """
 
 

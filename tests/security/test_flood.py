@@ -6,23 +6,24 @@
 import ctypes
 import select
 import socket
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 
 from messenger import KeyPair, Limits, Listener, Message, NotDelivered, Security
-from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S
+from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, KIB, MIB, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S
 from messenger.transports import zap
 from messenger.wire import encode_identity
-from tests.conftest import Inbox, MessengerFactory, PlainPeers, dropped, wait_until
+from tests.conftest import Inbox, MessengerFactory, PlainPeers, dropped, wait_dropped, wait_until
 from tests.security.conftest import SecuredServer, ask
 from tests.security.flood import GARBAGE, open_idle
 from tests.transports.test_bad_input import RawSession
 
 
 def connected_count(listener: Listener) -> int:
-    return len(listener.links[0]._accepted)
+    return len(listener.links[0].inflows)
 
 
 def closed_count(connections: list[socket.socket]) -> int:
@@ -87,6 +88,63 @@ def test_connections_beyond_the_limit_are_cut(messenger: MessengerFactory, caplo
     assert len(said) == 1, "once, not for each of them"
     wait_until(lambda: connected_count(listener) == 1)
     assert ask(messenger("another"), listener.destination) == b"served"
+
+
+def withhold(listening: socket.socket, port: int, bytes_max: int) -> None:
+    """Passes on what a client sends, but no more than so much, and all that it is answered, until one of both ends."""
+    with listening.accept()[0] as client, socket.create_connection(("127.0.0.1", port)) as server:
+        passed_bytes = 0
+        while True:
+            for one, other in ((client, server), (server, client)):
+                if one is client and passed_bytes >= bytes_max:
+                    continue
+                if not select.select([one], [], [], 0.01)[0]:
+                    continue
+                try:
+                    # In small portions, so that it takes longer than it takes until somebody looks.
+                    data = one.recv(min(bytes_max - passed_bytes, 200_000) if one is client else 1_000_000)
+                    other.sendall(data)
+                except ConnectionError:
+                    return
+                if not data:
+                    return
+                passed_bytes += len(data) if one is client else 0
+
+
+@pytest.mark.parametrize("passed_bytes", [4 * MIB, 16 * MIB])
+def test_a_listed_peer_whose_message_does_not_end(
+    messenger: MessengerFactory, plain: PlainPeers, passed_bytes: int
+) -> None:
+    """It is cut when more has come than a message may have, and not before; a relay withholds the end."""
+    server = SecuredServer(messenger, Limits(message_bytes_max=64 * KIB))
+    alice = server.client(server.alice)
+    ask(alice, server.destination)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        relay = threading.Thread(target=withhold, args=(listening, server.listener.port, passed_bytes))
+        relay.start()
+        keys = server.dealer_keys(server.alice)
+        dealer = plain.dealer(f"tcp://127.0.0.1:{listening.getsockname()[1]}", **keys)
+        dealer.send(*[bytes(MIB)] * 20)
+        if passed_bytes > 4 * MIB:
+            wait_dropped(server.messenger, "endless_message")
+        else:
+            time.sleep(1)
+            assert dropped(server.messenger, "endless_message") == 0
+        assert ask(alice, server.destination) == b"alice said hello"
+        dealer.close()
+        relay.join()
+
+
+def test_a_listed_peer_that_sends_much_is_heard(messenger: MessengerFactory, plain: PlainPeers) -> None:
+    server = SecuredServer(messenger, Limits(message_bytes_max=64 * KIB))
+    dealer = server.dealer(plain, server.alice)
+    contents = b"1-0-" + bytes(60_000)
+    for count in range(1, 41):
+        for _ in range(20):
+            dealer.send(b"", contents)
+        server.received.wait(20 * count)
+        time.sleep(0.05)
+    assert server.messenger.statistics().dropped == {}
 
 
 def test_one_identity_has_so_many_sessions(messenger: MessengerFactory) -> None:

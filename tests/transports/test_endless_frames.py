@@ -3,15 +3,27 @@
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 
-from messenger import Messenger
-from tests.conftest import TIMEOUT_S, MessengerFactory, free_port, wait_dropped
-from tests.processes.programs import SERVE, running
+from messenger import Limits, Message, Messenger
+from messenger.limits import KIB, MIB
+from tests.conftest import (
+    TIMEOUT_S,
+    Inbox,
+    MessengerFactory,
+    PlainPeers,
+    contents_of,
+    free_port,
+    wait_dropped,
+    wait_until,
+)
+from tests.processes.programs import running
 from tests.processes.slow_receiver import resident_kib
 
 MORE, LARGE = 1, 2
@@ -25,11 +37,16 @@ READY = bytes([4, len(READY_BODY)]) + READY_BODY
 def raw_dealer(port: int) -> Iterator[socket.socket]:
     """Connects as a DEALER does, by ZMTP 3.0 (https://rfc.zeromq.org/spec/23/)."""
     with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as dealer:
-        dealer.sendall(GREETING + READY)
-        received = b""
-        while b"ROUTER" not in received:
-            received += dealer.recv(4096)
+        greet(dealer, READY, b"ROUTER")
         yield dealer
+
+
+def greet(peer: socket.socket, ready: bytes, expected: bytes) -> None:
+    """Greets, and waits until the other end has said what it is, before which nothing else may be sent."""
+    peer.sendall(GREETING + ready)
+    received = b""
+    while expected not in received:
+        received += peer.recv(4096)
 
 
 def slowest_s(client: Messenger, destination: str, count: int) -> float:
@@ -71,20 +88,167 @@ def test_message_of_a_million_frames(messenger: MessengerFactory) -> None:
     assert slowest < 0.5
 
 
-@pytest.mark.xfail(
-    reason="libzmq keeps the frames of a message until its last one, bounds only each, and shows us none before",
-    raises=MemoryError,
-)
-def test_message_without_end() -> None:
-    """Memory is bounded, whatever a peer sends."""
+# Says `ready`, and then for each line of input what was dropped.
+SERVE_AND_COUNT = """
+import sys
+from messenger import Messenger
+with Messenger("server") as server:
+    server.listen_for_connection(sys.argv[1], lambda message: message.reply(message.contents))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(dict(server.statistics().dropped), flush=True)
+"""
+SMALL = Limits(message_bytes_max=64 * KIB)
+
+
+def frame_of(size: int) -> bytes:
+    """Returns the bytes of a frame behind which more follow."""
+    if size < 256:
+        return bytes([MORE, size]) + bytes(size)
+    return bytes([MORE | LARGE]) + struct.pack(">Q", size) + bytes(size)
+
+
+def send_on(peer: socket.socket, frame: bytes) -> None:
+    """Sends without end, until the other end hangs up, as it must."""
+    peer.setblocking(False)
+    ends_at = time.monotonic() + TIMEOUT_S
+    rest = memoryview(frame)
+    while time.monotonic() < ends_at:
+        readable, writable, _ = select.select([peer], [peer], [], 0.1)
+        try:
+            if readable and not peer.recv(4096):
+                return
+            if writable:
+                rest = rest[peer.send(rest) :] or memoryview(frame)
+        except ConnectionError:
+            return
+    pytest.fail(f"nobody hung up within {TIMEOUT_S} s")
+
+
+@pytest.mark.threads_only
+def test_message_without_end(messenger: MessengerFactory) -> None:
+    """Who sends one is cut, memory is bounded and given back, and others are served meanwhile."""
     port = free_port()
-    with running(SERVE, f"tcp://127.0.0.1:{port}") as server:
+    client = messenger("client")
+    with running(SERVE_AND_COUNT, f"tcp://127.0.0.1:{port}") as server:
         assert server.read_line() == "ready"
+        client.request(f"tcp://127.0.0.1:{port}", b"warm-up")
         before_kib = resident_kib(server.pid)
-        frame = bytes([MORE | LARGE]) + struct.pack(">Q", 1_000_000) + bytes(1_000_000)
+        grown_kib = 0
+        slowest = 0.0
         with raw_dealer(port) as dealer:
-            for _ in range(300):
-                dealer.sendall(frame)
-        grown_kib = resident_kib(server.pid) - before_kib
-        if grown_kib > 200 * 1024:
-            raise MemoryError(f"the server grew by {grown_kib} KiB")
+            sender = threading.Thread(target=send_on, args=(dealer, frame_of(MIB)))
+            sender.start()
+            while sender.is_alive():
+                slowest = max(slowest, slowest_s(client, f"tcp://127.0.0.1:{port}", 1))
+                grown_kib = max(grown_kib, resident_kib(server.pid) - before_kib)
+        server.write_line("counts")
+        assert server.read_line() == "{'endless_message': 1}"
+        assert grown_kib < 2 * MIB
+        assert slowest < 1
+        wait_until(lambda: resident_kib(server.pid) - before_kib < 100 * KIB)
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000])
+def test_small_frames_without_end(messenger: MessengerFactory, size: int) -> None:
+    port = free_port()
+    server = messenger(limits=SMALL)
+    server.listen_for_connection(f"tcp://127.0.0.1:{port}", lambda message: message.reply(message.contents))
+    with raw_dealer(port) as dealer:
+        send_on(dealer, frame_of(size) * (MIB // size))
+    wait_dropped(server, "endless_message")
+    assert messenger().request(port, b"x").contents == b"x"
+
+
+def test_busy_peers_hide_nobody(messenger: MessengerFactory) -> None:
+    """The socket of the listener is never empty, and none of those who are honest is cut."""
+    port = free_port()
+    server = messenger(limits=SMALL)
+    answered: Inbox[Message] = Inbox()
+    server.listen_for_connection(f"tcp://127.0.0.1:{port}", lambda message: message.reply(message.contents))
+    clients = [messenger(limits=SMALL) for _ in range(2)]
+    is_over = threading.Event()
+
+    def work(client: Messenger) -> None:
+        connection = client.make_connection(port)
+        while not is_over.is_set():
+            for _ in range(100):
+                client.send_message(connection, bytes(10_000), answered)
+            client.request(connection, b"")
+
+    workers = [threading.Thread(target=work, args=(client,)) for client in clients]
+    for worker in workers:
+        worker.start()
+    try:
+        with raw_dealer(port) as dealer:
+            send_on(dealer, frame_of(10_000) * 10)
+        wait_dropped(server, "endless_message")
+        count = len(answered)
+        answered.wait(count + 500)
+    finally:
+        is_over.set()
+        for worker in workers:
+            worker.join()
+    assert server.statistics().dropped == {"endless_message": 1}
+
+
+def test_a_callback_that_blocks_costs_nobody_its_link(messenger: MessengerFactory, plain: PlainPeers) -> None:
+    """What waits meanwhile is much more than one message may have, but all of it is whole messages."""
+    port = free_port()
+    server = messenger(limits=SMALL)
+    received: Inbox[Message] = Inbox()
+
+    def take(message: Message) -> None:
+        if message.contents == b"block":
+            time.sleep(1)
+        received(message)
+
+    server.listen_for_connection(f"tcp://127.0.0.1:{port}", take)
+    dealer = plain.dealer(port, b"honest", SNDHWM=0)
+    for _ in range(3):
+        dealer.send(b"", b"0-0-block")
+        for _ in range(500):
+            dealer.send(b"", b"0-0-" + bytes(60_000))
+    received.wait(3 * 501, 3 * TIMEOUT_S)
+    assert server.statistics().dropped == {}
+
+
+def test_who_sends_large_messages_slowly_is_heard(messenger: MessengerFactory) -> None:
+    """Each takes half a second, and the next begins where it ends; so much of them comes as no one message may have."""
+    port = free_port()
+    size = 8 * MIB
+    server = messenger(limits=Limits(message_bytes_max=size))
+    received: Inbox[Message] = Inbox()
+    server.listen_for_connection(f"tcp://127.0.0.1:{port}", received)
+    message = bytes([MORE, 0, LARGE]) + struct.pack(">Q", size + 4) + b"0-0-" + bytes(size)
+    with raw_dealer(port) as dealer:
+        part_size = len(message) // 20
+        for _ in range(6):
+            for start in range(0, len(message), part_size):
+                dealer.sendall(message[start : start + part_size])
+                time.sleep(0.025)
+        assert [len(message.contents) for message in received.wait(6)] == [size] * 6
+    assert server.statistics().dropped == {}
+
+
+@pytest.mark.parametrize("dialect", ["session", "basic"])
+def test_a_server_that_sends_without_end(messenger: MessengerFactory, dialect: Literal["session", "basic"]) -> None:
+    """Its client cuts it off, and goes on with others and with whoever is there later."""
+    client = messenger(limits=SMALL)
+    with socket.create_server(("127.0.0.1", free_port())) as listening:
+        listening.settimeout(TIMEOUT_S)
+        port = listening.getsockname()[1]
+        connection = client.make_connection(f"tcp://127.0.0.1:{port}", dialect=dialect)
+        client.send_message(connection, b"x")
+        accepted, _ = listening.accept()
+        with accepted:
+            accepted.settimeout(TIMEOUT_S)
+            greet(accepted, READY.replace(b"DEALER", b"ROUTER"), b"DEALER")
+            send_on(accepted, frame_of(100_000))
+    wait_dropped(client, "endless_message")
+    server = messenger(limits=SMALL)
+    received: Inbox[Message] = Inbox()
+    server.listen_for_connection(f"tcp://127.0.0.1:{port}", received)
+    # In the basic dialect what is sent before the cut is noticed is lost.
+    wait_until(lambda: client.send_message(connection, b"y") and received.wait(0))
+    assert contents_of(received.wait())[-1] == b"y"

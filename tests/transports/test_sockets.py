@@ -2,8 +2,9 @@
 
 import os
 import socket
+import sys
 
-from messenger.transports.sockets import cut
+from messenger.transports.sockets import Kernel, cut
 
 
 def test_a_connection_is_cut_by_its_descriptor() -> None:
@@ -19,6 +20,41 @@ def test_a_connection_is_cut_by_its_descriptor() -> None:
                 assert accepted.recv(1) == b"x"
                 assert cut(accepted.fileno(), port)
                 assert client.recv(1) == b""
+
+
+def test_what_the_kernel_knows_of_a_connection() -> None:
+    kernel = Kernel()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            with accepted:
+                descriptor = accepted.fileno()
+                client.sendall(bytes(1_000))
+                accepted.recv(300, socket.MSG_WAITALL)
+                assert kernel.received_bytes(descriptor) == 1_000
+                assert kernel.unread_bytes(descriptor) == 700
+                cookie = kernel.cookie_of(descriptor)
+                assert cookie not in (0, kernel.cookie_of(client.fileno()))
+                # Another socket, and another port, are left alone.
+                assert not kernel.cut(descriptor, cookie + 1, port)
+                assert not kernel.cut(client.fileno(), cookie, port)
+                assert not kernel.cut(descriptor, cookie, 1)
+                client.sendall(b"x")
+                assert accepted.recv(701, socket.MSG_WAITALL).endswith(b"x")
+                assert kernel.cut(descriptor, cookie, port)
+                assert client.recv(1) == b""
+
+
+def test_what_the_kernel_does_not_tell() -> None:
+    kernel = Kernel()
+    with open(os.devnull) as file, socket.socket(socket.AF_UNIX) as unix:
+        for descriptor in (file.fileno(), unix.fileno(), 1_000_000):
+            assert kernel.received_bytes(descriptor) == 0
+        for descriptor in (file.fileno(), 1_000_000):
+            assert kernel.cookie_of(descriptor) == 0
+            assert kernel.unread_bytes(descriptor) == sys.maxsize
+            assert not kernel.cut(descriptor, 0, 1)
 
 
 def test_what_is_no_connection_is_left_alone() -> None:

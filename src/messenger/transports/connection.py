@@ -20,7 +20,7 @@ from ..message import Callback
 from ..security import KeyPair, ServerKey
 from ..wire import encode_identity
 from .local import inproc_names, is_own_socket
-from .zeromq import BAD_PROTOCOL, DOWN, HUNG_UP, NOBLOCK, NOT_ALLOWED, RCVMORE, UP, SocketLink
+from .zeromq import BAD_PROTOCOL, CONNECTED, DOWN, HUNG_UP, NOBLOCK, NOT_ALLOWED, RCVMORE, UP, SocketLink
 
 logger = logging.getLogger("messenger")
 
@@ -42,7 +42,7 @@ class ConnectionLink(SocketLink):
         keys: tuple[KeyPair, ServerKey] | None = None,
     ) -> None:
         super().__init__(
-            zmq.DEALER, UP | DOWN | NOT_ALLOWED | BAD_PROTOCOL | HUNG_UP, handle, callback, exchange, limits
+            zmq.DEALER, CONNECTED | UP | DOWN | NOT_ALLOWED | BAD_PROTOCOL | HUNG_UP, handle, callback, exchange, limits
         )
         # A session's routing id is ZeroMQ's own and means nothing; in the basic dialect it is the identity.
         if routing_id:
@@ -56,6 +56,13 @@ class ConnectionLink(SocketLink):
         self._is_refused = False
 
     def _handle_news(self, event: int, value: int) -> None:
+        if event == CONNECTED:
+            self._end_inflows()
+            if self.endpoint.startswith("tcp:"):
+                self._begin_inflow(value)
+            return
+        if event == DOWN:
+            self._end_inflow(value)
         if event == UP and self.endpoint.startswith("ipc:") and not (is_own := is_own_socket(self.endpoint)):
             self._detach()
             if is_own is None:
@@ -160,8 +167,13 @@ class ConnectionLink(SocketLink):
                 if error.errno != errno.ENOENT:  # An inproc link is gone already when its listener is.
                     raise
         self._inproc_binding = 0
+        self._end_inflows()  # libzmq does not tell of an end that we asked for.
         if self.is_up:
             self.note_up(False)
+
+    def _end_inflows(self) -> None:
+        for descriptor in list(self.inflows):
+            self._end_inflow(descriptor)
 
     def must_attach(self) -> bool:
         """Return whether the present endpoint leads nowhere, so that it is time to choose again."""
@@ -171,6 +183,8 @@ class ConnectionLink(SocketLink):
 
     def _receive_one(self) -> None:
         first = self.socket.recv(NOBLOCK, copy=False)
+        if self.watched:
+            self._note_taken(first)
         if self.session is not None:
             self._receive_session(b"", first)
         elif not first.more:

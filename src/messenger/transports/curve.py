@@ -58,6 +58,8 @@ class CurveListenerLink(ListenerLink):
     def _receive_one(self) -> None:
         socket = self.socket
         frame = socket.recv(NOBLOCK, copy=False)
+        if self.watched:
+            self._note_taken(frame)
         routing_id = frame.bytes
         key = _key_of(frame)
         identity = self._gate.identity_of(key)

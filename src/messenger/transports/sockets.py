@@ -5,13 +5,17 @@ blocks the thread which closes all sockets of the process, so a monitor that was
 """
 
 import ctypes
+import fcntl
 import itertools
 import os
 import secrets
 import socket
 import struct
+import sys
+import termios
 import threading
 import time
+from collections.abc import Callable
 
 import zmq
 
@@ -21,9 +25,19 @@ POLLIN = int(zmq.POLLIN)
 NOBLOCK = int(zmq.NOBLOCK)
 COUNT_MAX = 1_000_000
 _NEWS = struct.Struct("=Hi")
+_INT = struct.Struct("=i")
+_COOKIE = struct.Struct("=Q")
+_SOL_SOCKET, _IPPROTO_TCP, _TCP_INFO = int(socket.SOL_SOCKET), int(socket.IPPROTO_TCP), int(socket.TCP_INFO)
+# Python has no names for these of Linux: a socket's own name, of 8 bytes, and where in `struct tcp_info`, which only
+# ever grew at its end, it stands how many bytes were received.
+_SO_COOKIE = 57
+_RECEIVED_OFFSET = 128
 _context: zmq.Context[zmq.Socket[bytes]] | None = None
 _lock = threading.Lock()
 _libc = ctypes.CDLL(None)
+# Does not let go of the interpreter, which another thread might then keep for milliseconds; a call takes 1 microsecond.
+_getsockopt = ctypes.PyDLL(None).getsockopt
+_getsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _monitor_numbers = itertools.count(1)
 # Of closed sockets that have not stopped yet.
 _untold: "list[Monitor]" = []
@@ -66,15 +80,63 @@ def cut(descriptor: int, port: int) -> bool:
     libzmq has no call for this. It may have closed the descriptor meanwhile, and another file may have its number, so
     what it is now is looked at first.
     """
+    return _shut(descriptor, lambda it: it.family in (socket.AF_INET, socket.AF_INET6) and it.getsockname()[1] == port)
+
+
+def _shut(descriptor: int, is_it: Callable[[socket.socket], bool]) -> bool:
     try:
         with socket.socket(fileno=os.dup(descriptor)) as connection:
-            is_ours = connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getsockname()[1] == port
+            is_ours = is_it(connection)
             if is_ours:
                 connection.getpeername()  # The listening socket has none.
                 connection.shutdown(socket.SHUT_RDWR)
             return is_ours
     except OSError:
         return False
+
+
+class Kernel:
+    """What the kernel knows of sockets, by descriptors that stay libzmq's, whatever happens here.
+
+    A Python socket would close them if an exception came at the wrong time. For one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = ctypes.create_string_buffer(_RECEIVED_OFFSET + 8)
+        self._length = ctypes.c_uint32()
+        self._first = ctypes.c_uint64.from_buffer(self._buffer)
+        self._received = ctypes.c_uint64.from_buffer(self._buffer, _RECEIVED_OFFSET)
+        self._where = (ctypes.addressof(self._buffer), ctypes.addressof(self._length))
+
+    def received_bytes(self, descriptor: int) -> int:
+        """Return what a tcp connection has received, whether or not libzmq has taken it; 0 if that is not told."""
+        return self._received.value if self._ask(descriptor, _IPPROTO_TCP, _TCP_INFO, _RECEIVED_OFFSET + 8) else 0
+
+    def cookie_of(self, descriptor: int) -> int:
+        """Return the name of a socket, which no other one ever has; 0 if that is not told."""
+        return self._first.value if self._ask(descriptor, _SOL_SOCKET, _SO_COOKIE, 8) else 0
+
+    def unread_bytes(self, descriptor: int) -> int:
+        """Return how much of the received libzmq has not taken; more than there can be if that is not told."""
+        try:
+            unread: int = _INT.unpack(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0]
+        except OSError:
+            return sys.maxsize
+        return unread
+
+    def cut(self, descriptor: int, cookie: int, port: int) -> bool:
+        """End the connection from or to a port that has this cookie; return whether the descriptor is still its own."""
+
+        def is_it(connection: socket.socket) -> bool:
+            ports = (connection.getsockname()[1], connection.getpeername()[1])
+            return port in ports and connection.getsockopt(_SOL_SOCKET, _SO_COOKIE, 8) == _COOKIE.pack(cookie)
+
+        return _shut(descriptor, is_it)
+
+    def _ask(self, descriptor: int, level: int, option: int, size: int) -> bool:
+        length = self._length
+        length.value = size
+        return _getsockopt(descriptor, level, option, *self._where) == 0 and length.value == size
 
 
 class Monitor:

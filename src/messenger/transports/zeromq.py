@@ -38,14 +38,16 @@ from ..limits import (
     HANDSHAKE_S,
     HEADER_BYTES_MAX,
     LARGE_BYTES_MIN,
+    LOOK_S,
     TURN_DROPPED_FRAMES_MAX,
     TURN_MSGS_MAX,
     TURN_NEWS_MAX,
     Limits,
 )
-from ..link import Link
+from ..link import FOREVER, Link
 from ..message import Callback
 from ..outgoing import Outgoing
+from .inflow import Inflow
 from .local import IpcLock, inproc_names
 from .sockets import POLLIN, Monitor, context, cut, scramble_routing_ids
 from .wakeup import check_descriptors
@@ -56,7 +58,8 @@ LINGER_S_MAX = 1_000_000.0
 NOBLOCK = int(zmq.NOBLOCK)
 SNDMORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
 RCVMORE = zmq.RCVMORE
-ACCEPTED, UP, DOWN = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_DISCONNECTED)
+ACCEPTED, CONNECTED = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_CONNECTED)
+UP, DOWN = int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_DISCONNECTED)
 NOT_ALLOWED, BAD_PROTOCOL, HUNG_UP = (
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH),
     int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL),
@@ -78,6 +81,11 @@ class SocketLink(Link):
         endpoint: What it is bound or connected to.
         is_up: Whether somebody may be there to take a message.
         descriptor, monitor_descriptor: Readable when there may be input, or news of the link.
+        inflows: What came by its tcp connections, by descriptor.
+        watched: Those of which the next message must be noticed.
+        taken_count: Messages that were taken while there were any such.
+        emptied_at: When there was nothing to take, the last time while there were any such.
+        whole_bytes_max: More than all frames of a message together may have.
     """
 
     def __init__(
@@ -95,6 +103,13 @@ class SocketLink(Link):
         # Set by the loop: has the events read before anybody sleeps.
         self.touch: Function[[SocketLink], None] = _touch_nothing
         self._frame_bytes_max = limits.message_bytes_max + HEADER_BYTES_MAX
+        zmq_bytes_max = max(FRAME_BYTES_FACTOR * self._frame_bytes_max, BATCH_FRAME_BYTES_MAX)
+        # A session's message is a batch, or one large message and a header.
+        self.whole_bytes_max = zmq_bytes_max + BATCH_FRAME_BYTES_MAX
+        self.inflows: dict[int, Inflow] = {}
+        self.watched: dict[int, Inflow] = {}
+        self.taken_count = 0
+        self.emptied_at = 0.0
         check_descriptors()
         self.socket = context().socket(kind)
         options = {
@@ -103,7 +118,7 @@ class SocketLink(Link):
             # must never reach them, its window is what bounds it.
             zmq.SNDHWM: limits.queue_msgs_max + 2 * limits.window_msgs,
             zmq.RCVHWM: limits.queue_msgs_max,
-            zmq.MAXMSGSIZE: max(FRAME_BYTES_FACTOR * self._frame_bytes_max, BATCH_FRAME_BYTES_MAX),
+            zmq.MAXMSGSIZE: zmq_bytes_max,
             zmq.HANDSHAKE_IVL: int(HANDSHAKE_S * 1000),
             zmq.RECONNECT_IVL: 50,
             zmq.RECONNECT_IVL_MAX: 500,
@@ -122,10 +137,17 @@ class SocketLink(Link):
         self._monitor = Monitor(self.socket, events)
         self.monitor_descriptor = self._monitor.descriptor
 
+    @property
+    def port(self) -> int:
+        """The port of tcp that is bound or connected to."""
+        return int(self.endpoint.rpartition(":")[2])
+
     def has_input(self) -> bool:
         """Read the socket's events, as must be done before anybody sleeps on its descriptor."""
         # As `getsockopt(EVENTS)`, which takes twice as long: pyzmq makes an enumeration of each option asked for.
         self._busy = bool(zmq_poll(self._poll_items, 0))
+        if self.watched and not self._busy:
+            self.emptied_at = time.monotonic()
         return self._busy or self._has_news
 
     def read_news(self) -> None:
@@ -139,6 +161,27 @@ class SocketLink(Link):
 
     def _handle_news(self, event: int, value: int) -> None:
         """Take one event of the monitor."""
+
+    def _begin_inflow(self, descriptor: int) -> None:
+        """Look from now on how much comes by a tcp connection."""
+        self._end_inflow(descriptor)
+        now = time.monotonic()
+        self.inflows[descriptor] = Inflow(self, descriptor, now)
+        if self._exchange.look_at == FOREVER:
+            self._exchange.look_at = now + LOOK_S
+
+    def _end_inflow(self, descriptor: int) -> None:
+        """The connection has ended."""
+        inflow = self.inflows.pop(descriptor, None)
+        if inflow is not None:
+            inflow.end_watch()
+
+    def _note_taken(self, frame: zmq.Frame) -> None:
+        """Note by which connection a message came, by one of its frames."""
+        self.taken_count += 1
+        inflow = self.watched.get(frame.get(zmq.SRCFD))
+        if inflow is not None:
+            inflow.end_watch()
 
     def note_up(self, is_up: bool) -> None:
         """Note that somebody is there now, or that nobody is."""
@@ -272,8 +315,6 @@ class ListenerLink(SocketLink):
             zmq.ROUTER, ACCEPTED | DOWN | BAD_PROTOCOL | HUNG_UP if is_tcp else 0, handle, callback, exchange, limits
         )
         self.is_shared = True
-        # The descriptors of the connections that peers hold to this socket.
-        self._accepted: set[int] = set()
         self._warned_at = -CROWDED_LOG_S
         self._accepted_max = min(limits.peer_connections_max, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         # The routing ids of plain peers that do not have their identity as routing id (transports/curve.py).
@@ -313,10 +354,10 @@ class ListenerLink(SocketLink):
     def _handle_news(self, event: int, value: int) -> None:
         """Count the connections of peers, and cut those that are too many."""
         if event == DOWN:
-            self._accepted.discard(value)
+            self._end_inflow(value)
         elif event == ACCEPTED:
-            self._accepted.add(value)
-            if len(self._accepted) > self._accepted_max:
+            self._begin_inflow(value)
+            if len(self.inflows) > self._accepted_max:
                 self._exchange.drop("too_many_connections")
                 cut(value, self.port)
                 self._warn_crowded()
@@ -335,11 +376,6 @@ class ListenerLink(SocketLink):
                 self._accepted_max,
             )
 
-    @property
-    def port(self) -> int:
-        """The port of tcp."""
-        return int(self.endpoint.rpartition(":")[2])
-
     def _bind(self, endpoint: str) -> None:
         self.socket.bind(endpoint)
         self.endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT).strip(b"\0").decode()  # type: ignore[union-attr]
@@ -356,6 +392,8 @@ class ListenerLink(SocketLink):
         peer = socket.recv(NOBLOCK)
         # A frame of pyzmq knows whether more follow, which to ask for costs more than to make one.
         first = socket.recv(NOBLOCK, copy=False)
+        if self.watched:
+            self._note_taken(first)
         if len(first):
             self._receive_session(peer, first)
         elif not first.more:

@@ -1,0 +1,152 @@
+"""What each tcp connection has received, looked at now and then, so that no message goes on for ever.
+
+libzmq keeps the frames of a message until the last has come; it bounds each, not all of them, and shows us none before.
+So memory would have no bound. But the kernel tells how many bytes a connection has received. One that has received a
+good deal is **watched**: from then on whoever takes a message off its socket asks by which connection it came, and the
+first that came by this one ends the watch. If more is received under the watch than any whole message may have, it is
+cut.
+
+What must never happen here: a cut of a peer whose messages wait for us, or for libzmq. So
+
+* only what libzmq has taken from the kernel counts;
+* a peer is cut at a later look than that which found it to have sent too much, and only if its socket was empty in
+  between, or gave so many messages that each peer had its turn: one of its own would have been among them;
+* an idle peer's heartbeats are bytes too, so a trickle is forgiven;
+* libzmq may close a descriptor at any time, and another connection may have its number, so the kernel is asked each
+  time whether it is still the same, and at last for its port.
+
+While a callback holds up the loop nobody looks, because nobody takes messages either.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ..exchange import Exchange
+from ..limits import (
+    CROWDED_LOG_S,
+    INFLOW_FORGIVEN_BYTES_PER_S,
+    INFLOW_UNWATCHED_BYTES_MAX,
+    LOOK_S,
+    LOOK_S_MIN,
+    LOOK_WATCHED_S,
+    TURN_LOOKS_MAX,
+)
+from ..link import FOREVER
+from .sockets import Kernel
+
+if TYPE_CHECKING:
+    from .zeromq import SocketLink
+
+logger = logging.getLogger("messenger")
+
+
+class Inflow:
+    """One tcp connection.
+
+    Attributes:
+        link: By whose socket its messages come.
+        descriptor: libzmq's own.
+        cookie: The kernel's name of it while it is watched, else 0.
+        base: How many bytes it had received when the watch began, or at first, and of what came since those that are
+            forgiven.
+        looked_at: When that was last brought up to date.
+        over_at, over_count: When it was found to have sent too much, and after how many messages of the socket.
+    """
+
+    __slots__ = ("base", "cookie", "descriptor", "link", "looked_at", "over_at", "over_count")
+
+    def __init__(self, link: "SocketLink", descriptor: int, now: float) -> None:
+        self.link = link
+        self.descriptor = descriptor
+        self.cookie = 0
+        self.base = 0
+        self.looked_at = now
+        self.over_at = FOREVER
+        self.over_count = 0
+
+    def end_watch(self) -> None:
+        """A message has come, so what comes now may be the next one."""
+        self.cookie = 0
+        self.over_at = FOREVER
+        self.link.watched.pop(self.descriptor, None)
+
+    def is_surely_endless(self) -> bool:
+        """Return whether a whole message would have been taken since it was found to have sent too much."""
+        link = self.link
+        # A ROUTER takes from those that have something in turn; twice, because peers that go change the order.
+        turns_count = 2 * len(link.inflows) + 1
+        return link.emptied_at > self.over_at or link.taken_count > self.over_count + turns_count
+
+
+class Lookout:
+    """Looks at the connections of a messenger, some at a time.
+
+    Args:
+        links: Whose connections; they may come and go.
+        kernel: Asked what it knows of them.
+    """
+
+    def __init__(self, exchange: Exchange, links: Iterable["SocketLink"], kernel: Kernel) -> None:
+        self._exchange = exchange
+        self._links = links
+        self._kernel = kernel
+        # Whom the present round has still to look at, and the pause before each portion of it.
+        self._left: list[Inflow] = []
+        self._pause_s = LOOK_S
+        self._warned_at = -CROWDED_LOG_S
+
+    def look(self, now: float) -> float:
+        """Look at the next ones; return when to look again."""
+        for _ in range(min(TURN_LOOKS_MAX, len(self._left))):
+            inflow = self._left.pop()
+            # Its connection may have ended, or its link, since the round began.
+            if inflow.link.inflows.get(inflow.descriptor) is inflow:
+                self._look_at(inflow, now)
+        if not self._left:
+            self._begin_round()
+        return now + self._pause_s if self._left else FOREVER
+
+    def _begin_round(self) -> None:
+        links = self._links
+        self._left = [inflow for link in links for inflow in link.inflows.values()]
+        if self._left:
+            round_s = LOOK_WATCHED_S if any(link.watched for link in links) else LOOK_S
+            self._pause_s = max(LOOK_S_MIN, round_s * min(1.0, TURN_LOOKS_MAX / len(self._left)))
+
+    def _look_at(self, inflow: Inflow, now: float) -> None:
+        kernel, descriptor = self._kernel, inflow.descriptor
+        received = kernel.received_bytes(descriptor)
+        if inflow.cookie and inflow.cookie != kernel.cookie_of(descriptor):
+            inflow.end_watch()
+            inflow.base = received
+        forgiven = int((now - inflow.looked_at) * INFLOW_FORGIVEN_BYTES_PER_S)
+        inflow.looked_at = now
+        inflow.base = min(received, inflow.base + forgiven)
+        if not inflow.cookie:
+            if received - inflow.base > INFLOW_UNWATCHED_BYTES_MAX:
+                inflow.base, inflow.cookie = received, kernel.cookie_of(descriptor)
+                if inflow.cookie:
+                    inflow.link.watched[descriptor] = inflow
+        elif inflow.over_at < FOREVER:
+            if inflow.is_surely_endless():
+                self._cut(inflow, now)
+        elif received - kernel.unread_bytes(descriptor) - inflow.base > inflow.link.whole_bytes_max:
+            inflow.over_at, inflow.over_count = now, inflow.link.taken_count
+            # Has the socket looked at, also if nothing else comes by it.
+            inflow.link.touch(inflow.link)
+
+    def _cut(self, inflow: Inflow, now: float) -> None:
+        link = inflow.link
+        if not self._kernel.cut(inflow.descriptor, inflow.cookie, link.port):
+            return
+        inflow.end_watch()
+        del link.inflows[inflow.descriptor]
+        self._exchange.drop("endless_message")
+        if now >= self._warned_at + CROWDED_LOG_S:
+            self._warned_at = now
+            logger.warning(
+                "! %s: a peer was cut that sent more than %d bytes of one message, and no end of it",
+                link.endpoint,
+                link.whole_bytes_max,
+            )
