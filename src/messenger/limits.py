@@ -63,6 +63,8 @@ IDENTITY_BYTES_MAX = 240
 TURN_MSGS_MAX = 250
 # The same for connections that come and go at one socket.
 TURN_NEWS_MAX = 50
+# So long nobody wakes for those of a listener again: a flood of them took a turn of the loop for every two.
+NEWS_PAUSE_S = 0.02
 # A peer may send a message of a million frames, which takes seconds to drop; a turn drops at most so many.
 TURN_DROPPED_FRAMES_MAX = 500
 # The two callback ids and their dashes in front of the contents: 2 x 20 digits + 2.

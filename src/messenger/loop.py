@@ -20,7 +20,7 @@ from typing import Any
 from .endpoint import Endpoints
 from .errors import Cancelled, DeliveryError
 from .exchange import BATCH_PROCESSED, Exchange
-from .limits import CLOSE_TIMEOUT_S, FLUSH_S
+from .limits import CLOSE_TIMEOUT_S, FLUSH_S, NEWS_PAUSE_S
 from .link import FOREVER, Outlet
 from .message import Message
 from .transports.inflow import Lookout
@@ -75,7 +75,10 @@ class Loop:
         # By descriptor: of the sockets, and of their monitors.
         self._links: dict[int, SocketLink] = {}
         self._monitored: dict[int, SocketLink] = {}
-        exchange.on_look = Lookout(exchange, self._links.values(), Kernel()).look
+        # Listeners whose monitors nobody sleeps on for a moment.
+        self._unwatched: set[SocketLink] = set()
+        self._lookout = Lookout(exchange, self._links.values(), Kernel())
+        exchange.on_look = self._look_around
         # Links whose events must be read before a sleep, and links that are known to have input.
         self._touched: set[SocketLink] = set()
         self._readable: set[SocketLink] = set()
@@ -189,7 +192,9 @@ class Loop:
         """Forget a link, before it is closed, and end its messages."""
         self._exchange.close_link(link, why, monotonic())
         self._unwatch(link.descriptor)
-        self._unwatch(link.monitor_descriptor)
+        if link not in self._unwatched:
+            self._unwatch(link.monitor_descriptor)
+        self._unwatched.discard(link)
         del self._links[link.descriptor]
         del self._monitored[link.monitor_descriptor]
         self._touched.discard(link)
@@ -221,7 +226,7 @@ class Loop:
             if link is not None:
                 self._readable.add(link)
             elif descriptor in self._monitored:
-                self._monitored[descriptor].read_news()
+                self._read_news(self._monitored[descriptor])
         exchange = self._exchange
         if self._readable:
             links, self._readable = self._readable, set()
@@ -239,6 +244,21 @@ class Loop:
             exchange.flush(now)
         if self._room_wanted_count:
             self._announce_room()
+
+    def _read_news(self, link: SocketLink) -> None:
+        """Read what a monitor tells. Peers come and go at a listener by the thousand, and nobody waits to know."""
+        link.read_news()
+        if link.is_shared and link not in self._unwatched:
+            self._unwatch(link.monitor_descriptor)
+            self._unwatched.add(link)
+            self._exchange.look_at = min(self._exchange.look_at, monotonic() + NEWS_PAUSE_S)
+
+    def _look_around(self, now: float) -> float:
+        """Look at the monitors again that were left alone, and at connections; return when to do so again."""
+        for link in self._unwatched:
+            self._watch(link.monitor_descriptor)
+        self._unwatched.clear()
+        return self._lookout.look(now)
 
     def _read_events(self) -> bool:
         """Send what waits and read touched links' events, as is due before a sleep; return whether there is input."""

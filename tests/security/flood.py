@@ -35,13 +35,14 @@ GARBAGE = (
     os.urandom(200),
 )
 SERVE = """
-import sys
+import sys, time
 from messenger import KeyPair, Messenger, Security
 pair = KeyPair(sys.argv[1], "server")
 with Messenger("server", security=Security(key=pair, allow={sys.argv[2]: "alice"})) as server:
     listener = server.listen_for_connection("tcp://127.0.0.1:0", lambda message: message.reply(message.contents))
     print(sys.stdin.readline() and listener.port, flush=True)
     for line in sys.stdin:
+        time.sleep(0.2)  # It is noticed a moment later who has left.
         print(len(listener.links[0].inflows), dict(server.statistics().dropped), flush=True)
 """
 

@@ -16,7 +16,7 @@ from messenger import KeyPair, Limits, Listener, Message, NotDelivered, Security
 from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, KIB, MIB, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S
 from messenger.transports import zap
 from messenger.wire import encode_identity
-from tests.conftest import Inbox, MessengerFactory, PlainPeers, dropped, wait_dropped, wait_until
+from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeers, dropped, wait_dropped, wait_until
 from tests.security.conftest import SecuredServer, ask
 from tests.security.flood import GARBAGE, open_idle
 from tests.transports.test_bad_input import RawSession
@@ -48,7 +48,7 @@ def test_idle_connections_and_garbage_end_by_themselves(server: SecuredServer) -
     """Each says something else, or nothing; none outlives the time that a handshake may take."""
     alice = server.client(server.alice)
     ask(alice, server.destination)
-    before_count = connected_count(server.listener)
+    wait_until(lambda: connected_count(server.listener) == 1)
     began_at = time.monotonic()
     connections = open_idle(server.listener.port, 200, GARBAGE)
     try:
@@ -63,10 +63,30 @@ def test_idle_connections_and_garbage_end_by_themselves(server: SecuredServer) -
         for connection in connections:
             connection.close()
     assert slowest_s < 1
-    wait_until(lambda: connected_count(server.listener) == before_count)
+    wait_until(lambda: connected_count(server.listener) == 1)
     # libzmq tells of those that sent at least a greeting.
     assert dropped(server.messenger, "failed_handshakes") >= len(connections) / 2
     assert server.messenger.statistics().dropped.keys() == {"failed_handshakes"}
+
+
+def test_those_who_come_and_go_do_not_wake_us_each(server: SecuredServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn of the loop for every two events of a monitor took a fifth of a core in a flood."""
+    link = server.listener.links[0]
+    read_news, read_count = link.read_news, 0
+
+    def count_and_read() -> None:
+        nonlocal read_count
+        read_count += 1
+        read_news()
+
+    monkeypatch.setattr(link, "read_news", count_and_read)
+    for _ in range(200):
+        with socket.create_connection(("127.0.0.1", server.listener.port)) as connection:
+            connection.send(GARBAGE[5])
+            select.select([connection], [], [], TIMEOUT_S)
+        time.sleep(0.005)
+    wait_until(lambda: dropped(server.messenger, "failed_handshakes") == 200)
+    assert read_count < 200
 
 
 def test_connections_beyond_the_limit_are_cut(messenger: MessengerFactory, caplog: pytest.LogCaptureFixture) -> None:

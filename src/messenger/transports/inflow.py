@@ -94,10 +94,13 @@ class Lookout:
         # Whom the present round has still to look at, and the pause before each portion of it.
         self._left: list[Inflow] = []
         self._pause_s = LOOK_S
+        self._next_at = 0.0
         self._warned_at = -CROWDED_LOG_S
 
     def look(self, now: float) -> float:
-        """Look at the next ones; return when to look again."""
+        """Look at the next ones, if it is time; return when to look again."""
+        if now < self._next_at:
+            return self._next_at
         for _ in range(min(TURN_LOOKS_MAX, len(self._left))):
             inflow = self._left.pop()
             # Its connection may have ended, or its link, since the round began.
@@ -105,7 +108,8 @@ class Lookout:
                 self._look_at(inflow, now)
         if not self._left:
             self._begin_round()
-        return now + self._pause_s if self._left else FOREVER
+        self._next_at = now + self._pause_s if self._left else 0.0
+        return self._next_at or FOREVER
 
     def _begin_round(self) -> None:
         links = self._links
