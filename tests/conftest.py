@@ -101,6 +101,12 @@ def contents_of(messages: list[Message]) -> list[bytes]:
     return [message.contents for message in messages]
 
 
+def switches_of(thread: int) -> int:
+    """Returns how often a thread of this process has gone to sleep."""
+    status = Path(f"/proc/self/task/{thread}/status").read_text()
+    return int(status.split("voluntary_ctxt_switches:\t")[1].split()[0])
+
+
 def wait_event(event: threading.Event) -> None:
     assert event.wait(TIMEOUT_S), f"the event did not come within {TIMEOUT_S} s"
 

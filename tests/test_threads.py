@@ -1,16 +1,20 @@
 """`threads`: what a leader must have done before it sleeps, and whom it wakes; the rest: tests/transports."""
 
+import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from messenger import Messenger
+import pytest
+
+from messenger import CalledFromCallback, Cancelled, Connection, DeliveryError, Message, Messenger, NotDelivered
 from messenger.exchange import Exchange
 from messenger.limits import ACK_DELAY_S, Limits
 from messenger.link import Link
 from messenger.loop import State
 from messenger.threads import ThreadLoop
 from messenger.waiting import ThreadWaiter
+from tests.conftest import TIMEOUT_S, Inbox, switches_of, wait_until
 
 
 class FakeRandom:
@@ -76,12 +80,6 @@ def test_a_leader_sends_what_input_made_ready_before_it_sleeps() -> None:
     assert link.flush_count == 1
 
 
-def switches_of(thread: int) -> int:
-    """Returns how often a thread of this process has gone to sleep."""
-    status = Path(f"/proc/self/task/{thread}/status").read_text()
-    return int(status.split("voluntary_ctxt_switches:\t")[1].split()[0])
-
-
 def test_requests_do_not_wake_the_thread_that_does_not_lead() -> None:
     """They once did, each of them: the thread slept for ever, and so was late for each deadline that came up."""
     with Messenger("server") as server, Messenger("client") as client:
@@ -95,3 +93,147 @@ def test_requests_do_not_wake_the_thread_that_does_not_lead() -> None:
             client.request(connection, b"")
         elapsed_s = time.monotonic() - began_at
         assert switches_of(thread) - before_count < 100 + 2 * elapsed_s / ACK_DELAY_S
+
+
+# `wait`: a thread that takes an outcome in place of the messenger's own.
+
+Holding = tuple[Messenger, Connection, list[Message]]
+
+
+@pytest.fixture
+def holding() -> Iterator[Holding]:
+    """A client whose server keeps messages, and answers what it kept when asked for `now`."""
+    kept: list[Message] = []
+
+    def keep(message: Message) -> None:
+        if message.contents == b"now":
+            kept.pop(0).reply(b"answer")
+        else:
+            kept.append(message)
+
+    with Messenger("server") as server, Messenger("client") as client:
+        listener = server.listen_for_connection("tcp://127.0.0.1:0", keep)
+        yield client, client.make_connection(f"tcp://127.0.0.1:{listener.port}"), kept
+        client.close(timeout=0)
+
+
+class Ran(Inbox[Message | DeliveryError]):
+    """Keeps outcomes, and the threads that it was told by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[int] = []
+
+    def __call__(self, item: Message | DeliveryError) -> None:
+        self.threads.append(threading.get_ident())
+        super().__call__(item)
+
+
+def wait_in_thread(client: Messenger, message_id: int) -> tuple[threading.Thread, Inbox[bool]]:
+    returned: Inbox[bool] = Inbox()
+    thread = threading.Thread(target=lambda: returned(client.wait(message_id, TIMEOUT_S)))
+    thread.start()
+    return thread, returned
+
+
+def is_waited_for(client: Messenger, message_id: int) -> bool:
+    return client._exchange.find_unclaimed(message_id) is None
+
+
+def test_a_callback_runs_in_the_thread_that_waits(holding: Holding) -> None:
+    client, connection, kept = holding
+    ran = Ran()
+    message_id = client.send_message(connection, b"", ran)
+    thread, returned = wait_in_thread(client, message_id)
+    wait_until(lambda: is_waited_for(client, message_id) and kept)
+    client.send_message(connection, b"now")
+    assert returned.wait() == [True]
+    assert ran.threads == [thread.ident]
+    assert [outcome.contents for outcome in ran.wait() if isinstance(outcome, Message)] == [b"answer"]
+    assert not client.wait(message_id), "it has its outcome"
+
+
+def test_who_waits_in_vain_changes_nothing(holding: Holding) -> None:
+    client, connection, kept = holding
+    ran = Ran()
+    message_id = client.send_message(connection, b"", ran)
+    began_at = time.monotonic()
+    assert not client.wait(message_id, 0.05)
+    assert 0.05 <= time.monotonic() - began_at < TIMEOUT_S
+    wait_until(lambda: kept)
+    client.send_message(connection, b"now")
+    ran.wait()
+    assert ran.threads == [client._loop.thread_id]
+
+
+def test_only_one_thread_waits_for_a_message(holding: Holding) -> None:
+    client, connection, kept = holding
+    ran = Ran()
+    message_id = client.send_message(connection, b"", ran)
+    thread, returned = wait_in_thread(client, message_id)
+    wait_until(lambda: is_waited_for(client, message_id) and kept)
+    assert not client.wait(message_id, 0)
+    client.send_message(connection, b"now")
+    assert returned.wait() == [True]
+    assert ran.threads == [thread.ident]
+
+
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_an_error_is_told_in_the_thread_that_waits(holding: Holding, end: str) -> None:
+    client, connection, _ = holding
+    ran = Ran()
+    message_id = client.send_message(connection, b"", on_error=ran)
+    thread, returned = wait_in_thread(client, message_id)
+    wait_until(lambda: is_waited_for(client, message_id))
+    if end == "cancel":
+        assert client.cancel(message_id)
+    else:
+        client.close(timeout=0)
+    assert returned.wait() == [True]
+    assert ran.threads == [thread.ident]
+    if end == "cancel":
+        assert type(ran.wait()[0]) is Cancelled
+
+
+def test_a_deadline_ends_the_wait() -> None:
+    ran = Ran()
+    with Messenger() as client:
+        message_id = client.send_message("tcp://127.0.0.1:9", b"anybody?", on_error=ran, timeout=0.05)
+        assert client.wait(message_id)
+    assert [type(outcome) for outcome in ran.wait()] == [NotDelivered]
+    assert ran.threads == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("error", [ValueError("planted"), SystemExit(3), KeyboardInterrupt()])
+def test_a_callback_that_raises_where_it_was_waited_for(
+    holding: Holding, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    client, connection, kept = holding
+
+    def fail(_: Message) -> None:
+        raise error
+
+    message_id = client.send_message(connection, b"", fail)
+    _, returned = wait_in_thread(client, message_id)
+    wait_until(lambda: is_waited_for(client, message_id) and kept)
+    client.send_message(connection, b"now")
+    assert returned.wait() == [True]
+    assert "a callback raised" in caplog.text
+
+
+def test_a_callback_must_not_wait(holding: Holding) -> None:
+    client, connection, kept = holding
+    raised: Inbox[CalledFromCallback] = Inbox()
+    pending_id = client.send_message(connection, b"", lambda _: None)
+
+    def wait(_: Message) -> None:
+        try:
+            client.wait(pending_id)
+        except CalledFromCallback as error:
+            raised(error)
+
+    client.send_message(connection, b"", wait)
+    wait_until(lambda: len(kept) == 2)
+    kept.reverse()
+    client.send_message(connection, b"now")
+    raised.wait()

@@ -50,7 +50,7 @@ class BaseMessenger:
         _check_identity(identity)
         self.identity = identity
         self.limits = limits or Limits()
-        self._exchange = Exchange(self, self.limits, _log_unheard, encode_identity(identity), _rng)
+        self._exchange = Exchange(self, self.limits, log_unheard, encode_identity(identity), _rng)
         self._endpoints = Endpoints(self, self.limits, security, self._exchange)
         self._loop = self._loop_class(f"messenger-{identity}", self._exchange, self._endpoints, self._attach_links)
         self.security = security
@@ -65,6 +65,7 @@ class BaseMessenger:
         identity: str | None = None,
         workers: int = 0,
         order_by: KeyFunction | None = None,
+        responses: bool = True,
     ) -> Listener:
         """Open a destination and run a server-loop callback (SLC) on every message that arrives there.
 
@@ -76,6 +77,8 @@ class BaseMessenger:
             order_by: Names the key of a message, such as `lambda message: message.sender`; with `workers`, messages of
                 one key run one after the other, those of different keys at once. It is called on the messenger's
                 thread. If it raises, or what it returns cannot be hashed, the sender gets `HandlerError`.
+            responses: Whether the SLC also runs on responses, after their own callbacks. False saves a turn of the
+                messenger's thread for each that a thread waits for; not with `workers`.
 
         Raises:
             DestinationInUse: Somebody listens there already. Nothing was opened.
@@ -93,12 +96,17 @@ class BaseMessenger:
         _check_callable("order_by", order_by)
         if order_by is not None and not workers:
             raise ValueError("order_by needs workers; without them messages run one after the other anyway")
+        if workers and not responses:
+            raise ValueError("responses=False is not for workers; let their callback return on a response")
         parsed = Destination.parse(destination)
         with self._loop.lock:
             self._require_open()
             listener = self._endpoints.listen(
                 parsed, callback, identity or self.identity, workers, self._loop, order_by
             )
+            if not responses:
+                for link in listener.links:
+                    link.hears_responses = False
         logger.info("= %s listens on %s", self.identity, ", ".join(listener.endpoints))
         return listener
 
@@ -108,6 +116,7 @@ class BaseMessenger:
         *,
         callback: Callback | None = None,
         dialect: Literal["session", "basic"] = "session",
+        responses: bool = True,
     ) -> Connection:
         """Connect to a destination. Nobody need be there yet; messages wait until somebody is.
 
@@ -115,6 +124,7 @@ class BaseMessenger:
             destination: A bare port or `"host:port"` takes the best transport that has a listener now, else tcp.
             callback: Run on every message that arrives on this connection, as an SLC is at a listener.
             dialect: `"basic"` for servers that are plain ZeroMQ programs; fire and forget, as ZeroMQ is.
+            responses: Whether `callback` also runs on responses, as at a listener.
 
         Raises:
             SecurityError: There is a key, and the server's is not known.
@@ -128,7 +138,10 @@ class BaseMessenger:
         parsed = Destination.parse(destination)
         with self._loop.lock:
             self._require_open()
-            return self._endpoints.connect(parsed, callback, dialect, self._loop)
+            connection = self._endpoints.connect(parsed, callback, dialect, self._loop)
+            if not responses:
+                connection.outlet.hears_responses = False
+            return connection
 
     def send_message(
         self,
@@ -144,7 +157,8 @@ class BaseMessenger:
         """Queue one message and return its id, unique in this process's life, at once.
 
         It is processed exactly once, in order, while both processes live. Exactly one of `callback` and `on_error` is
-        called, once, on the messenger's thread. To a plain peer it is fire and forget, and its deadline tells.
+        called, once, on the messenger's thread, or on one that waits for it by `Messenger.wait`. To a plain peer it is
+        fire and forget, and its deadline tells.
 
         Args:
             to: A connection, a message to answer, a (listener, identity) pair, or a destination (connected once).
@@ -385,7 +399,8 @@ def _check_numbers(timeout: float, remote_callback: int) -> None:
         raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
 
 
-def _log_unheard(error: DeliveryError) -> None:
+def log_unheard(error: DeliveryError) -> None:
+    """Do what is done with an error that no `on_error` was given for."""
     logger.warning("! %s: %s (give on_error= to handle this)", type(error).__name__, error)
 
 

@@ -262,6 +262,7 @@ class Exchange(Streams):
         """
         messenger, peer, incarnation = self._messenger, session.peer, session.peer_incarnation
         calls, outstanding, callback = self.calls, self._outstanding, session.callback
+        response_callback = callback if session.hears_responses else None
         response_count = 0
         if deadline_at < self.expires_at:
             self.expires_at = deadline_at
@@ -294,8 +295,8 @@ class Exchange(Streams):
                     msc.settle(message, None)
                 elif msc is not None:
                     calls.append((msc, message))
-                if callback is not None:
-                    calls.append((callback, message))
+                if response_callback is not None:
+                    calls.append((response_callback, message))
                 continue
             if not source_id and dest_id < MSC_ID_MIN:
                 session.must_answer = True
@@ -375,7 +376,7 @@ class Exchange(Streams):
         """Run what the message names, and then what its endpoint runs on every message."""
         is_handled = message.dest_callback_id != NOOP and self.process_message(message)
         callback = message.link.callback
-        if callback is not None:
+        if callback is not None and (message.link.hears_responses or not message.is_response):
             self.calls.append((callback, message))
         elif not is_handled and message.source_callback_id:
             self._answer_error(message, OptionKind.NO_HANDLER)
@@ -392,7 +393,7 @@ class Exchange(Streams):
             self._give_up_reply(session, message)
         else:
             self._add_part(entry, message)
-        if message.link.callback is not None:
+        if message.link.callback is not None and message.link.hears_responses:
             self.calls.append((message.link.callback, message))
 
     def process_message(self, message: Message) -> bool:

@@ -368,7 +368,7 @@ class Handshake:
             return
         session = Session(challenged.incarnation, link.handle, link.callback, self._limits, self._rng)
         session.peer, session.process = hello.identity, hello.process
-        session.has_workers = link.has_workers
+        session.has_workers, session.hears_responses = link.has_workers, link.hears_responses
         session.establish(peer_incarnation, hello.window_msgs, hello.window_bytes, now)
         session.attach(link, routing_id)
         self.sessions[session] = None

@@ -4,7 +4,8 @@ Python raises `KeyboardInterrupt` between any two instructions of the main threa
 before the `try` that gives it back, and between the two halves of a change. A check at each call would cost every
 message. So the handler looks at what it interrupts: in the core, but for the functions that only sleep, the signal is
 deferred until the main thread gives the lock back (`threads.py`), and if it does not, is sent again a moment later.
-Everywhere else it is raised as ever.
+A callback that the main thread runs for the core (`Messenger.wait`) belongs to the core. Everywhere else it is raised
+as ever.
 
 It takes the place of Python's own handler only, when the first messenger starts in the main thread, and stays. A
 handler of the user's is left alone; if that raises, it may tear a messenger that is just sending.
@@ -27,6 +28,7 @@ _USERS = {f"{_PACKAGE}.{name}" for name in ("cli", "models", "replication")}
 # What the core calls that is not its own.
 _CALLED = {"enum", "logging", "threading", "zmq"}
 _sleeps: set[CodeType] = set()
+_shields: set[CodeType] = set()
 # The signal while it is deferred; whoever pops it raises it.
 _deferred: list[int] = []
 _on_defer: list[Callable[[], None]] = []
@@ -37,6 +39,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 def sleeps(function: F) -> F:
     """Mark a function of the core that leaves everything whole wherever it is interrupted."""
     _sleeps.add(function.__code__)
+    return function
+
+
+def shields(function: F) -> F:
+    """Mark a function of the core that runs callbacks: nothing that it calls is interrupted."""
+    _shields.add(function.__code__)
     return function
 
 
@@ -64,7 +72,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def take() -> bool:
-    """Return whether a signal was deferred; the caller raises it."""
+    """Return whether a signal was deferred; the caller, in the main thread, raises it."""
     try:
         _deferred.pop()
     except IndexError:
@@ -74,12 +82,23 @@ def take() -> bool:
 
 def _is_inside(frame: FrameType | None) -> bool:
     """Return whether the innermost frame that is not of a library is the core's, and does not sleep."""
+    if is_shielded(frame):
+        return True
     while frame is not None:
         names = frame.f_globals.get("__name__", "").split(".")
         if names[0] == _PACKAGE and ".".join(names[:2]) not in _USERS:
             return frame.f_code not in _sleeps
         if names[0] not in _CALLED:
             return False
+        frame = frame.f_back
+    return False
+
+
+def is_shielded(frame: FrameType | None) -> bool:
+    """Return whether a frame was called, however indirectly, by a function that shields."""
+    while frame is not None:
+        if frame.f_code in _shields:
+            return True
         frame = frame.f_back
     return False
 

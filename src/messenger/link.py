@@ -31,6 +31,7 @@ class Outlet:
         handle: The connection or listener that it belongs to, which users hold.
         owner: Who may answer messages that leave here: the handle in the basic dialect, else the session.
         callback: Run on every message that arrives here: a listener's SLC, or a connection's callback.
+        hears_responses: Whether `callback` also runs on responses, after their own callbacks.
         queue: What has not been given to the network yet.
         is_plain: Whether no message in the queue is large, has an option, or another deadline than the default.
         is_dirty: Whether it is to be flushed at the end of the turn.
@@ -46,6 +47,7 @@ class Outlet:
         self.handle = handle
         self.owner: object = handle
         self.callback = callback
+        self.hears_responses = True
         self.queue: deque[Outgoing] = deque()
         self.queue_bytes = 0
         self.is_plain = True

@@ -4,10 +4,12 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from .base import BaseMessenger, Contents, check_close_timeout
+from .base import RUNNING, BaseMessenger, Contents, check_close_timeout, log_unheard
 from .endpoint import Connection, Listener, To
 from .errors import CalledFromCallback
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
+from .link import FOREVER
+from .loop import State
 from .message import Message
 from .threads import ThreadLoop
 from .typed import Encoding, codec_of, encode_as
@@ -98,6 +100,51 @@ class Messenger(BaseMessenger):
             raise waiter.error
         response: Any = waiter.response
         return response if codec is None else codec.decode(response.contents, encoding)
+
+    def wait(self, message_id: int, timeout: float | None = None) -> bool:
+        """Wait for the outcome of a message, and run its callback, or its `on_error`, here.
+
+        This is how a call that must return at once is waited for as fast as a `request`: this thread takes the
+        response off the network itself, and no other one has to be woken. Ctrl-C waits until the callback has returned.
+
+        Args:
+            message_id: What `send_message` returned, of a message with a callback or an `on_error`.
+            timeout: Seconds; by default as long as the message has. When they are over, all is as if nobody had waited.
+
+        Returns:
+            Whether the callback was run here. If not, the time is over, another thread waits for this message, or it
+            has its outcome already: then its callback has run, or will soon, on the messenger's thread.
+
+        Raises:
+            CalledFromCallback: Made on the messenger's own thread.
+
+        Thread: any but the messenger's own.
+        """
+        loop = self._loop
+        if loop.is_own_thread():
+            raise CalledFromCallback("wait would wait for itself in a callback; do the rest in the message's callback")
+        give_up_at = FOREVER if timeout is None else monotonic() + timeout
+        waiter = ThreadWaiter()
+        callback = on_error = None
+        try:
+            with loop.lock:
+                entry = self._exchange.find_unclaimed(message_id) if loop.state in (RUNNING, State.CLOSING) else None
+                if entry is None:
+                    return False
+                callback, on_error = entry.callback, entry.on_error
+                entry.callback = waiter
+                try:
+                    loop.wait_for(waiter, entry.deadline_at, give_up_at)
+                finally:
+                    if not waiter.done:
+                        entry.callback = callback
+        finally:
+            # Also after Ctrl-C: nobody else will.
+            if waiter.error is not None:
+                loop.run_here(log_unheard if on_error is None else on_error, waiter.error)
+            elif waiter.response is not None and callback is not None:
+                loop.run_here(callback, waiter.response)
+        return waiter.done
 
     def stream(
         self, to: To, contents: Contents, *, remote_callback: int = NOOP, timeout: float = TIMEOUT_S

@@ -108,6 +108,11 @@ class Outcomes:
         self._fail(message_id, Cancelled, "it was cancelled")
         return True
 
+    def find_unclaimed(self, message_id: int) -> Outgoing | None:
+        """Return the entry of a message whose outcome is to run callbacks and is not there yet, None otherwise."""
+        entry = self._outstanding.get(message_id)
+        return None if entry is None or isinstance(entry.callback, Taker) else entry
+
     def _give_up(self, entry: Outgoing) -> None:
         """Tell the receiver that nobody waits any more, and if it has not got the message yet, that it is over."""
         outlet = entry.outlet

@@ -9,14 +9,16 @@ What must never happen here: a socket that two threads use without the lock.
 """
 
 import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 from . import interrupts
 from .endpoint import Endpoints
-from .errors import QueueFull
+from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
 from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S, POLL_S
 from .link import FOREVER, Outlet
@@ -71,7 +73,8 @@ class ThreadLoop(Loop):
 
         def release() -> None:
             self._lock.release()
-            if threading.get_ident() == threading.main_thread().ident:
+            is_main = threading.get_ident() == threading.main_thread().ident
+            if is_main and not interrupts.is_shielded(sys._getframe()):
                 self.release = self._lock.release
                 if interrupts.take():
                     raise KeyboardInterrupt
@@ -220,32 +223,49 @@ class ThreadLoop(Loop):
     def await_outcome(self, waiter: ThreadWaiter | ThreadParts, outlet: Outlet, deadline_at: float) -> None:
         """Send what is queued and wait until a waiter is settled: lead if nobody does, else follow."""
         try:
+            self.wait_for(waiter, deadline_at)
+        finally:
+            if not waiter.done:
+                self._exchange.forget(waiter)
+                self.flush()
+
+    def wait_for(self, waiter: ThreadWaiter | ThreadParts, deadline_at: float, give_up_at: float = FOREVER) -> None:
+        """Wait as `await_outcome` does, but no longer than to `give_up_at`; what is not settled then stays open."""
+        try:
             if self._leader is not None:
                 self.flush()
-            while not waiter.done:
+            while not waiter.done and monotonic() < give_up_at:
                 if self.state is not State.RUNNING:
                     # The loop's own thread ends everything now.
                     if self._leader is waiter:
                         self._leave_lead()
-                    self._follow(waiter, deadline_at)
+                    self._follow(waiter, min(deadline_at, give_up_at))
                     continue
                 if self._leader is None:
                     self._leader = waiter
                     self._leader_sleeps = False
                     self._wakeup.take_lead()
                 if self._leader is waiter:
-                    self._lead(waiter)
+                    self._lead(waiter, give_up_at)
                 else:
-                    self._follow(waiter, deadline_at)
+                    self._follow(waiter, min(deadline_at, give_up_at))
         finally:
-            if not waiter.done:
-                self._exchange.forget(waiter)
-                self.flush()
             if self._leader is waiter:
                 self._leave_lead()
 
-    def _lead(self, waiter: ThreadWaiter | ThreadParts) -> None:
-        """Take input once, if need be after a sleep until there is some."""
+    @interrupts.shields
+    def run_here(self, callback: Callable[[Any], object], argument: Message | DeliveryError) -> None:
+        """Run a callback in the thread that waited for it, and survive it, as the loop's own thread does.
+
+        Called without the lock.
+        """
+        try:
+            callback(argument)
+        except BaseException as error:
+            self._report(callback, argument, error)
+
+    def _lead(self, waiter: ThreadWaiter | ThreadParts, give_up_at: float) -> None:
+        """Take input once, if need be after a sleep until there is some, or until `give_up_at`."""
         if self._read_events():
             # What came may have to be answered, so nobody sleeps before the events were read again.
             self._take_input([])
@@ -254,7 +274,7 @@ class ThreadLoop(Loop):
         self.announce_calls()
         if waiter.done:
             return  # What was to be sent could not be, which settled it.
-        self._wake_at = self._exchange.next_deadline_at
+        self._wake_at = min(self._exchange.next_deadline_at, give_up_at)
         self._leader_sleeps = True
         try:
             self.release()

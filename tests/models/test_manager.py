@@ -3,14 +3,17 @@
 import itertools
 import json
 import os
+import signal
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from messenger import CalledFromCallback
 from messenger.models import (
     CommandFailed,
     Inference,
@@ -25,8 +28,10 @@ from messenger.models import (
     Training,
     TrainingDataInvalid,
 )
+from messenger.models.dispatch import as_timeout
+from messenger.models.limits import CALL_TIMEOUT_S
 from messenger.models.protocol import decode_answer
-from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeers, wait_until
+from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeers, switches_of, wait_until
 from tests.models.conftest import Data, NewManager, make_linear
 
 TRAIN_S = 50.0
@@ -511,3 +516,91 @@ def test_answers_are_no_garbage(new_manager: NewManager) -> None:
     for number in range(10):
         assert manager.print_message(f"{number}").result(timeout=TIMEOUT_S) == f"MODEL_REPLY_{number}"
     assert manager.status().counts.get("garbage", 0) == 0
+
+
+def test_a_thread_that_waits_alone_fetches_its_result_itself(new_manager: NewManager, folder: Path) -> None:
+    """The messenger's thread is not woken for each call, which takes longer than the call itself."""
+    make_linear(folder)
+    manager = new_manager()
+    manager.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S)
+    thread = manager._dispatcher._messenger._loop._own_thread.native_id or 0
+    before_count = switches_of(thread)
+    for number in range(300):
+        assert manager.infer("sum", [[number, 2]]).result(timeout=TIMEOUT_S).predictions == [number + 2]
+    assert switches_of(thread) - before_count < 300
+
+
+def test_a_job_with_a_callback_is_left_to_the_messengers_thread(new_manager: NewManager, folder: Path) -> None:
+    make_linear(folder)
+    manager = new_manager()
+    threads: Inbox[int] = Inbox()
+    job = manager.infer("sum", [[1, 2]])
+    job.add_done_callback(lambda _: threads(threading.get_ident()))
+    assert job.result(timeout=TIMEOUT_S).predictions == [3]
+    assert threads.wait() == [manager._dispatcher._messenger._loop.thread_id]
+
+
+class Held:
+    """A manager whose server is stopped, with a call that it has."""
+
+    def __init__(self, manager: ModelServerManager) -> None:
+        manager.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S)
+        self.pid = manager.status().servers[0].pid
+        os.kill(self.pid, signal.SIGSTOP)
+        self.job = manager.infer("sum", [[1, 2]])
+
+    def wait_in_thread(self) -> Inbox[BaseException]:
+        ended: Inbox[BaseException] = Inbox()
+
+        def wait() -> None:
+            try:
+                self.job.result(timeout=TIMEOUT_S)
+            except BaseException as error:
+                ended(error)
+
+        threading.Thread(target=wait).start()
+        wait_until(lambda: self.job._is_fetched)
+        return ended
+
+
+def test_a_cancel_ends_the_wait_of_another_thread(new_manager: NewManager, folder: Path) -> None:
+    make_linear(folder)
+    held = Held(new_manager())
+    ended = held.wait_in_thread()
+    assert held.job.cancel()
+    assert [type(error) for error in ended.wait(timeout=1)] == [CancelledError]
+    assert held.job.cancelled()
+    os.kill(held.pid, signal.SIGCONT)
+
+
+def test_a_wait_that_is_over_leaves_the_job_open(new_manager: NewManager, folder: Path) -> None:
+    make_linear(folder)
+    held = Held(new_manager())
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            held.job.result(timeout=0.02)
+    os.kill(held.pid, signal.SIGCONT)
+    assert held.job.result(timeout=TIMEOUT_S).predictions == [3]
+
+
+def test_a_result_is_not_waited_for_in_a_callback(new_manager: NewManager, folder: Path) -> None:
+    make_linear(folder)
+    manager = new_manager()
+    raised: Inbox[BaseException] = Inbox()
+
+    def call_again(_: object) -> None:
+        try:
+            manager.infer("sum", [[3, 4]]).result(timeout=TIMEOUT_S)
+        except CalledFromCallback as error:
+            raised(error)
+
+    manager.infer("sum", [[1, 2]]).add_done_callback(call_again)
+    raised.wait()
+
+
+def test_the_default_timeout_stays_the_default_on_its_way() -> None:
+    """Each message with another one takes the server 20 us more."""
+    assert as_timeout(CALL_TIMEOUT_S - 0.000_01) == CALL_TIMEOUT_S
+    assert as_timeout(CALL_TIMEOUT_S - 0.04) == CALL_TIMEOUT_S
+    assert 1.0 <= as_timeout(1.0) <= 1.1
+    assert as_timeout(-1.0) == 0.1

@@ -25,6 +25,7 @@ from tests.conftest import (
     Inbox,
     MessengerFactory,
     NewDestination,
+    PlainPeers,
     contents_of,
     dropped,
     wait_dropped,
@@ -409,3 +410,50 @@ def test_worker_answers_while_the_messenger_closes(messenger: MessengerFactory, 
     assert contents_of(responses.wait()) == [b"answer to last"]
     closer.join(TIMEOUT_S)
     assert server.statistics().callback_error_count == 0
+
+
+# Responses, and the SLC.
+
+
+def test_an_slc_that_is_not_for_responses(messenger: MessengerFactory, destination: To) -> None:
+    """Their own callbacks run, and it does not: at a listener, at a connection, and for those that come late."""
+    server, client = messenger("server"), messenger("client")
+    came, told, responses = Inbox[Message](), Inbox[Message](), Inbox[Message]()
+    listener = server.listen_for_connection(destination, came, responses=False)
+    connection = client.make_connection(destination, callback=told, responses=False)
+    client.send_message(connection, b"hello", lambda _: None)
+    [hello] = came.wait()
+    server.send_message((listener, "client"), b"asked", responses)
+    [asked] = told.wait()
+    asked.reply(b"answer")
+    assert contents_of(responses.wait()) == [b"answer"]
+    client.send_message(asked, b"again")
+    wait_dropped(server, "late_response", 1)
+    hello.reply(b"hello yourself")
+    client.send_message(connection, b"last")
+    assert contents_of(came.wait(2)) == [b"hello", b"last"]
+    server.send_message((listener, "client"), b"last")
+    assert contents_of(told.wait(2)) == [b"asked", b"last"]
+
+
+def test_an_slc_with_workers_is_for_responses_too(client: Messenger, destination: To) -> None:
+    with pytest.raises(ValueError, match="responses=False is not for workers"):
+        client.listen_for_connection(destination, answer, workers=2, responses=False)
+
+
+def test_a_plain_peers_responses_pass_the_slc_by(
+    messenger: MessengerFactory, new_destination: NewDestination, plain: PlainPeers
+) -> None:
+    server = messenger("server")
+    destination = str(new_destination("tcp"))
+    came, responses = Inbox[Message](), Inbox[Message]()
+    server.listen_for_connection(destination, came, responses=False)
+    dealer = plain.dealer(destination)
+    dealer.send(b"", b"0-0-hello")
+    [hello] = came.wait()
+    server.send_message(hello, b"asked", responses)
+    _, _, asked = dealer.receive()
+    dealer.send(b"", b"0-%b-answer" % asked.split(b"-")[0])
+    assert contents_of(responses.wait()) == [b"answer"]
+    dealer.send(b"", b"0-0-last")
+    assert contents_of(came.wait(2)) == [b"hello", b"last"]

@@ -233,10 +233,10 @@ def test_an_interrupted_request_is_cancelled_at_the_receiver(
     client.make_connection(destination)  # The loop runs.
     lead: Callable[..., None] = client._loop._lead
 
-    def interrupt(waiter: object) -> None:
+    def interrupt(*arguments: object) -> None:
         if patient.began.wait(0):
             raise KeyboardInterrupt
-        lead(waiter)
+        lead(*arguments)
 
     monkeypatch.setattr(client._loop, "_lead", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -411,7 +411,7 @@ def test_a_reader_is_interrupted(
     stream = client.stream(destination, b"")
     [message] = messages.wait()
 
-    def interrupt(waiter: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(client._loop, "_lead", interrupt)

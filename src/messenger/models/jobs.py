@@ -1,10 +1,13 @@
 """What callers are given: jobs, and what comes of them."""
 
+import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
 import msgspec
+
+from messenger import Messenger
 
 T = TypeVar("T")
 
@@ -13,8 +16,8 @@ class Job(Future[T]):
     """A call that was made, as a future: `result(timeout)`, `done()`, `exception(timeout)`, `add_done_callback(fn)`.
 
     It ends exactly once: with a result, with an error, or cancelled. Callbacks run on the messenger's thread and must
-    not block. It can be awaited, too; who is cancelled while awaiting it gives it up. A `timeout` of `result` only ends
-    that wait.
+    not block; one that is added while a thread waits in `result` may run on that thread. It can be awaited, too; who is
+    cancelled while awaiting it gives it up. A `timeout` of `result` only ends that wait.
 
     Attributes:
         id: By which `manager.job(id)` and `messenger models status` find it; only trainings have one.
@@ -24,6 +27,40 @@ class Job(Future[T]):
         super().__init__()
         self.id = job_id
         self._on_cancel = on_cancel
+        self._messenger: Messenger | None = None
+        self._message_id = 0
+        self._has_callbacks = self._is_fetched = False
+
+    def may_fetch(self, messenger: Messenger, message_id: int) -> None:
+        """Let a thread that asks for the outcome run the callback of the message that brings it. For who made the job.
+
+        It does not if the job has callbacks, which are not for that thread to run.
+        """
+        self._message_id = message_id
+        self._messenger = messenger
+
+    def result(self, timeout: float | None = None) -> T:
+        """Return the result, once it is there, or raise the error; `TimeoutError` after `timeout` seconds."""
+        return super().result(self._fetch(timeout))
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return the error, once it is there, or None; `TimeoutError` after `timeout` seconds."""
+        return super().exception(self._fetch(timeout))
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
+        """Call a function with the job when it has ended."""
+        self._has_callbacks = True
+        super().add_done_callback(fn)
+
+    def _fetch(self, timeout: float | None) -> float | None:
+        """Wait for the message, which may end the job; return what is left of the time."""
+        if self._messenger is None or self._has_callbacks:
+            return timeout
+        started_at = time.monotonic()
+        self._is_fetched = True  # Before it looks whether it is done: `cancel` does this in the other order.
+        if not self.done():
+            self._messenger.wait(self._message_id, timeout)
+        return None if timeout is None else timeout + started_at - time.monotonic()
 
     def __await__(self) -> Generator[Any, None, T]:
         """Wait on the event loop that runs, for the result."""
@@ -43,7 +80,10 @@ class Job(Future[T]):
             return self.cancelled()
         if self._on_cancel is not None:
             return self._on_cancel(self)
-        return self.settle_cancelled()
+        is_cancelled = self.settle_cancelled()
+        if self._is_fetched and self._messenger is not None:
+            self._messenger.cancel(self._message_id)  # Which wakes the thread that waits for it.
+        return is_cancelled
 
     def settle(self, result: T) -> bool:
         """End with a result; return whether it had not ended yet. For whoever made the job."""

@@ -108,7 +108,7 @@ class ModelServerManager(ModelCalls):
         self._supervisor = Supervisor(servers, crashes_max, self._dispatcher.note_slot_end, self._dispatcher.tick)
         self._dispatcher.supervisor = self._supervisor
         self._listens = threading.Event()
-        self.listener: Listener = messenger.listen_for_connection(destination, self._take)
+        self.listener: Listener = messenger.listen_for_connection(destination, self._take, responses=False)
         self._listens.set()
         try:
             words = make_words(command, self.listener, self.folder)

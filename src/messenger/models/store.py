@@ -101,8 +101,8 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).absolute()
-        # By name: the stamp of the file that names the served version, and that version.
-        self._current: dict[str, tuple[tuple[int, int], int]] = {}
+        # By name: the file that names the served version, its stamp, and that version.
+        self._current: dict[str, tuple[str, tuple[int, int], int]] = {}
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def list_all(self) -> list[Listed]:
@@ -120,19 +120,19 @@ class Store:
 
     def current(self, name: str) -> int:
         """Return the version that is served, 0 if none is. What was read is kept until the file is another."""
-        path = f"{self.folder}/{check_name(name)}/{CURRENT}"
+        known = self._current.get(name)
+        path = f"{self.folder}/{check_name(name)}/{CURRENT}" if known is None else known[0]
         try:
             status = os.stat(path, follow_symlinks=False)
             stamp = (status.st_ino, status.st_mtime_ns)
-            known = self._current.get(name)
-            if known is not None and known[0] == stamp:
-                return known[1]
+            if known is not None and known[1] == stamp:
+                return known[2]
             text = _read(Path(path), 20).decode("ascii", "replace").strip()
         except FileNotFoundError:
             return 0
         if not re.fullmatch(r"[1-9]\d{0,8}", text):
             raise ModelFileInvalid(f"{path} names no version")
-        self._current[name] = (stamp, int(text))
+        self._current[name] = (path, stamp, int(text))
         return int(text)
 
     def activate(self, name: str, version: int) -> None:
