@@ -254,9 +254,9 @@ class TaskLoop(Loop):
         self._touched.add(link)
         if exchange.is_urgent:
             exchange.flush(monotonic())
-        if exchange.calls or self._is_turn_planned or self.state is not State.RUNNING:
+        if exchange.calls or self.state is not State.RUNNING:
             self._finish_turn()
-        elif not self._is_look_planned:
+        elif not (self._is_look_planned or self._is_turn_planned):
             # What came has settled futures, and the tasks that await them run before this does. If they send, that
             # answers what came, and the events are read once for both.
             self._is_look_planned = True
