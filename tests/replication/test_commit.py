@@ -3,12 +3,20 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import apsw
 import pytest
 
-from messenger.replication import NotConfirmed, Position, StatementRefused, WriterBusy
+from messenger.replication import (
+    NotConfirmed,
+    Position,
+    Primary,
+    ReplicationLimits,
+    StatementRefused,
+    WriterBusy,
+)
 from messenger.replication.confirm import Confirmations, Level, Waiter
 from tests.conftest import wait_until
 from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, content_of, wait_streaming
@@ -97,7 +105,8 @@ def test_threads_share_commits(cluster: Cluster) -> None:
     after = primary.status()
     assert after.transaction_count - before.transaction_count == 400
     assert after.group_count - before.group_count < 400
-    assert replica.status().group_count < replica.status().transaction_count
+    # Each group is one entry.
+    assert after.lsn - before.lsn == after.group_count - before.group_count
     names = [name for _, name in replica.execute(SELECT)]
     assert sorted(names) == sorted(f"{number}-{count}" for number in range(8) for count in range(50))
     for number in range(8):  # Each thread's order is kept.
@@ -127,6 +136,66 @@ def test_an_error_in_a_group_concerns_its_own_statement_only(cluster: Cluster) -
             result.result(20)
     assert sorted(outcomes) == ["committed"] * 10 + ["refused"] * 10
     assert primary.execute("SELECT n FROM numbers ORDER BY n").fetchall() == [(n,) for n in range(10)]
+    assert_equal(primary, replica)
+
+
+def is_queued(primary: Primary, count: int) -> bool:
+    return len(primary._writer._queue) == count
+
+
+def run_group(primary: Primary, *statements: str) -> list[BaseException | None]:
+    """Let statements wait at the same time, so that they are one group; return how each ended."""
+    with ThreadPoolExecutor(len(statements)) as pool:
+        with primary.transaction():
+            futures = []
+            for count, statement in enumerate(statements, 1):
+                futures.append(pool.submit(primary.execute, statement))
+                wait_until(partial(is_queued, primary, count))
+        return [future.exception(20) for future in futures]
+
+
+def test_statements_of_a_group_that_change_nothing_wait_for_nobody(cluster: Cluster) -> None:
+    primary = cluster.primary(commit="applied", timeout=1)
+    primary.execute(BOOKS, commit="local")
+    first, *others, schema = run_group(
+        primary,
+        "INSERT INTO books VALUES (1, 'Dune')",
+        "DELETE FROM books WHERE id = 2",
+        "UPDATE books SET name = 'x' WHERE id = 2",
+        "DELETE FROM books WHERE id = 2; CREATE INDEX names ON books (name)",
+    )
+    assert [type(first), *others, type(schema)] == [NotConfirmed, None, None, NotConfirmed]
+
+
+def test_a_group_whose_statements_undo_each_other_is_no_entry(cluster: Cluster) -> None:
+    primary, _ = cluster.pair(commit="applied", timeout=1)
+    before = primary.position
+    assert run_group(primary, "INSERT INTO books VALUES (7, 'a')", "DELETE FROM books WHERE id = 7") == [None, None]
+    assert primary.position == before
+
+
+def test_a_group_may_change_the_schema(cluster: Cluster) -> None:
+    primary, replica = cluster.pair(commit="applied", timeout=20)
+    before = primary.position.lsn
+    statements = (
+        "INSERT INTO books VALUES (1, 'a')",
+        "ALTER TABLE books ADD COLUMN year INTEGER",
+        "UPDATE books SET year = 1965",
+        "INSERT INTO books VALUES (2, 'b', 1815)",
+    )
+    assert run_group(primary, *statements) == [None] * 4
+    assert primary.position.lsn == before + 1
+    assert replica.execute("SELECT * FROM books").fetchall() == [(1, "a", 1965), (2, "b", 1815)]
+    assert_equal(primary, replica)
+
+
+def test_a_group_that_is_too_large_together_is_several_entries(cluster: Cluster) -> None:
+    primary, replica = cluster.pair(commit="applied", timeout=20, limits=ReplicationLimits(transaction_bytes_max=2_000))
+    before = primary.position.lsn
+    fits = "INSERT INTO books (name) VALUES (hex(zeroblob(700)))"
+    *fitting, large = run_group(primary, fits, fits, "INSERT INTO books (name) VALUES (hex(zeroblob(1500)))")
+    assert (fitting, type(large)) == ([None, None], StatementRefused)
+    assert primary.position.lsn == before + 2
     assert_equal(primary, replica)
 
 

@@ -201,6 +201,7 @@ class Capture:
         self._parts: list[Part] = []
         self._pending: Part | None = None
         self.changed_schema = False
+        self._schema_count = 0
         self._session = self._open_session()
         schema.guard.is_on = True
 
@@ -210,6 +211,11 @@ class Capture:
         session.table_filter(_is_users)
         return session
 
+    @property
+    def change_count(self) -> int:
+        """Grows with each statement that may have changed something: with its rows, or because it is of the schema."""
+        return self._connection.total_changes() + self._schema_count
+
     def on_statement(self, cursor: Any, sql: str, bindings: Any) -> bool:
         """Note a statement that is about to run. For `apsw.Cursor.exec_trace`."""
         kind = classify(sql)
@@ -218,6 +224,7 @@ class Capture:
         if kind is Kind.SCHEMA:
             if bindings:
                 raise StatementRefused(f"{sql[:_SQL_SHOWN_MAX]!r} is refused: it takes no bindings")
+            self._schema_count += 1
             self._take_changes()
             self._session.close()
             with_foreign_keys = self._connection.pragma("foreign_keys")

@@ -202,7 +202,7 @@ class Primary:
     ) -> Rows:
         """Run a statement as a transaction of its own; one that only reads runs beside transactions.
 
-        Transactions of this kind that wait at the same time share a commit, a message and an fsync.
+        Transactions of this kind that wait at the same time share a position, a commit, a message and an fsync.
 
         Args:
             sql: One or more statements; a SELECT first makes all of them only read.
@@ -222,9 +222,12 @@ class Primary:
         if kind is Kind.SETTING or kind is Kind.TEMPORARY:
             return self._set(sql, deadline_at)
         operation = Operation(sql, bindings, promise.level, promise.replicas)
-        with self._writer.leading(operation, deadline_at, self._tidy) as written_lsn:
-            if written_lsn:
+        written_lsn = self._writer.write(operation, deadline_at, self._tidy)
+        if written_lsn:
+            try:
                 self._sync(written_lsn)
+            finally:
+                self._writer.pass_lead()
         if operation.error is not None:
             raise operation.error
         self._await(operation, promise)

@@ -55,7 +55,8 @@ class PrimaryStatus(msgspec.Struct, frozen=True, kw_only=True):
         term, lsn: Where its history ends.
         durable_lsn: Up to where that is on this disk.
         log_first_lsn, log_bytes: Where the log begins, and how large it is.
-        transaction_count, group_count: Transactions committed since it started, and in how many groups.
+        transaction_count, group_count: Transactions committed since it started, and in how many groups, each of which
+            is one entry if nothing in it failed.
         not_confirmed_count: Of these, not confirmed in time.
         foreign_write_count: Times that somebody else was found to have written to the file, which is not replicated.
         snapshot_count: Snapshots made since it started.
@@ -95,7 +96,7 @@ class ReplicaSelfStatus(msgspec.Struct, frozen=True, kw_only=True):
         lag_s: Seconds since this replica was last known to have all that the primary had; None if it never was.
         contact_s: Seconds since the primary was last heard; None if never.
         snapshot_bytes, snapshot_bytes_total: Of the snapshot that it takes, done and in all; else 0.
-        transaction_count, group_count: Transactions applied since it started, and in how many groups.
+        transaction_count, group_count: Entries applied since it started, and in how many commits.
         snapshot_count: Snapshots installed since it started.
         malformed_count: Messages that could not be read, or did not fit, and were dropped.
         trouble: The last thing that went wrong and is being tried again, or empty.

@@ -1,8 +1,8 @@
 """The one connection of a primary that writes: transactions become entries of the log, one after another.
 
-Transactions of single statements that wait at the same time are written as a group: one thread leads, runs each under
-a savepoint of its own, and commits all with one write to the WAL; an error undoes only its own. What a group costs does
-not grow with its size: one commit, one message to each replica, one fsync.
+Transactions of single statements that wait at the same time are written as a group: one thread leads, runs them one
+after the other, and commits all as one entry with one write to the WAL; an error undoes only its own. What a group
+costs hardly grows with its size: one changeset, one entry, one commit, one message to each replica, one fsync.
 
 What must never happen here: an entry that is committed without its changes, or changes without their entry.
 """
@@ -12,8 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import apsw
@@ -38,7 +37,7 @@ class WriterBusy(ReplicationError):
 class Operation(Waiter):
     """One statement that is to be a transaction of its own, and the thread that waits for it."""
 
-    __slots__ = ("bindings", "count", "leads", "level", "rows", "sql")
+    __slots__ = ("bindings", "count", "has_changed", "leads", "level", "rows", "sql")
 
     def __init__(self, sql: str, bindings: Bindings, level: Level, count: int) -> None:
         super().__init__()
@@ -47,6 +46,7 @@ class Operation(Waiter):
         self.level = level
         self.count = count
         self.rows: list[Any] = []
+        self.has_changed = False
         self.leads = False
 
 
@@ -201,7 +201,7 @@ class Writer:
     def _note_committed(self, entries: list[Entry], waiters: Sequence[tuple[Waiter, Level, int]]) -> None:
         if entries:
             self.log.note_committed(entries)
-            self.transaction_count += len(entries)
+            self.transaction_count += len(waiters)
             self.group_count += 1
         self._publish(Written(entries, waiters))
 
@@ -250,12 +250,14 @@ class Writer:
 
     # Groups.
 
-    @contextmanager
-    def leading(self, operation: Operation, deadline_at: float, tidy: Callable[[], None]) -> Iterator[int]:
-        """Queue an operation; in the block, up to which LSN the calling thread must make durable what it wrote, or 0.
+    def write(self, operation: Operation, deadline_at: float, tidy: Callable[[], None]) -> int:
+        """Queue an operation, and return when it is written, or has its error.
 
-        Others wait in the queue meanwhile, and so become the next group. `tidy` is called with the lock held, after the
-        commit.
+        One thread leads and writes what waits; others wait in the queue meanwhile, and so become the next group.
+        `tidy` is called with the lock held, after the commit.
+
+        Returns:
+            0, or up to which LSN the calling thread must make durable what it wrote; it must call `pass_lead` then.
 
         Raises:
             WriterBusy: It was not written by the deadline.
@@ -269,14 +271,15 @@ class Writer:
         if not leads:
             if not operation.wait(max(0.0, deadline_at - time.monotonic())):
                 self._give_up(operation)
-            leads = operation.leads
-        if not leads:
-            yield 0
-            return
+            if not operation.leads:
+                return 0
+        written_lsn = 0
         try:
-            yield self._lead(deadline_at, tidy)
+            written_lsn = self._lead(deadline_at, tidy)
         finally:
-            self._pass_lead()
+            if not written_lsn:
+                self.pass_lead()
+        return written_lsn
 
     def _give_up(self, operation: Operation) -> None:
         """Take an operation out of the queue, or return if it is past that."""
@@ -289,7 +292,8 @@ class Writer:
             self._queue.remove(operation)
         raise WriterBusy(f"{self.path}: other transactions took all the time; nothing of this one was done")
 
-    def _pass_lead(self) -> None:
+    def pass_lead(self) -> None:
+        """Let another thread write what waits."""
         with self._queue_lock:
             if self._queue:
                 self._queue[0].leads = True
@@ -340,20 +344,21 @@ class Writer:
     def _write_group(self, group: list[Operation]) -> None:
         """Write the operations that wait in one transaction of SQLite; the group is empty before.
 
-        Nearly always all of them succeed, so they first run without savepoints; if one fails, all are undone, and run
-        again with them.
+        Nearly always all of them succeed, so they first run without savepoints and are one entry: what recording and
+        applying costs is then paid once for all. If one fails, all are undone, and run again, each as an entry of its
+        own under a savepoint of its own.
         """
         self.begin()
         try:
             try:
-                entries, written = self._run_all(self._take_queued(group), self._run)
+                entries, written = self._run_together(group)
             except Exception:
                 if len(group) == 1:
                     raise
                 self.roll_back()
                 self._schema.refresh()
                 self.begin()
-                entries, written = self._run_all(group, self._run_in_group)
+                entries, written = self._run_each(group)
             if entries:
                 self.log.append(entries)
             self.connection.execute("COMMIT")
@@ -361,29 +366,43 @@ class Writer:
             self.roll_back()
             self._schema.refresh()
             raise
-        waiters: list[tuple[Waiter, Level, int]] = []
-        own_lsns = {entry.lsn for entry in entries}
-        unchanged: list[Operation] = []
         for operation, position in written:
             operation.note_written(position)
-            if position.lsn in own_lsns:
-                own_lsns.remove(position.lsn)
-                waiters.append((operation, operation.level, operation.count))
-            else:
-                unchanged.append(operation)
-        self._note_committed(entries, waiters)
-        for operation in unchanged:
-            operation.settle(True)  # There is nothing of it to wait for.
+        self._note_committed(entries, [(one, one.level, one.count) for one, _ in written if one.has_changed])
+        for operation, _ in written:
+            if not operation.has_changed:
+                operation.settle(True)  # There is nothing of it to wait for.
 
-    def _run_all(
-        self, group: Iterable[Operation], run: Callable[[Operation, Head], Entry | None]
-    ) -> tuple[list[Entry], list[tuple[Operation, Position]]]:
+    def _run_together(self, group: list[Operation]) -> tuple[list[Entry], list[tuple[Operation, Position]]]:
+        """Return the one entry of all operations that wait, if they change anything, and the position of each."""
+        capture = self.capture()
+        self._cursor.exec_trace = capture.on_statement
+        count = capture.change_count
+        try:
+            for operation in self._take_queued(group):
+                operation.rows = self._cursor.execute(operation.sql, operation.bindings).fetchall()
+                before, count = count, capture.change_count
+                operation.has_changed = count != before
+            parts = capture.finish()
+            entries = [self.make_entry(self.log.head, parts)] if parts else []
+        except BaseException:
+            capture.undo()
+            raise
+        if not entries:
+            # What one of them did another has undone.
+            for operation in group:
+                operation.has_changed = False
+        position = Position(self.term, entries[0].lsn) if entries else self.log.head.position
+        return entries, [(operation, position) for operation in group]
+
+    def _run_each(self, group: list[Operation]) -> tuple[list[Entry], list[tuple[Operation, Position]]]:
         """Return the entries of operations, and the position of each that has no error."""
         head = self.log.head
         entries: list[Entry] = []
         written: list[tuple[Operation, Position]] = []
         for operation in group:
-            entry = run(operation, head)
+            entry = self._run_in_group(operation, head)
+            operation.has_changed = entry is not None
             if entry is not None:
                 entries.append(entry)
                 head = Head(entry.term, entry.lsn, entry.checksum)
