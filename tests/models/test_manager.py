@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from messenger import CalledFromCallback
+from messenger import CalledFromCallback, KeyPair, Security
 from messenger.models import (
     CommandFailed,
     Inference,
@@ -31,7 +31,7 @@ from messenger.models import (
 from messenger.models.dispatch import as_timeout
 from messenger.models.limits import CALL_TIMEOUT_S
 from messenger.models.protocol import decode_answer
-from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeers, switches_of, wait_until
+from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeers, free_port, switches_of, wait_until
 from tests.models.conftest import Data, NewManager, make_linear
 
 TRAIN_S = 50.0
@@ -479,6 +479,18 @@ def test_what_no_server_could_reach_is_refused(new_manager: NewManager, new_dest
         new_manager(new_destination("inproc"))
     with pytest.raises(ValueError, match="has no ipc endpoint"):
         new_manager(new_destination("tcp"), command=["x", "{ipc_path}"])
+
+
+def test_servers_of_ours_are_not_started_where_they_would_need_a_key(messenger: MessengerFactory, folder: Path) -> None:
+    pair = KeyPair.generate("primary")
+    one = messenger("primary", security=Security(key=pair, allow={pair.public: "client"}))
+    place = f"tcp://127.0.0.1:{free_port()}"
+    with pytest.raises(ValueError, match="our servers have none"):
+        ModelServerManager(one, place, folder=folder)
+    ModelServerManager(one, place, folder=folder, servers=0).stop()
+    with ModelServerManager(one, free_port(), folder=folder) as manager:
+        manager.wait_ready(TIMEOUT_S)
+        assert manager.print_message("x").result(TIMEOUT_S) == "MODEL_REPLY_x"
 
 
 def test_a_job_can_be_awaited(new_manager: NewManager, folder: Path) -> None:

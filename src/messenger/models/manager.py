@@ -111,7 +111,7 @@ class ModelServerManager(ModelCalls):
         self.listener: Listener = messenger.listen_for_connection(destination, self._take, responses=False)
         self._listens.set()
         try:
-            words = make_words(command, self.listener, self.folder)
+            words = make_words(command, self.listener, self.folder, servers)
         except ValueError:
             self.listener.close()
             raise
@@ -321,23 +321,28 @@ class ModelServerManager(ModelCalls):
                 watcher(progress)
 
 
-def make_words(command: Sequence[str] | None, listener: Listener, folder: Path) -> list[str]:
+def make_words(command: Sequence[str] | None, listener: Listener, folder: Path, count: int) -> list[str]:
     """Return the words of the program that is to be started.
 
     Raises:
-        ValueError: There is nothing to start, or it wants an endpoint that the listener does not have.
+        ValueError: There is nothing to start, or it wants an endpoint that the listener does not have, or a key.
     """
     endpoints = [endpoint for endpoint in listener.endpoints if not endpoint.startswith("inproc:")]
     if not endpoints:
         raise ValueError(
             f"{listener.destination} stays within this process, so no server could connect: use ipc or tcp"
         )
+    ipc_path = next((endpoint[len("ipc://") :] for endpoint in endpoints if endpoint.startswith("ipc:")), None)
     if command is None:
+        if count and ipc_path is None and listener.messenger.security.key is not None:
+            raise ValueError(
+                f"{listener.destination} lets in only who has a key, and our servers have none: listen on a port or "
+                "'host:port' without tcp://, which they reach by ipc, or start servers with keys of their own"
+            )
         place = str(listener.destination)
         return [sys.executable, "-P", "-m", SERVER_MODULE, place, "--folder", str(folder), "--slot", "{slot}"]
     if isinstance(command, str) or not command:
         raise ValueError(f"command is {command!r}, it must be a list of words")
-    ipc_path = next((endpoint[len("ipc://") :] for endpoint in endpoints if endpoint.startswith("ipc:")), None)
     if ipc_path is None and any("{ipc_path}" in word for word in command):
         raise ValueError(f"the command wants {{ipc_path}}, but {listener.destination} has no ipc endpoint")
     words = [word.replace("{endpoint}", endpoints[-1]) for word in command]
