@@ -91,7 +91,8 @@ def test_both_messengers_have_the_same_names_and_parameters() -> None:
             for name, function in {**functions, "__init__": kind.__init__}.items()  # type: ignore[misc]
         }
 
-    assert calls(AsyncMessenger) == calls(Messenger)
+    # A `request` that is not awaited at once is what `wait` is for threads.
+    assert calls(AsyncMessenger) == {name: call for name, call in calls(Messenger).items() if name != "wait"}
     assert len(calls(Messenger)) >= 9
     waiting = {"send_message", "request", "close"}
     for name in calls(Messenger):
