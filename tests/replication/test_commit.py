@@ -189,6 +189,20 @@ def test_a_group_may_change_the_schema(cluster: Cluster) -> None:
     assert_equal(primary, replica)
 
 
+def test_a_deferred_foreign_key_that_fails_concerns_its_own_statement_only(cluster: Cluster) -> None:
+    primary, replica = cluster.pair(commit="applied", timeout=20)
+    primary.execute("PRAGMA foreign_keys = ON")
+    primary.execute("CREATE TABLE pages (book INTEGER REFERENCES books (id) DEFERRABLE INITIALLY DEFERRED)")
+    primary.execute("INSERT INTO books VALUES (1, 'Dune')")
+    before = primary.position.lsn
+    good = "INSERT INTO pages VALUES (1)"
+    first, orphan, last = run_group(primary, good, "INSERT INTO pages VALUES (99)", good)
+    assert (first, type(orphan), last) == (None, apsw.ConstraintError, None)
+    assert primary.position.lsn == before + 2
+    assert replica.execute("SELECT * FROM pages").fetchall() == [(1,), (1,)]
+    assert_equal(primary, replica)
+
+
 def test_a_group_that_is_too_large_together_is_several_entries(cluster: Cluster) -> None:
     primary, replica = cluster.pair(commit="applied", timeout=20, limits=ReplicationLimits(transaction_bytes_max=2_000))
     before = primary.position.lsn

@@ -346,19 +346,33 @@ class Writer:
 
         Nearly always all of them succeed, so they first run without savepoints and are one entry: what recording and
         applying costs is then paid once for all. If one fails, all are undone, and run again, each as an entry of its
-        own under a savepoint of its own.
+        own under a savepoint of its own. If only the commit fails, for a deferred foreign key, nobody knows whose it
+        is, so each is committed alone.
         """
+        try:
+            self._write_all(group, self._run_together)
+            return
+        except Exception:
+            if len(group) == 1:
+                raise
+        try:
+            self._write_all(group, self._run_each)
+        except apsw.ConstraintError:
+            for operation in [operation for operation in group if operation.error is None]:
+                try:
+                    self._write_all([operation], self._run_each)
+                except apsw.ConstraintError as error:
+                    operation.error = error
+
+    def _write_all(
+        self,
+        group: list[Operation],
+        run: Callable[[list[Operation]], tuple[list[Entry], list[tuple[Operation, Position]]]],
+    ) -> None:
+        """Run operations in one transaction of SQLite, and commit it; if it raises, nothing was done."""
         self.begin()
         try:
-            try:
-                entries, written = self._run_together(group)
-            except Exception:
-                if len(group) == 1:
-                    raise
-                self.roll_back()
-                self._schema.refresh()
-                self.begin()
-                entries, written = self._run_each(group)
+            entries, written = run(group)
             if entries:
                 self.log.append(entries)
             self.connection.execute("COMMIT")
