@@ -3,11 +3,12 @@
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from messenger import CalledFromCallback, Cancelled, Connection, DeliveryError, Message, Messenger, NotDelivered
+from messenger import ECHO, CalledFromCallback, Cancelled, Connection, DeliveryError, Message, Messenger, NotDelivered
 from messenger.exchange import Exchange
 from messenger.limits import ACK_DELAY_S, Limits
 from messenger.link import Link
@@ -237,3 +238,32 @@ def test_a_callback_must_not_wait(holding: Holding) -> None:
     kept.reverse()
     client.send_message(connection, b"now")
     raised.wait()
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_a_leader_whose_message_another_thread_ends_is_woken(tmp_path: Path, how: str) -> None:
+    """Over ipc, where nothing else wakes it for seconds."""
+    with Messenger("server") as server, Messenger("client") as client:
+        server.listen_for_connection(f"ipc://{tmp_path}/s", lambda message: None)
+        connection = client.make_connection(f"ipc://{tmp_path}/s")
+        client.request(connection, b"", remote_callback=ECHO)
+        outcomes: list[object] = []
+        message_id = client.send_message(connection, b"", outcomes.append, on_error=outcomes.append)
+        waits_s: list[float] = []
+
+        def wait() -> None:
+            client.wait(message_id)
+            waits_s.append(time.monotonic() - ended_at)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        # The last acknowledgement, and the time to ask for one, are over by then.
+        time.sleep(1.2)
+        ended_at = time.monotonic()
+        if how == "cancel":
+            client.cancel(message_id)
+        else:
+            connection.close()
+        thread.join(20)
+        assert len(outcomes) == 1
+        assert waits_s[0] < 0.5

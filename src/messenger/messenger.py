@@ -117,6 +117,7 @@ class Messenger(BaseMessenger):
 
         Raises:
             CalledFromCallback: Made on the messenger's own thread.
+            ForkedError.
 
         Thread: any but the messenger's own.
         """
@@ -128,6 +129,8 @@ class Messenger(BaseMessenger):
         callback = on_error = None
         try:
             with loop.lock:
+                if loop.state is State.FORKED:
+                    self._require_open()
                 entry = self._exchange.find_unclaimed(message_id) if loop.state in (RUNNING, State.CLOSING) else None
                 if entry is None:
                     return False

@@ -373,6 +373,7 @@ class Outcomes:
         for session in list(self.handshake.sessions):
             if session.unreceived_count:
                 session.is_reachable()
+                self.mark_dirty(session)  # It may have lost its link, and want to say HELLO.
 
     @property
     def is_settled(self) -> bool:

@@ -2,8 +2,8 @@
 
 One lock guards the core and all sockets; whoever holds it may use them. Any thread sends by itself, without waking the
 loop. A thread that waits for an outcome **leads** meanwhile, if nobody else does: it takes the input itself
-(`transports/wakeup.py`), which saves two thread switches. Callbacks always run on the loop's own thread, so that what a
-callback may rely on does not depend on who waits.
+(`transports/wakeup.py`), which saves two thread switches. Callbacks run on the loop's own thread, so that what they may
+rely on does not depend on who waits; only that of a message that a thread waits for by `Messenger.wait` runs there.
 
 What must never happen here: a socket that two threads use without the lock.
 """
@@ -170,10 +170,12 @@ class ThreadLoop(Loop):
             self._wakeup.announce_calls()
 
     def announce_calls(self) -> None:
-        """Wake the loop's thread if it sleeps and there are callbacks to run."""
+        """Wake the loop's thread if it sleeps and there are callbacks to run, and a leader that has its outcome."""
         if self._thread_sleeps and self._exchange.calls:
             self._thread_sleeps = False
             self._wakeup.announce_calls()
+        if self._leader_sleeps and self._leader is not None and self._leader.done:
+            self._wakeup.ask_attention()  # It was settled by another thread, as by `cancel`.
 
     def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
         """Wait until a full queue takes a message, or a part of the response to a message.

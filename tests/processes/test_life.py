@@ -29,6 +29,7 @@ if pid == 0:
     for call in (
         lambda: parent.send_message(connection, b""),
         lambda: parent.request(connection, b"", timeout=1),
+        lambda: parent.wait(1024),
         lambda: parent.make_connection(port),
         lambda: parent.listen_for_connection(0, None),
         parent.__enter__,

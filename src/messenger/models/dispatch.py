@@ -218,6 +218,11 @@ class Dispatcher:
                 on_error=partial(self._on_error, call),
                 timeout=as_timeout(call.deadline_at - time.monotonic()),
             )
+            with self.lock:
+                was_taken_away = id(call) not in server.open
+            if was_taken_away:
+                # The server was lost before there was an id to cancel. If it was answered, nothing happens.
+                self._messenger.cancel(call.message_id)
         except (MessengerError, TypeError, ValueError) as error:
             with self.lock:
                 server.let_go(call)
