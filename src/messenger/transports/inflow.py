@@ -150,7 +150,7 @@ class Lookout:
         if now >= self._warned_at + CROWDED_LOG_S:
             self._warned_at = now
             logger.warning(
-                "! %s: a peer was cut that sent more than %d bytes of one message, and no end of it",
+                "! %s: a peer was cut that sent more than %d bytes of which no whole message could be taken",
                 link.endpoint,
                 link.whole_bytes_max,
             )
