@@ -381,7 +381,7 @@ class BaseMessenger:
         while self._abandoned:
             self._exchange.end_stream(self._abandoned.popleft())
         for link in self._endpoints.attach_connections():
-            self._loop.touch(link)
+            link.touch(link)
 
 
 def _as_bytes(contents: Contents) -> Buffer:

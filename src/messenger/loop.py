@@ -79,7 +79,8 @@ class Loop:
         self._unwatched: set[SocketLink] = set()
         self._lookout = Lookout(exchange, self._links.values(), Kernel())
         exchange.on_look = self._look_around
-        # Links whose events must be read before a sleep, and links that are known to have input.
+        # Links whose events must be read before a sleep, and links that are known to have input. The first stays
+        # the same set for ever, as the links have its `add` as their `touch`.
         self._touched: set[SocketLink] = set()
         self._readable: set[SocketLink] = set()
         # What `note_processed` is to be called with.
@@ -206,10 +207,6 @@ class Loop:
     def _remove_all(self) -> None:
         for link in list(self._links.values()):
             self.remove(link, "the messenger was closed")
-
-    def touch(self, link: SocketLink) -> None:
-        """Have a link's events read before the next sleep."""
-        self._touched.add(link)
 
     def notice_change(self) -> None:
         """Look again which inproc endpoints have a listener. For the transports; any thread, no lock held or taken."""

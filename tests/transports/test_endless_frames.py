@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from messenger import Limits, Message, Messenger
-from messenger.limits import KIB, MIB
+from messenger.limits import KIB, LOOK_S, MIB
 from tests.conftest import (
     TIMEOUT_S,
     Inbox,
@@ -31,6 +31,9 @@ GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + byt
 READY_BODY = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"
 PONG = b"\x04\x05\x04PONG"
 READY = bytes([4, len(READY_BODY)]) + READY_BODY
+# Of ZMTP 2.0, without the type of the socket, which stands behind it, and the routing id, a frame (here an empty one).
+OLD_GREETING = b"\xff" + bytes(7) + b"\x01\x7f\x01"
+OLD_DEALER, OLD_ROUTER = OLD_GREETING + b"\x05\0\0", OLD_GREETING + b"\x06\0\0"
 
 
 @contextmanager
@@ -252,3 +255,54 @@ def test_a_server_that_sends_without_end(messenger: MessengerFactory, dialect: L
     # In the basic dialect what is sent before the cut is noticed is lost.
     wait_until(lambda: client.send_message(connection, b"y") and received.wait(0))
     assert contents_of(received.wait())[-1] == b"y"
+
+
+def old_message(*frames: bytes) -> bytes:
+    """Returns the bytes of a message, the same in ZMTP 2 and 3."""
+    more = b"".join(bytes([MORE, len(frame)]) + frame for frame in frames[:-1])
+    return more + bytes([LARGE]) + struct.pack(">Q", len(frames[-1])) + frames[-1]
+
+
+def test_an_old_peer_is_heard(messenger: MessengerFactory) -> None:
+    """By which connection a message came, libzmq does not tell for peers older than ZMTP 3; an endless one is cut."""
+    port = free_port()
+    server = messenger(limits=SMALL)
+    received: Inbox[Message] = Inbox()
+    server.listen_for_connection(f"tcp://127.0.0.1:{port}", received)
+    message = old_message(b"", b"0-0-" + bytes(60_000))
+    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as old:
+        old.sendall(OLD_DEALER)
+        # So many that it is watched, and then more than one message may have.
+        for step in range(4):
+            old.sendall(message * 100)
+            received.wait((step + 1) * 100)
+            time.sleep(2 * LOOK_S)
+        with raw_dealer(port) as dealer:
+            dealer.sendall(frame_of(MIB // 10) * 50)
+            time.sleep(2 * LOOK_S)
+            old.sendall(message)
+            received.wait(401)
+            # It watches again, with nobody else there.
+            send_on(dealer, frame_of(MIB // 10))
+        wait_dropped(server, "endless_message")
+        old.sendall(message)
+        received.wait(402)
+    assert server.statistics().dropped == {"endless_message": 1}
+
+
+def test_an_old_server_is_heard(messenger: MessengerFactory) -> None:
+    client = messenger(limits=SMALL)
+    received: Inbox[Message] = Inbox()
+    with socket.create_server(("127.0.0.1", free_port())) as listening:
+        listening.settimeout(TIMEOUT_S)
+        endpoint = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        client.make_connection(endpoint, callback=received, dialect="basic")
+        accepted, _ = listening.accept()
+        with accepted:
+            accepted.settimeout(TIMEOUT_S)
+            accepted.sendall(OLD_ROUTER)
+            for step in range(4):
+                accepted.sendall(old_message(b"old", b"", b"0-0-" + bytes(60_000)) * 100)
+                received.wait((step + 1) * 100)
+                time.sleep(2 * LOOK_S)
+    assert client.statistics().dropped == {}

@@ -97,7 +97,7 @@ def test_who_sends_without_end_is_cut(one: Situation, caplog: pytest.LogCaptureF
     assert one.dropped == ["endless_message"]
     assert one.link.watched == {}
     assert [record.getMessage() for record in caplog.records] == [
-        "! tcp://here:1: a peer was cut that sent more than 10485760 bytes of one message, and no end of it"
+        "! tcp://here:1: a peer was cut that sent more than 10485760 bytes of which no whole message could be taken"
     ]
 
 

@@ -65,3 +65,12 @@ def test_what_is_no_connection_is_left_alone() -> None:
         os.close(closed)
         assert not cut(closed, 1)
         assert file.read() == ""
+
+
+def test_what_is_looked_at_is_let_go_of() -> None:
+    """Also if the descriptor is by now a file's, of which no Python socket can be made."""
+    with open(os.devnull) as file, socket.create_server(("127.0.0.1", 0)) as server:
+        before = os.listdir("/proc/self/fd")
+        for descriptor in (file.fileno(), server.fileno(), 1_000_000):
+            assert not cut(descriptor, server.getsockname()[1])
+        assert os.listdir("/proc/self/fd") == before

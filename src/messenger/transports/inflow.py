@@ -3,8 +3,8 @@
 libzmq keeps the frames of a message until the last has come; it bounds each, not all of them, and shows us none before.
 So memory would have no bound. But the kernel tells how many bytes a connection has received. One that has received a
 good deal is **watched**: from then on whoever takes a message off its socket asks by which connection it came, and the
-first that came by this one ends the watch. If more is received under the watch than any whole message may have, it is
-cut.
+first that came by this one, or by one that libzmq does not tell, ends the watch. If more is received under the watch
+than any whole message may have, it is cut.
 
 What must never happen here: a cut of a peer whose messages wait for us, or for libzmq. So
 
@@ -150,7 +150,7 @@ class Lookout:
         if now >= self._warned_at + CROWDED_LOG_S:
             self._warned_at = now
             logger.warning(
-                "! %s: a peer was cut that sent more than %d bytes of one message, and no end of it",
+                "! %s: a peer was cut that sent more than %d bytes of which no whole message could be taken",
                 link.endpoint,
                 link.whole_bytes_max,
             )

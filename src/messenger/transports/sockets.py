@@ -84,8 +84,11 @@ def cut(descriptor: int, port: int) -> bool:
 
 
 def _shut(descriptor: int, is_it: Callable[[socket.socket], bool]) -> bool:
+    duplicate = -1
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as connection:
+        duplicate = os.dup(descriptor)
+        with socket.socket(fileno=duplicate) as connection:
+            duplicate = -1  # The socket closes it.
             is_ours = is_it(connection)
             if is_ours:
                 connection.getpeername()  # The listening socket has none.
@@ -93,6 +96,9 @@ def _shut(descriptor: int, is_it: Callable[[socket.socket], bool]) -> bool:
             return is_ours
     except OSError:
         return False
+    finally:
+        if duplicate >= 0:
+            os.close(duplicate)
 
 
 class Kernel:

@@ -179,7 +179,14 @@ class SocketLink(Link):
     def _note_taken(self, frame: zmq.Frame) -> None:
         """Note by which connection a message came, by one of its frames."""
         self.taken_count += 1
-        inflow = self.watched.get(frame.get(zmq.SRCFD))
+        try:
+            inflow = self.watched.get(frame.get(zmq.SRCFD))
+        except zmq.ZMQError:
+            # libzmq does not tell it for peers older than ZMTP 3. It may be any that is watched, and who is honest must
+            # not be cut; the price is that an old peer's messages shield an endless one at the same socket.
+            for watched in list(self.watched.values()):
+                watched.end_watch()
+            return
         if inflow is not None:
             inflow.end_watch()
 
