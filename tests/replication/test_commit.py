@@ -225,6 +225,29 @@ def test_who_waits_too_long_for_others_has_changed_nothing(cluster: Cluster) -> 
     assert primary.execute(SELECT).fetchall() == [(1, "c")]
 
 
+def test_a_file_that_somebody_else_holds_for_long_is_told(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    primary, _ = cluster.pair()
+    writer = primary._writer
+    writer.connection.set_busy_timeout(10)
+    other = apsw.Connection(primary.path)
+    cluster.keep(other)
+    other.execute("BEGIN IMMEDIATE")
+    begin = writer.begin
+
+    def begin_and_free() -> None:
+        try:
+            begin()
+        finally:  # Whoever tried again at once would find the file free.
+            if other.in_transaction:
+                other.execute("ROLLBACK")
+
+    monkeypatch.setattr(writer, "begin", begin_and_free)
+    with pytest.raises(apsw.BusyError):
+        primary.execute(INSERT, ("a",))
+    primary.execute(INSERT, ("b",), timeout=5)
+    assert primary.execute(SELECT).fetchall() == [(1, "b")]
+
+
 def test_a_transaction_inside_another_is_refused(cluster: Cluster) -> None:
     primary, _ = cluster.pair()
     with primary.transaction() as tx:

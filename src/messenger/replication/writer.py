@@ -353,7 +353,7 @@ class Writer:
             self._write_all(group, self._run_together)
             return
         except Exception:
-            if len(group) == 1:
+            if len(group) <= 1:  # None at all if the transaction could not begin.
                 raise
         try:
             self._write_all(group, self._run_each)
