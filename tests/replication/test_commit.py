@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from messenger.replication import (
     WriterBusy,
 )
 from messenger.replication.confirm import Confirmations, Level, Waiter
+from messenger.replication.writer import Operation
 from tests.conftest import wait_until
 from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, content_of, wait_streaming
 
@@ -223,6 +225,77 @@ def test_who_waits_too_long_for_others_has_changed_nothing(cluster: Cluster) -> 
                 late.result(20)
     primary.execute(INSERT, ("c",))
     assert primary.execute(SELECT).fetchall() == [(1, "c")]
+
+
+def test_a_file_that_somebody_else_holds_for_long_is_told(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    primary, _ = cluster.pair()
+    writer = primary._writer
+    writer.connection.set_busy_timeout(10)
+    other = apsw.Connection(primary.path)
+    cluster.keep(other)
+    other.execute("BEGIN IMMEDIATE")
+    begin = writer.begin
+
+    def begin_and_free() -> None:
+        try:
+            begin()
+        finally:  # Whoever tried again at once would find the file free.
+            if other.in_transaction:
+                other.execute("ROLLBACK")
+
+    monkeypatch.setattr(writer, "begin", begin_and_free)
+    with pytest.raises(apsw.BusyError):
+        primary.execute(INSERT, ("a",))
+    primary.execute(INSERT, ("b",), timeout=5)
+    assert primary.execute(SELECT).fetchall() == [(1, "b")]
+
+
+@pytest.mark.parametrize(
+    ("is_the_moment", "is_written"),
+    [
+        (lambda operation: True, False),  # It waits in the queue.
+        (lambda operation: operation.leads, False),  # It is to lead.
+        (lambda operation: operation.position is not None, True),  # Another thread has written it.
+    ],
+)
+def test_after_ctrl_c_in_a_thread_that_waits_others_write(
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    is_the_moment: Callable[[Operation], bool],
+    is_written: bool,
+) -> None:
+    primary, _ = cluster.pair(timeout=20)
+    sync = primary._sync
+    is_syncing, go_on = threading.Event(), threading.Event()
+
+    def sync_slowly(lsn: int) -> None:
+        is_syncing.set()
+        go_on.wait(20)
+        sync(lsn)
+
+    def wait_until_interrupted(operation: Operation, timeout: float) -> bool:
+        if operation.sql != "DELETE FROM books":
+            return Waiter.wait(operation, timeout)
+        if not is_the_moment(operation):
+            go_on.set()
+            wait_until(lambda: is_the_moment(operation))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(primary, "_sync", sync_slowly)
+    monkeypatch.setattr(Operation, "wait", wait_until_interrupted)
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(primary.execute, INSERT, ("first",))]
+        is_syncing.wait(20)
+        if is_written:  # Another one is before it in the queue, and will lead.
+            others.append(pool.submit(primary.execute, INSERT, ("second",)))
+            wait_until(lambda: is_queued(primary, 1))
+        with pytest.raises(KeyboardInterrupt):
+            primary.execute("DELETE FROM books")
+        go_on.set()
+        for other in others:
+            other.result(20)
+    primary.execute(INSERT, ("last",), timeout=5)
+    assert [name for _, name in primary.execute(SELECT)] == (["last"] if is_written else ["first", "last"])
 
 
 def test_a_transaction_inside_another_is_refused(cluster: Cluster) -> None:

@@ -264,22 +264,33 @@ class Writer:
         """
         if self.owner == threading.get_ident():
             raise StatementRefused("a transaction is open in this thread; use its `tx`")
-        with self._queue_lock:
-            self._queue.append(operation)
-            leads = not self._has_leader
-            self._has_leader = True
-        if not leads:
-            if not operation.wait(max(0.0, deadline_at - time.monotonic())):
-                self._give_up(operation)
-            if not operation.leads:
-                return 0
         written_lsn = 0
         try:
-            written_lsn = self._lead(deadline_at, tidy)
-        finally:
-            if not written_lsn:
-                self.pass_lead()
+            with self._queue_lock:
+                self._queue.append(operation)
+                if not self._has_leader:
+                    self._has_leader = operation.leads = True
+            if not operation.leads and not operation.wait(max(0.0, deadline_at - time.monotonic())):
+                self._give_up(operation)
+            if operation.leads:
+                written_lsn = self._lead(deadline_at, tidy)
+        except BaseException:
+            self._forget(operation)
+            raise
+        if operation.leads and not written_lsn:
+            self.pass_lead()
         return written_lsn
+
+    def _forget(self, operation: Operation) -> None:
+        """Take an operation out of the queue whose thread was interrupted, so that the lead does not go, or stay, there.
+
+        What the leader has taken out of the queue already is written, and nobody waits for it.
+        """
+        with self._queue_lock:
+            if operation in self._queue:
+                self._queue.remove(operation)
+        if operation.leads:
+            self.pass_lead()
 
     def _give_up(self, operation: Operation) -> None:
         """Take an operation out of the queue, or return if it is past that."""
@@ -353,7 +364,7 @@ class Writer:
             self._write_all(group, self._run_together)
             return
         except Exception:
-            if len(group) == 1:
+            if len(group) <= 1:  # None at all if the transaction could not begin.
                 raise
         try:
             self._write_all(group, self._run_each)
