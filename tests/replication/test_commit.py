@@ -169,6 +169,16 @@ def test_statements_of_a_group_that_change_nothing_wait_for_nobody(cluster: Clus
     assert [type(first), *others, type(schema)] == [NotConfirmed, None, None, NotConfirmed]
 
 
+def test_an_entry_of_a_counter_only_waits_for_its_level(cluster: Cluster) -> None:
+    primary = cluster.primary(commit="applied", timeout=0.2)
+    primary.execute("CREATE TABLE numbers (id INTEGER PRIMARY KEY AUTOINCREMENT, n UNIQUE)", commit="local")
+    primary.execute("INSERT INTO numbers (n) VALUES (1)", commit="local")
+    before = primary.position.lsn
+    with pytest.raises(NotConfirmed):
+        primary.execute("INSERT OR IGNORE INTO numbers (n) VALUES (1)")
+    assert primary.position.lsn == before + 1
+
+
 def test_a_group_whose_statements_undo_each_other_is_no_entry(cluster: Cluster) -> None:
     primary, _ = cluster.pair(commit="applied", timeout=1)
     before = primary.position

@@ -417,6 +417,10 @@ class Writer:
             # What one of them did another has undone.
             for operation in group:
                 operation.has_changed = False
+        elif not any(operation.has_changed for operation in group):
+            # SQLite counts no row where an INSERT that is ignored moves the counter of AUTOINCREMENT.
+            for operation in group:
+                operation.has_changed = True
         position = Position(self.term, entries[0].lsn) if entries else self.log.head.position
         return entries, [(operation, position) for operation in group]
 
