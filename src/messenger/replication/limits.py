@@ -9,6 +9,8 @@ MIB = 1024 * KIB
 class ReplicationLimits(msgspec.Struct, frozen=True, kw_only=True):
     """The limits of one primary or replica. All are at least 1.
 
+    A transaction is an entry of the log here and below: single statements that were committed together count once.
+
     Attributes:
         log_transactions_max: Transactions that the log keeps. A replica that fell further behind takes a snapshot.
         log_bytes_max: The same in bytes of changes; the newest transaction is always kept.

@@ -25,7 +25,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
         state: What it does now.
         sent_lsn, received_lsn, durable_lsn, applied_lsn: Up to which LSN transactions were sent to it, and it said to
             have them, to have them on its disk, to show them to readers. The last two hold for a replica that is gone.
-        lag_transactions: Committed here and not known to be applied there.
+        lag_transactions: Entries committed here and not known to be applied there.
         lag_s: For how long the oldest of these has been committed, in seconds; 0 if there is none.
         contact_s: Seconds since it last said anything; None if it has not since the primary started.
         snapshot_bytes, snapshot_bytes_total: Of the snapshot that it takes, done and in all; else 0.

@@ -282,7 +282,7 @@ class Writer:
         return written_lsn
 
     def _forget(self, operation: Operation) -> None:
-        """Take an operation out of the queue whose thread was interrupted, so that the lead does not go, or stay, there.
+        """Take an operation of an interrupted thread out of the queue, so that the lead does not go, or stay, there.
 
         What the leader has taken out of the queue already is written, and nobody waits for it.
         """
@@ -369,7 +369,8 @@ class Writer:
         try:
             self._write_all(group, self._run_each)
         except apsw.ConstraintError:
-            for operation in [operation for operation in group if operation.error is None]:
+            for operation in group:
+                operation.error = None  # It may have been about a row that another one did not keep.
                 try:
                     self._write_all([operation], self._run_each)
                 except apsw.ConstraintError as error:
