@@ -172,6 +172,9 @@ def test_connection_follows_a_component_into_another_process_and_back(messenger:
         server.close()
         with Server(port):
             ask_until(client, port, "tcp", "ipc")
+        # Whoever comes back before it is noticed that the other one has gone is reached as that one was.
+        with pytest.raises(DeliveryError):
+            client.request(port, b"", timeout=0.5)
     assert client.statistics().connection_count == 1
 
 
