@@ -26,6 +26,7 @@ from messenger import (
     OutcomeUnknown,
     QueueFull,
 )
+from messenger.limits import HELLO_S_MAX
 from tests.conftest import (
     TIMEOUT_S,
     Inbox,
@@ -240,7 +241,8 @@ def test_refused_identity_gets_in_when_it_is_free(messenger: MessengerFactory, d
 
     def is_served() -> bool:
         try:
-            return second.request(destination, b"x", timeout=2).contents == b"answer to x"
+            # Longer than a connection that was refused waits before it says HELLO again.
+            return second.request(destination, b"x", timeout=HELLO_S_MAX + 1).contents == b"answer to x"
         except NotDelivered:
             return False
 
