@@ -211,7 +211,7 @@ CONTENDERS = {
     "messenger, CURVE": Contender(
         partial(serve_echo, secure=server_security), partial(measure_callback, secure=client_security)
     ),
-    "messenger, CURVE, request": Contender(
+    "messenger, request, CURVE": Contender(
         partial(serve_echo, secure=server_security), partial(measure_request, secure=client_security)
     ),
     "messenger, inproc": Contender(serve_echo, measure_callback, "inproc"),

@@ -2,12 +2,13 @@
 
 from typing import NamedTuple
 
-from . import asynchronous, models, ours, peers, plain, postgresql, transactions
+from . import asynchronous, curve, models, ours, peers, plain, postgresql, transactions
 from .contender import Contender
 
 CONTENDERS: dict[str, Contender] = {
     **ours.CONTENDERS,
     **plain.CONTENDERS,
+    **curve.CONTENDERS,
     **peers.CONTENDERS,
     **asynchronous.CONTENDERS,
     **transactions.CONTENDERS,
@@ -57,7 +58,7 @@ class Work(NamedTuple):
     @property
     def less_is_better(self) -> bool:
         """Whether the figure is a cost."""
-        return self.unit in ("µs", "bytes", "echoes", "× idle")
+        return self.unit in ("µs", "µs of CPU", "bytes", "echoes", "× idle")
 
 
 PEERS = ("asyncio streams, uvloop", "zmq.asyncio", "nats-py", "RPyC", "grpc.aio")
@@ -73,6 +74,7 @@ ONE_IN_FLIGHT = (
 ASYNC_OURS = ("AsyncMessenger, uvloop", "AsyncMessenger, asyncio", "AsyncMessenger, coroutine callback")
 ASYNC_PEERS = ("zmq.asyncio", "nats-py", "grpc.aio")
 
+ADDED = ("messenger, added by CURVE", "pyzmq best, added by CURVE")
 PYZMQ_CURVE = ("pyzmq idiomatic, CURVE", "pyzmq best, CURVE")
 CURVE = (
     Work(
@@ -83,11 +85,11 @@ CURVE = (
     ),
     Work(
         *("64 bytes, one in flight, CURVE", "µs", 64, 1, 3_000),
-        contenders=("messenger, CURVE, request", "messenger, CURVE", *PYZMQ_CURVE),
+        contenders=("messenger, request, CURVE", "messenger, CURVE", *PYZMQ_CURVE),
         baseline="pyzmq best, CURVE",
         targets=(
             Target("messenger, CURVE", ("pyzmq best, CURVE",), 1.4, 1.0),
-            Target("messenger, CURVE, request", ("pyzmq best, CURVE",), 1.8, 1.0),
+            Target("messenger, request, CURVE", ("pyzmq best, CURVE",), 1.8, 1.0),
         ),
     ),
     Work(
@@ -95,6 +97,18 @@ CURVE = (
         contenders=("messenger, CURVE", *PYZMQ_CURVE),
         baseline="pyzmq best, CURVE",
         targets=(Target("messenger, CURVE", PYZMQ_CURVE, 1.0, 1.0),),
+    ),
+    Work(
+        *("what CURVE adds: 64 bytes, 1,000 in flight", "µs of CPU", 64, 1_000, 200_000),
+        contenders=ADDED,
+        baseline="pyzmq best, added by CURVE",
+        targets=(Target("messenger, added by CURVE", ("pyzmq best, added by CURVE",), 1.0, 0.5),),
+    ),
+    Work(
+        *("what CURVE adds: 1 MiB echo, 4 in flight", "µs of CPU", 2**20, 4, 500),
+        contenders=ADDED,
+        baseline="pyzmq best, added by CURVE",
+        targets=(Target("messenger, added by CURVE", ("pyzmq best, added by CURVE",), 1.0, 1.0),),
     ),
 )
 
