@@ -16,14 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pytest
 import uvloop
 import zmq
 
 from messenger import Destination, Limits, Message, Messenger, Security
-from messenger.wire import Data, decode_data_frame
+from messenger.wire import decode_data_frame
 from tests.canary import pytest_runtest_makereport
 from tests.drivers import Host, HostedMessenger
 
@@ -88,6 +88,15 @@ def never() -> Iterator[Inbox[object]]:
     inbox: Inbox[object] = Inbox()
     yield inbox
     assert inbox.wait(0) == []
+
+
+class Data(NamedTuple):
+    """The numbers of a DATA frame."""
+
+    first: int
+    received_through: int
+    processed_through: int
+    msg_count: int
 
 
 def data_of(frame: bytes) -> Data:

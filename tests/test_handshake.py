@@ -25,7 +25,6 @@ from messenger.session import Session, State
 from messenger.wire import (
     Challenge,
     Control,
-    Data,
     Flag,
     Header,
     Hello,
@@ -44,7 +43,7 @@ from messenger.wire import (
     encode_refusal,
     encode_response,
 )
-from tests.conftest import data_of
+from tests.conftest import Data, data_of
 
 Frames = list[bytes]
 

@@ -23,7 +23,6 @@ from messenger.link import FOREVER, Link
 from messenger.outgoing import Outgoing
 from messenger.session import Session, State
 from messenger.wire import (
-    Data,
     Flag,
     Kind,
     Option,
@@ -32,7 +31,7 @@ from messenger.wire import (
     decode_header,
     decode_message,
 )
-from tests.conftest import data_of
+from tests.conftest import Data, data_of
 
 OURS, THEIRS = 11, 22
 MANY = 1_000_000

@@ -141,12 +141,19 @@ def is_waited_for(client: Messenger, message_id: int) -> bool:
     return client._exchange.find_unclaimed(message_id) is None
 
 
-def test_a_callback_runs_in_the_thread_that_waits(holding: Holding) -> None:
+def send_and_wait_in_thread(holding: Holding) -> tuple[int, Ran, threading.Thread, Inbox[bool]]:
+    """Returns the id of a message that the other end holds, its outcome, and a thread that waits for it."""
     client, connection, kept = holding
     ran = Ran()
     message_id = client.send_message(connection, b"", ran)
     thread, returned = wait_in_thread(client, message_id)
     wait_until(lambda: is_waited_for(client, message_id) and kept)
+    return message_id, ran, thread, returned
+
+
+def test_a_callback_runs_in_the_thread_that_waits(holding: Holding) -> None:
+    client, connection, _ = holding
+    message_id, ran, thread, returned = send_and_wait_in_thread(holding)
     client.send_message(connection, b"now")
     assert returned.wait() == [True]
     assert ran.threads == [thread.ident]
@@ -168,11 +175,8 @@ def test_who_waits_in_vain_changes_nothing(holding: Holding) -> None:
 
 
 def test_only_one_thread_waits_for_a_message(holding: Holding) -> None:
-    client, connection, kept = holding
-    ran = Ran()
-    message_id = client.send_message(connection, b"", ran)
-    thread, returned = wait_in_thread(client, message_id)
-    wait_until(lambda: is_waited_for(client, message_id) and kept)
+    client, connection, _ = holding
+    message_id, ran, thread, returned = send_and_wait_in_thread(holding)
     assert not client.wait(message_id, 0)
     client.send_message(connection, b"now")
     assert returned.wait() == [True]

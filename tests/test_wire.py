@@ -18,7 +18,6 @@ from messenger.wire import (
     Challenge,
     Control,
     ControlKind,
-    Data,
     Flag,
     Header,
     Hello,
@@ -49,6 +48,7 @@ from messenger.wire import (
     encode_refusal,
     encode_response,
 )
+from tests.conftest import Data
 
 IDS = st.integers(0, ID_MAX)
 

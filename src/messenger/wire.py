@@ -226,17 +226,9 @@ class Challenge(NamedTuple):
     identity: bytes
 
 
-# What a `Data` is; each frame has these, and a tuple without names costs less to make.
+# Of a DATA frame: first, received_through, processed_through, msg_count. That is acknowledgements, and a batch which
+# starts with message number `first`. Each frame has these, and a tuple without names costs less to make.
 Numbers = tuple[int, int, int, int]
-
-
-class Data(NamedTuple):
-    """DATA: acknowledgements, and a batch that starts with message number `first`."""
-
-    first: int
-    received_through: int
-    processed_through: int
-    msg_count: int
 
 
 def encode_header(kind: Kind, source_incarnation: int, dest_incarnation: int, flags: int = 0) -> bytes:
@@ -314,7 +306,7 @@ def encode_data(
     source_incarnation: int,
     dest_incarnation: int,
     flags: int,
-    data: tuple[int, int, int, int],
+    data: Numbers,
     messages: Sequence[bytes],
     large: Sequence[bool] = (),
     options: Sequence[Option] = (),
@@ -365,7 +357,7 @@ def encode_controls(
     source_incarnation: int,
     dest_incarnation: int,
     flags: int,
-    data: tuple[int, int, int, int],
+    data: Numbers,
     controls: Sequence[Control],
 ) -> bytes:
     """Return a DATA frame without messages and with at most 256 controls."""
