@@ -24,6 +24,8 @@ from pathlib import Path
 
 import pytest
 
+from messenger import Limits
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if path.exists()]
 BLOCK_TIMEOUT_S = 60.0
@@ -294,6 +296,31 @@ $ messenger send 15445 - # comment
 output of make run
 ```
 """
+
+
+# The tables of docs/operations.md.
+
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text("utf-8")
+KIND = re.compile(r'(?:drop|count_drop|_drop_rest|handle_unsendable)\((?:[\w.]+, )*"(\w+)"|dropped\["(\w+)"\]')
+
+
+def test_every_limit_is_listed() -> None:
+    limits = Limits()
+    for name in Limits.__struct_fields__:
+        assert f"| `{name}` | {getattr(limits, name):,} |" in OPERATIONS, name
+
+
+def test_every_kind_of_drop_is_listed() -> None:
+    core = [*ROOT.glob("src/messenger/*.py"), *ROOT.glob("src/messenger/transports/*.py")]
+    source = "\n".join(path.read_text("utf-8") for path in core)
+    used = {one or other for one, other in KIND.findall(source)}
+    section = OPERATIONS.partition("## What is dropped and counted")[2].partition("## Limits")[0]
+    listed = {
+        name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert len(used) > 20
+    assert used <= listed
+    assert all(f'"{name}"' in source for name in listed)
 
 
 def test_blocks_are_read() -> None:

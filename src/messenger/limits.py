@@ -115,6 +115,8 @@ KEY_FILE_BYTES_MAX = 4 * KIB
 SELF_TEST_S = 5.0
 # A connection that was refused tries again so much later, since the list may have changed.
 RETRY_S = 1.0
+# A process that ends closes all that it has; so long after a link of it, it is looked at whether anybody listens there.
+DESERTED_S = 0.1
 # A server that has another key than the one we know just hangs up; after so many times in a row, and so long, that
 # counts as refused.
 HANDSHAKE_FAILURES_MAX = 3

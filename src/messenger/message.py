@@ -154,7 +154,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
         outstanding_msgs: Sent messages whose outcome is open now.
         queued_msgs: Messages that wait for a connection now.
         connection_count, listener_count: Open now.
-        dropped: What was dropped, by kind (docs/protocol.md, "What is dropped and counted").
+        dropped: What was dropped, by kind (docs/operations.md, "What is dropped and counted").
     """
 
     identity: str

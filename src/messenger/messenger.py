@@ -31,7 +31,7 @@ class Messenger(BaseMessenger):
         security: Who may connect; by default nobody from another machine.
         limits: What this messenger may hold.
 
-    Source: docs/protocol.md.
+    Source: docs/guarantees.md.
     """
 
     _loop: ThreadLoop
@@ -169,7 +169,7 @@ class Messenger(BaseMessenger):
             CalledFromCallback, QueueFull, MessageTooLarge, LimitReached, MessengerClosed, ForkedError,
             DestinationInvalid: The same.
 
-        Thread: any but the messenger's own. Source: docs/protocol.md, "Streams".
+        Thread: any but the messenger's own. Source: docs/guarantees.md, "Streams".
         """
         if self._loop.is_own_thread():
             raise CalledFromCallback("stream would wait for itself in a callback; read it in another thread")

@@ -8,7 +8,7 @@ time.
 
 What must never happen here: an outcome that is told twice, or not at all, or that is guessed.
 
-Source: docs/protocol.md, "Outcomes".
+Source: docs/guarantees.md, "Outcomes".
 """
 
 from collections import Counter, deque
@@ -319,6 +319,18 @@ class Outcomes:
         else:
             self.drop("refused")
             self.abandon(link, f"refused: {text}")
+
+    def handle_deserted(self, link: Link) -> None:
+        """Nobody listens any more where a connection's link led, so the process there has probably ended.
+
+        What was sent and not answered is given up, as at its deadline. The session stays: should the process live after
+        all, it goes on where it was.
+        """
+        queued = {outgoing.message_id for outgoing in link.session.queue}
+        for entry in [entry for entry in self._outstanding.values() if entry.outlet is link.session]:
+            if entry.message_id not in queued and not entry.redeliver:
+                self._give_up(entry)
+                self._fail(entry.message_id, OutcomeUnknown, "the process there has ended")
 
     def revive_later(self, link: Link, revive_at: float) -> None:
         """Have a link try again at an instant."""

@@ -12,7 +12,7 @@ followed by a flush.
 What must never happen here: a part that is lost, doubled or out of order without an error; more parts held than the
 credit says; a writer that waits though its reader has taken all.
 
-Source: docs/protocol.md, "Streams".
+Source: docs/guarantees.md, "Streams".
 """
 
 from collections import deque

@@ -25,6 +25,16 @@ with Messenger("server") as server:
     sys.stdin.read()
 """
 
+# Prints what comes and answers nothing, until it is killed.
+HOLD = """
+import sys
+from messenger import Messenger
+with Messenger("server") as server:
+    server.listen_for_connection(sys.argv[1], lambda message: print(message.contents.decode(), flush=True))
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
 # Asks once under a fixed identity, prints the answer, and waits to be killed.
 ASK = """
 import sys

@@ -5,6 +5,9 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
+
+import pytest
 
 from messenger import ECHO, DeliveryError, Message, NotDelivered, OutcomeUnknown
 from tests.conftest import (
@@ -17,7 +20,7 @@ from tests.conftest import (
     wait_event,
     wait_until,
 )
-from tests.processes.programs import ASK, SERVE, running
+from tests.processes.programs import ASK, HOLD, SERVE, running
 
 KILLS = 20
 IDENTITY_RESTARTS = 30
@@ -73,6 +76,28 @@ def test_server_is_killed_again_and_again(messenger: MessengerFactory) -> None:
     assert kinds <= {"response", "OutcomeUnknown", "NotDelivered"}
     assert "response" in kinds
     assert client.statistics().outstanding_msgs == 0
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_what_a_killed_process_had_is_unknown_at_once(
+    messenger: MessengerFactory, tmp_path: Path, transport: str, never: Inbox[object]
+) -> None:
+    """And not at its deadline. What may run twice waits for the next process."""
+    place = f"tcp://127.0.0.1:{free_port()}" if transport == "tcp" else f"ipc://{tmp_path}/server"
+    client = messenger("client")
+    errors: Inbox[DeliveryError] = Inbox()
+    responses: Inbox[Message] = Inbox()
+    with running(HOLD, place) as server:
+        assert server.read_line() == "ready"
+        client.send_message(place, b"held", on_error=errors, timeout=60)
+        client.send_message(place, b"again", responses, on_error=never, redeliver=True, timeout=60)
+        assert [server.read_line(), server.read_line()] == ["held", "again"]
+        server.kill()
+        [error] = errors.wait(1, timeout=2)
+    assert type(error) is OutcomeUnknown
+    assert "the process there has ended" in str(error)
+    with running(SERVE, place):
+        assert responses.wait(1, timeout=10)[0].contents.endswith(b"again")
 
 
 def test_one_identity_is_killed_and_started_again(messenger: MessengerFactory) -> None:

@@ -149,6 +149,12 @@ class Oracles:
         if not self.may_end:
             self.fail("ended without a reason", f"{process}: {why}")
 
+    def note_deserted(self, process: "Process", outlet: Any) -> None:
+        """Nobody listens any more where a connection led, as far as can be seen."""
+        self._ends[id(outlet)] += 1
+        self._kept.append(outlet)
+        self._note("deserted", process)
+
     def note_refused(self, process: "Process", outlet: Any, why: str) -> None:
         """The other end does not want us: what waits for it is given up, also what is to be redelivered."""
         self._refused.add(id(outlet))
@@ -190,7 +196,8 @@ class Oracles:
         """A message is not started: its sender must have given it up."""
         self._note("expired", process, sent)
         self.counts["expired"] += 1
-        if self._clock() < sent.deadline_at and not sent.cancelled:
+        is_given_up = sent.cancelled or sent.outcomes == ["OutcomeUnknown"]  # Of whom the receiver was taken for dead.
+        if self._clock() < sent.deadline_at and not is_given_up:
             self.fail("dropped before its deadline", f"{sent} at {process}, its deadline is {sent.deadline_at:.3f}")
 
     def note_response(self, sent: Sent, reply: Sent | None, message: Message) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from messenger.errors import Cancelled, DeliveryError, LimitReached, QueueFull
 from messenger.exchange import BATCH_PROCESSED, Exchange
-from messenger.limits import Limits
-from messenger.link import FOREVER, GoneOutlet, Outlet
+from messenger.limits import DESERTED_S, Limits
+from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.message import Message
 from messenger.session import Session
 from messenger.streams import Parts
@@ -83,6 +83,11 @@ class WatchedExchange(Exchange):
         """Note it, and go on."""
         self.process.simulator.oracles.note_end(self.process, session, why)
         super().handle_ended(session, why)
+
+    def handle_deserted(self, link: Link) -> None:
+        """Note it, and go on."""
+        self.process.simulator.oracles.note_deserted(self.process, link.session)
+        super().handle_deserted(link)
 
     def handle_refused(self, session: Session, *details: Any) -> None:
         """Note it, and go on."""
@@ -212,7 +217,19 @@ class Process:
                     self._guard(self.exchange.handshake.handle_link_up, link, now)
                 else:
                     self._guard(self.exchange.handshake.handle_link_down, link)
+                    self.simulator.schedule(now + DESERTED_S, self._look_for_server, link)
         self._guard(self.exchange.flush, now)
+
+    def _look_for_server(self, link: ConnectionLink) -> None:
+        """See whether the process at the other end of a broken link is dead, as can be seen on one machine.
+
+        Now and then that is wrong, as behind a proxy that has ended; nothing may then run twice either.
+        """
+        server = self.simulator.sites[0].process
+        is_taken_for_dead = not (server and server.is_alive) or self.simulator.mistakes.random() < 0.1
+        if self.is_alive and link.wire is None and is_taken_for_dead:
+            self._guard(self.exchange.handle_deserted, link)
+            self.wake(self.simulator.now)
 
     def _run_calls(self) -> None:
         calls = self.exchange.calls

@@ -154,6 +154,7 @@ class Simulator:
         self.more = Random(f"{seed} more")
         self._deadlines = Random(f"{seed} deadlines")
         self.streams = Random(f"{seed} streams")
+        self.mistakes = Random(f"{seed} mistakes")
         self.now = 0.0
         self.plan = change(draw_plan(self.rng, self.more))
         self.log: list[tuple[Any, ...]] = []

@@ -354,6 +354,25 @@ def first_part_taken_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     wrap(monkeypatch, Exchange, "_add_part", add_part)
 
 
+def deserted_said_undelivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process had that is taken for dead is said not to have run."""
+
+    def fail(real: Any, exchange: Exchange, message_id: int, kind: type, why: str, *details: str) -> None:
+        real(exchange, message_id, NotDelivered if "the process there has ended" in why else kind, why, *details)
+
+    wrap(monkeypatch, Exchange, "_fail", fail)
+
+
+def deserted_gives_up_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It even gives up what was to go to the next process again."""
+
+    def handle_deserted(real: Any, exchange: Exchange, link: Any) -> None:
+        real(exchange, link)
+        exchange.abandon(link.session, "the process there has ended")
+
+    wrap(monkeypatch, Exchange, "handle_deserted", handle_deserted)
+
+
 # Each with the rules of which one must be broken, and the seeds within which that must happen.
 FAULTS: list[tuple[Plant, set[str], int]] = [
     (no_dedup, {"processed twice"}, 50),
@@ -393,6 +412,8 @@ FAULTS: list[tuple[Plant, set[str], int]] = [
     (credit_never_told, {"no outcome"}, 100),
     (credit_never_repeated, {"no outcome"}, 1_500),
     (first_part_taken_for_all, {"parts are missing"}, 50),
+    (deserted_said_undelivered, {"false outcome"}, 200),
+    (deserted_gives_up_what_waits, {"false outcome", "message vanished", "not redelivered"}, 200),
     (expired_never_acknowledged, {"no progress", "message vanished"}, 500),
 ]
 

@@ -48,7 +48,19 @@ def test_runs_differ_and_fail_in_all_ways() -> None:
         "expired",
         "stream",
     }
-    assert events >= {"connect", "cut", "partition", "crash", "close", "start", "ended", "run", "unheard", "heal"}
+    assert events >= {
+        "connect",
+        "cut",
+        "partition",
+        "crash",
+        "close",
+        "start",
+        "ended",
+        "run",
+        "unheard",
+        "heal",
+        "deserted",
+    }
     assert any("that is sessions_max" in why for why in ends)
     assert any("nothing was heard of it" in why for why in ends)
     assert modes == set(Mode)

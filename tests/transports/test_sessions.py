@@ -34,6 +34,7 @@ from tests.conftest import (
     contents_of,
     dropped,
     free_port,
+    wait_dropped,
     wait_event,
     wait_until,
 )
@@ -474,13 +475,13 @@ def test_one_slow_receiver_among_others(messenger: MessengerFactory, destination
 class CuttingProxy:
     """Forwards TCP both ways, and cuts each connection after so many bytes of either direction."""
 
-    def __init__(self, target_port: int, cut_bytes: int) -> None:
+    def __init__(self, target_port: int, cut_bytes: int, port: int = 0) -> None:
         self.cut_count = 0
         self._target_port = target_port
         self._cut_bytes = cut_bytes
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
-        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server = socket.create_server(("127.0.0.1", port))
         self.port: int = self._server.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
@@ -569,6 +570,34 @@ def test_20000_messages_over_a_link_that_is_cut(
     assert received == list(range(count))
     assert proxy.cut_count >= 5, "the link was hardly ever cut, so this proves nothing"
     assert client.statistics().outcome_unknown_msgs == 0
+
+
+def test_a_process_that_is_taken_for_dead(messenger: MessengerFactory, server_port: int) -> None:
+    """A proxy has ended, which looks like the end of the process behind it; with the next proxy the session goes on."""
+    server, client = messenger("server"), messenger("client")
+    held: Inbox[Message] = Inbox()
+    server.listen_for_connection(f"tcp://127.0.0.1:{server_port}", held)
+    errors: Inbox[DeliveryError] = Inbox()
+    answers: Inbox[Message] = Inbox()
+    proxy = CuttingProxy(server_port, 300 * KIB)
+    place = f"tcp://127.0.0.1:{proxy.port}"
+    try:
+        client.send_message(place, b"held", answers, on_error=errors, timeout=TIMEOUT_S)
+        held.wait(1)
+    finally:
+        proxy.close()
+    assert [type(error) for error in errors.wait(1, timeout=2)] == [OutcomeUnknown]
+    held.wait(1)[0].reply(b"late")
+    proxy = CuttingProxy(server_port, 300 * KIB, proxy.port)
+    try:
+        client.send_message(place, b"next", answers, on_error=errors, timeout=TIMEOUT_S)
+        held.wait(2)[1].reply(b"in time")
+        assert contents_of(answers.wait(1)) == [b"in time"]
+        assert [message.contents for message in held.wait(2)] == [b"held", b"next"]
+        assert held.wait(2)[1].number == 2, "the session did not go on"
+        wait_dropped(client, "late_response", 1)
+    finally:
+        proxy.close()
 
 
 def test_large_messages_over_a_link_that_is_cut(

@@ -3,6 +3,9 @@
 libzmq tells who connects only by events why a handshake failed, and then may not connect again. So a refusal ends what
 waits to be sent here, with the reason, and the link tries again some time later.
 
+A link that breaks may be a network that was cut, or a process that was killed. On this machine the kernel knows: if
+nobody listens there any more, what that process had ends at once, not at its deadline.
+
 What must never happen here: a message given to a server that has not shown the key that was asked for, or to another
 user's ipc socket.
 """
@@ -15,11 +18,11 @@ import zmq
 
 from ..errors import DestinationInvalid
 from ..exchange import Exchange
-from ..limits import HANDSHAKE_FAILURES_MAX, HANDSHAKE_FAILURES_S, HELLO_S_MIN, RETRY_S, Limits
+from ..limits import DESERTED_S, HANDSHAKE_FAILURES_MAX, HANDSHAKE_FAILURES_S, HELLO_S_MIN, RETRY_S, Limits
 from ..message import Callback
 from ..security import KeyPair, ServerKey
 from ..wire import encode_identity
-from .local import inproc_names, is_own_socket
+from .local import inproc_names, is_deserted, is_own_socket
 from .zeromq import BAD_PROTOCOL, CONNECTED, DOWN, HUNG_UP, NOBLOCK, NOT_ALLOWED, RCVMORE, UP, SocketLink
 
 logger = logging.getLogger("messenger")
@@ -54,6 +57,8 @@ class ConnectionLink(SocketLink):
         self._hung_up_at = 0.0
         self._has_been_up = False
         self._is_refused = False
+        # Whether the link broke and libzmq connects again by itself.
+        self._is_broken = False
 
     def _handle_news(self, event: int, value: int) -> None:
         if event == CONNECTED:
@@ -65,6 +70,7 @@ class ConnectionLink(SocketLink):
             self._end_inflow(value)
         if event == UP and self.endpoint.startswith("ipc:") and not (is_own := is_own_socket(self.endpoint)):
             self._detach()
+            self._is_broken = False
             if is_own is None:
                 self._exchange.revive_later(self, time.monotonic() + HELLO_S_MIN)
             else:
@@ -74,6 +80,9 @@ class ConnectionLink(SocketLink):
                 self._failure_count, self._hung_up_at, self._is_refused = 0, 0.0, False
                 self._has_been_up = True
             self.note_up(event == UP)
+            self._is_broken = event == DOWN and self.session is not None
+            if self._is_broken:
+                self._exchange.revive_later(self, time.monotonic() + DESERTED_S)
         elif event == NOT_ALLOWED:
             key = self._keys[0].public if self._keys else ""
             self._take_refusal(f"our key {key} is not on the allow-list there", True)
@@ -103,13 +112,16 @@ class ConnectionLink(SocketLink):
         if not self._is_refused:
             logger.warning("! %s refused a connection: %s", self.endpoint, text)
         self._is_refused = True
+        self._is_broken = False
         self._exchange.handle_link_refused(self, text)
         if is_over:
             self._exchange.revive_later(self, time.monotonic() + RETRY_S)
 
     def revive(self) -> None:
-        """Connect anew, unless that has happened meanwhile."""
-        if not self.is_up:
+        """Connect anew, unless that has happened meanwhile, or see whether there is anybody left to connect to."""
+        if self._is_broken and is_deserted(self.endpoint):
+            self._exchange.handle_deserted(self)
+        elif not (self.is_up or self._is_broken):
             self.attach(self.endpoint)
 
     def may_speak_for(self, routing_id: bytes, identity: bytes) -> bool:
@@ -129,6 +141,7 @@ class ConnectionLink(SocketLink):
             DestinationInvalid: ZeroMQ cannot use the endpoint.
         """
         self._detach()
+        self._is_broken = False
         self.endpoint = endpoint
         if endpoint.startswith("inproc:"):
             # No monitor tells of inproc; the names that are bound do.

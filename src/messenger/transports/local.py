@@ -7,16 +7,18 @@ that finds it held knows that somebody listens. Lock files are never removed, si
 nothing.
 """
 
+import errno
 import fcntl
 import itertools
 import os
+import socket
 import stat
 import threading
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from ..destination import runtime_folder
+from ..destination import Destination, runtime_folder
 from ..errors import DestinationInUse, DestinationInvalid
 
 LOCK_TRIES = 20
@@ -122,6 +124,26 @@ def is_own_socket(endpoint: str) -> bool | None:
         return None
     except OSError:
         return False
+
+
+def is_deserted(endpoint: str) -> bool:
+    """Return whether it is certain that nobody listens any more at a tcp or ipc endpoint of this machine.
+
+    Does not wait: of such a place the kernel knows at once.
+    """
+    destination = Destination.parse(endpoint)
+    if destination.transport == "ipc":
+        return not has_ipc_listener(Path(destination.name))
+    if not destination.is_loopback():
+        return False
+    places = socket.getaddrinfo(destination.host, destination.port, type=socket.SOCK_STREAM)
+    return all(_is_refused(family, place) for family, _, _, _, place in places)
+
+
+def _is_refused(family: int, place: tuple[Any, ...]) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        refusal = (probe.connect_ex(place), probe.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        return errno.ECONNREFUSED in refusal
 
 
 def best_endpoint(endpoints: list[str]) -> str:
