@@ -18,7 +18,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         queue_msgs_max: Messages that wait in one connection's queue because nobody is there yet to take them, and
             messages that ZeroMQ holds for one plain peer that does not read. Bounds memory for a peer that never
             comes.
-        queue_bytes_max: Bytes of the same queue. At least one message always fits.
+        queue_bytes_max: Bytes of the same queue, at least one message always fits; and of messages that one connection
+            over tcp has sent and that nobody has taken yet. Beyond that it is cut.
         outstanding_max: Messages that wait for their response at one time. About 300 bytes each.
         connections_max: Connections of one messenger. Each holds a socket and its descriptors.
         listeners_max: Listeners of one messenger. Each holds up to three sockets.
@@ -58,6 +59,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 # ZeroMQ allows a routing id of 255 bytes; the rest is for the suffix that tells several connections apart.
 IDENTITY_BYTES_MAX = 240
+ROUTING_ID_BYTES_MAX = 255
 # One turn of the loop takes at most so many messages from one socket, so that both sides of a busy link work at once
 # and no socket starves the others (batches of 250 were the fastest of 50, 125, 250 and unbounded).
 TURN_MSGS_MAX = 250
@@ -93,7 +95,7 @@ HANDSHAKE_S = 3.0
 # A socket that has as many connections as it may have says so, once in so many seconds.
 CROWDED_LOG_S = 60.0
 
-# Messages without an end (`transports/inflow.py`).
+# Messages without an end, and too many (`transports/inflow.py`).
 
 # So often each tcp connection is looked at, and those of a messenger that watches one.
 LOOK_S = 0.25
@@ -105,6 +107,9 @@ LOOK_S_MIN = 0.025
 INFLOW_UNWATCHED_BYTES_MAX = 4 * MIB
 # Heartbeats of an idle peer: PING and PONG each second, with keys.
 INFLOW_FORGIVEN_BYTES_PER_S = 128
+
+# What libzmq takes for each frame that it holds, beside its contents.
+FRAME_COST_BYTES = 64
 
 # Keys.
 
@@ -147,6 +152,8 @@ TIMER_TICK_S = 0.005
 RTO_MIN_S = 0.25
 RTO_INITIAL_S = 0.5
 RTO_MAX_S = 8.0
+# What a peer asks for again and again, and never receives, is sent at intervals that double so often.
+RESENDS_DOUBLED_MAX = 8
 # A session with nothing under way shows so often that it lives; a listener learns by it when the link was made anew.
 IDLE_PROBE_S = 10.0
 # A HELLO without an answer is said again after the first time, doubled each time, up to the second.

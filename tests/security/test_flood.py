@@ -8,17 +8,21 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
 from messenger import KeyPair, Limits, Listener, Message, NotDelivered, Security
 from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, KIB, MIB, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S
-from messenger.transports import zap
+from messenger.transports import curve, zap
+from messenger.transports.sockets import Kernel
 from messenger.wire import encode_identity
 from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeers, dropped, wait_dropped, wait_until
-from tests.security.conftest import SecuredServer, ask
+from tests.security.conftest import SecuredServer, answer, ask
 from tests.security.flood import GARBAGE, open_idle
+from tests.security.test_aborts import EMPTY_MESSAGE, connect
 from tests.transports.test_bad_input import RawSession
 
 
@@ -168,6 +172,92 @@ def test_a_listed_peer_that_sends_much_is_heard(messenger: MessengerFactory, pla
         server.received.wait(20 * count)
         time.sleep(0.05)
     assert server.messenger.statistics().dropped == {}
+
+
+def test_a_peer_that_is_too_far_ahead(messenger: MessengerFactory, plain: PlainPeers) -> None:
+    """It sends whole messages faster than they are taken, so libzmq holds more and more; others do not feel its end."""
+    limits = Limits(message_bytes_max=64 * KIB, queue_bytes_max=MIB, window_bytes=MIB)
+    server = messenger("server", limits=limits)
+
+    def take(message: Message) -> None:
+        time.sleep(0.001)
+        message.reply(b"served")
+
+    listener = server.listen_for_connection("tcp://127.0.0.1:0", take)
+    client = messenger("client")
+    dealer = plain.dealer(listener.destination, b"hasty", SNDHWM=0)
+
+    def is_cut() -> bool:
+        for _ in range(100):
+            dealer.send(b"", b"0-0-" + bytes(10_000))
+        return dropped(server, "too_far_ahead") > 0
+
+    wait_until(is_cut)
+    dealer.close()
+    assert ask(client, listener.destination) == b"served"
+    # Its answers find nobody.
+    assert server.statistics().dropped.keys() <= {"too_far_ahead", "peer_gone"}
+
+
+@pytest.mark.parametrize("has_keys", [True, False])
+@pytest.mark.parametrize("dialect", ["basic", "session"])
+def test_each_byte_is_counted(
+    messenger: MessengerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    has_keys: bool,
+    dialect: Literal["basic", "session"],
+) -> None:
+    """Else a peer that is honest and busy for long would be cut in the end, or one that is neither would not."""
+    server = SecuredServer(messenger)
+    client = server.client(server.alice)
+    listener = server.listener
+    if not has_keys:
+        client = messenger("client")
+        listener = messenger("server").listen_for_connection("tcp://127.0.0.1:0", answer)
+    connection = client.make_connection(listener.destination, dialect=dialect)
+    ask(client, connection)
+    link = listener.links[0]
+    monkeypatch.setattr(link, "_note_empty", lambda: None)
+    kernel = Kernel()
+    wait_until(lambda: len(link.inflows) == 1)
+    [inflow] = link.inflows.values()
+    inflow.begin_watch(kernel.received_bytes(inflow.descriptor), kernel.cookie_of(inflow.descriptor))
+    for size in [*range(180, 260), 70_000]:
+        ask(client, connection, bytes(size))
+    came_bytes = kernel.received_bytes(inflow.descriptor) - inflow.held_base
+    assert inflow.taken_frames >= 81
+    # Heartbeats are not counted, and one frame may be under way.
+    assert 0 <= came_bytes - inflow.taken_bytes < 400
+
+
+def test_a_routing_id_that_is_too_long(messenger: MessengerFactory) -> None:
+    """libzmq copies it for each message, which are two bytes here: others waited for half a minute."""
+    server, client = messenger("server"), messenger("client")
+    listener = server.listen_for_connection("tcp://127.0.0.1:0", answer)
+    ask(client, listener.destination)
+    with connect(str(listener.destination), bytes(64 * MIB)) as peer:
+        peer.sendall(EMPTY_MESSAGE * 1_000)
+        wait_dropped(server, "malformed_frames")
+        for _ in range(3):
+            began_at = time.monotonic()
+            ask(client, listener.destination)
+            assert time.monotonic() < began_at + 1
+        while peer.recv(4_096):
+            pass
+
+
+def test_a_listed_peer_with_a_routing_id_that_is_too_long(
+    server: SecuredServer,
+    plain: PlainPeers,
+    warnings: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(curve, "ROUTING_ID_BYTES_MAX", 3)
+    server.dealer(plain, server.alice, b"alice").send(b"", b"0-0-x")
+    wait_dropped(server.messenger, "malformed_frames")
+    assert warnings() == [f"! server refused a routing id of 5 bytes, by the key {server.alice.public} of 'alice'"]
+    wait_until(lambda: connected_count(server.listener) <= 1)
+    assert not server.received.wait(0)
 
 
 def test_one_identity_has_so_many_sessions(messenger: MessengerFactory) -> None:

@@ -10,6 +10,7 @@ from messenger.link import FOREVER
 from messenger.transports.inflow import Inflow, Lookout
 
 WHOLE_BYTES_MAX = 10 * MIB
+HELD_BYTES_MAX = 40 * MIB
 MUCH = INFLOW_UNWATCHED_BYTES_MAX + WHOLE_BYTES_MAX + 1
 DAY_S = 86_400
 
@@ -28,6 +29,7 @@ class Situation:
         link: Any = SimpleNamespace(
             watched={}, taken_count=0, emptied_at=0.0, whole_bytes_max=WHOLE_BYTES_MAX, endpoint="tcp://here:1", port=1
         )
+        link.held_bytes_max = HELD_BYTES_MAX
         self.link = link
         self.touched_count = 0
         self.is_taken_over = False
@@ -61,17 +63,21 @@ class Situation:
             self.now = max(self.now, self.look_at)
             self.look_at = self.lookout.look(self.now)
 
-    def take_message(self, descriptor: int) -> None:
+    def take_message(self, descriptor: int, size: int = MIB) -> None:
         """As `SocketLink` does: nobody asks by which connection a message came while none is watched."""
         if self.link.watched:
             self.link.taken_count += 1
             if descriptor in self.link.watched:
-                self.link.watched[descriptor].end_watch()
+                self.link.watched[descriptor].note_message()
+                self.link.watched[descriptor].note_frame(size)
 
     def note_empty(self) -> None:
         """As `SocketLink` does."""
         if self.link.watched:
             self.link.emptied_at = self.now + 0.001
+            for inflow in list(self.link.watched.values()):
+                if inflow.taken_frames:
+                    inflow.end_watch()
 
     def send_on(self, descriptor: int, steps: int = 20, is_emptied: bool = True) -> None:
         """Receives without end, and looks."""
@@ -154,6 +160,50 @@ def test_a_messenger_that_took_nothing_for_a_minute(one: Situation) -> None:
     one.note_empty()
     one.look(5)
     assert one.cut == []
+
+
+def test_who_is_too_far_ahead_is_cut(one: Situation, caplog: pytest.LogCaptureFixture) -> None:
+    """It sends whole messages, three times as fast as they are taken."""
+    for _ in range(100):
+        one.received[0] += 3 * MIB
+        one.take_message(0)
+        one.look()
+        if one.cut:
+            break
+    waiting_bytes = one.received[0] * 2 // 3
+    assert HELD_BYTES_MAX < waiting_bytes < HELD_BYTES_MAX + 2 * INFLOW_UNWATCHED_BYTES_MAX
+    assert one.dropped == ["too_far_ahead"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "! tcp://here:1: a peer was cut that sent more than 41943040 bytes, with what each frame costs, before they "
+        "could be taken"
+    ]
+
+
+def test_each_frame_costs_libzmq_64_bytes(one: Situation) -> None:
+    """So 32 bytes that wait in frames of 2 count as 1 KiB and a bit."""
+    one.send_on(0, steps=6)
+    for _ in range(1_000):
+        one.take_message(0, 2)
+    one.look()
+    assert (len(one.link.watched), one.cut) == (1, [])
+    one.received[0] += MIB
+    one.look()
+    assert one.cut == [0]
+
+
+def test_who_is_behind_for_a_while_is_not(one: Situation) -> None:
+    """Its socket is not empty for hours, and as much is taken as comes."""
+    one.received[0] += 20 * MIB
+    one.look()
+    for _ in range(10_000):
+        one.received[0] += 3 * MIB
+        for _ in range(3):
+            one.take_message(0)
+        one.look()
+    assert one.link.watched
+    assert one.cut == []
+    one.note_empty()
+    assert one.link.watched == {}
 
 
 def test_nobody_is_cut_before_the_socket_was_looked_at(one: Situation) -> None:

@@ -23,6 +23,7 @@ from ..message import Callback
 from ..security import KeyPair, ServerKey
 from ..wire import encode_identity
 from .local import inproc_names, is_deserted, is_own_socket
+from .sockets import CURVE_WRAP_BYTES
 from .zeromq import BAD_PROTOCOL, CONNECTED, DOWN, HUNG_UP, NOBLOCK, NOT_ALLOWED, RCVMORE, UP, SocketLink
 
 logger = logging.getLogger("messenger")
@@ -53,6 +54,8 @@ class ConnectionLink(SocketLink):
         self.socket.setsockopt(zmq.IPV6, 1)
         self._inproc_binding = 0
         self._keys = keys
+        if keys is not None:
+            self.wrap_bytes = CURVE_WRAP_BYTES
         self._failure_count = 0
         self._hung_up_at = 0.0
         self._has_been_up = False
@@ -205,6 +208,8 @@ class ConnectionLink(SocketLink):
         elif self.socket.recv(NOBLOCK) != b"" or not self.socket.getsockopt(RCVMORE):
             self._drop_rest("malformed_frames")
         else:
+            if self.watched:
+                self._count_frame(0)
             self._receive_last(first.bytes)
 
     def flush(self, now: float) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 import zmq
 
-from ..limits import NAMES_PER_KEY_MAX
+from ..limits import NAMES_PER_KEY_MAX, ROUTING_ID_BYTES_MAX
 from ..wire import encode_identity
-from .sockets import cut
+from .sockets import CURVE_WRAP_BYTES, cut
 from .zap import Gate
 from .zeromq import BAD_PROTOCOL, NOBLOCK, ListenerLink
 
@@ -32,6 +32,8 @@ class CurveListenerLink(ListenerLink):
         gate: Whom it asks.
         others: As `ListenerLink` takes them.
     """
+
+    wrap_bytes = CURVE_WRAP_BYTES
 
     def __init__(self, gate: Gate, *others: Any) -> None:
         self._gate = gate
@@ -58,15 +60,20 @@ class CurveListenerLink(ListenerLink):
     def _receive_one(self) -> None:
         socket = self.socket
         frame = socket.recv(NOBLOCK, copy=False)
-        if self.watched:
-            self._note_taken(frame)
-        routing_id = frame.bytes
         key = _key_of(frame)
         identity = self._gate.identity_of(key)
         first = socket.recv(NOBLOCK, copy=False)
+        if self.watched:
+            self._note_taken(first)
         if identity is None:
             self._cut_off(frame, key)
-        elif len(first):
+            return
+        if len(frame) > ROUTING_ID_BYTES_MAX:
+            self._refuse_routing_id(first)
+            self._gate.log_refused(key, "a routing id of %d bytes, by the key %s of %r", len(frame), key, identity)
+            return
+        routing_id = frame.bytes
+        if len(first):
             self._receive_session(routing_id + key.encode(), first)
         elif not first.more:
             self._exchange.drop("malformed_frames")

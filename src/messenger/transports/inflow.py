@@ -1,12 +1,16 @@
-"""What each tcp connection has received, looked at now and then, so that no message goes on for ever.
+"""What each tcp connection has received, looked at now and then, so that libzmq holds only so much of each.
 
 libzmq keeps the frames of a message until the last has come; it bounds each, not all of them, and shows us none before.
-So memory would have no bound. But the kernel tells how many bytes a connection has received. One that has received a
-good deal is **watched**: from then on whoever takes a message off its socket asks by which connection it came, and the
-first that came by this one, or by one that libzmq does not tell, ends the watch. If more is received under the watch
-than any whole message may have, it is cut.
+And it reads as fast as a peer sends: its high-water mark is no way to stop that, because the process aborts if a
+connection breaks while it does not read for that mark ("Assertion failed: !_io_error"). So memory would have no bound.
+But the kernel tells how many bytes a connection has received. One that has received a good deal is **watched**: from
+then on whoever takes a message off its socket asks by which connection it came, and counts its bytes. The watch ends
+when the socket is empty after that, or by a message of which libzmq does not tell by which connection it came. Under
+the watch it is cut if more is received since a message came than any whole one may have (`endless_message`), or if what
+waits here, with what libzmq adds for each frame, is more than `held_bytes_max` (`too_far_ahead`).
 
-What must never happen here: a cut of a peer whose messages wait for us, or for libzmq. So
+What must never happen here: a cut of a peer because its messages wait for us, as long as they are not that many, or for
+libzmq. So
 
 * only what libzmq has taken from the kernel counts;
 * a peer is cut at a later look than that which found it to have sent too much, and only if its socket was empty in
@@ -25,6 +29,7 @@ from typing import TYPE_CHECKING
 from ..exchange import Exchange
 from ..limits import (
     CROWDED_LOG_S,
+    FRAME_COST_BYTES,
     INFLOW_FORGIVEN_BYTES_PER_S,
     INFLOW_UNWATCHED_BYTES_MAX,
     LOOK_S,
@@ -48,13 +53,28 @@ class Inflow:
         link: By whose socket its messages come.
         descriptor: libzmq's own.
         cookie: The kernel's name of it while it is watched, else 0.
-        base: How many bytes it had received when the watch began, or at first, and of what came since those that are
-            forgiven.
+        base: How many bytes it had received when the watch began or a message was last seen to have come, or at first,
+            and of what came since those that are forgiven.
         looked_at: When that was last brought up to date.
+        held_base: The same, but of the time when the watch began.
+        taken_bytes, taken_frames: What was taken of it since, as it was on the wire.
+        has_given: Whether a message came since the last look.
         over_at, over_count: When it was found to have sent too much, and after how many messages of the socket.
     """
 
-    __slots__ = ("base", "cookie", "descriptor", "link", "looked_at", "over_at", "over_count")
+    __slots__ = (
+        "base",
+        "cookie",
+        "descriptor",
+        "has_given",
+        "held_base",
+        "link",
+        "looked_at",
+        "over_at",
+        "over_count",
+        "taken_bytes",
+        "taken_frames",
+    )
 
     def __init__(self, link: "SocketLink", descriptor: int, now: float) -> None:
         self.link = link
@@ -64,12 +84,38 @@ class Inflow:
         self.looked_at = now
         self.over_at = FOREVER
         self.over_count = 0
+        self.held_base = self.taken_bytes = self.taken_frames = 0
+        self.has_given = False
+
+    def begin_watch(self, received: int, cookie: int) -> None:
+        """Have asked of each message whether it came by this connection."""
+        self.base = self.held_base = received
+        self.cookie = cookie
+        self.taken_bytes = self.taken_frames = 0
+        self.has_given = False
+        self.link.watched[self.descriptor] = self
 
     def end_watch(self) -> None:
-        """A message has come, so what comes now may be the next one."""
+        """All that it sent was taken, but for a part of a message, or nobody knows by whom a message came."""
         self.cookie = 0
         self.over_at = FOREVER
         self.link.watched.pop(self.descriptor, None)
+
+    def note_message(self) -> None:
+        """A message has come, so what comes now may be the next one."""
+        self.has_given = True
+        self.over_at = FOREVER
+
+    def note_frame(self, wire_bytes: int) -> None:
+        """A frame of it was taken."""
+        self.taken_bytes += wire_bytes
+        self.taken_frames += 1
+
+    def is_too_far_ahead(self, arrived_bytes: int) -> bool:
+        """Return whether more waits than may; its frames are believed to be like those that were taken."""
+        held_bytes = arrived_bytes - self.held_base - self.taken_bytes
+        cost_bytes = held_bytes + FRAME_COST_BYTES * held_bytes * self.taken_frames // (self.taken_bytes or 1)
+        return self.taken_frames > 0 and cost_bytes > self.link.held_bytes_max
 
     def is_surely_endless(self) -> bool:
         """Return whether a whole message would have been taken since it was found to have sent too much."""
@@ -127,30 +173,39 @@ class Lookout:
         forgiven = int((now - inflow.looked_at) * INFLOW_FORGIVEN_BYTES_PER_S)
         inflow.looked_at = now
         inflow.base = min(received, inflow.base + forgiven)
-        if not inflow.cookie:
-            if received - inflow.base > INFLOW_UNWATCHED_BYTES_MAX:
-                inflow.base, inflow.cookie = received, kernel.cookie_of(descriptor)
-                if inflow.cookie:
-                    inflow.link.watched[descriptor] = inflow
+        if inflow.cookie:
+            inflow.held_base += forgiven
+            self._look_at_watched(inflow, received, now)
+        elif received - inflow.base > INFLOW_UNWATCHED_BYTES_MAX:
+            inflow.base, cookie = received, kernel.cookie_of(descriptor)
+            if cookie:
+                inflow.begin_watch(received, cookie)
+
+    def _look_at_watched(self, inflow: Inflow, received: int, now: float) -> None:
+        link = inflow.link
+        arrived = received - self._kernel.unread_bytes(inflow.descriptor)
+        if inflow.is_too_far_ahead(arrived):
+            text = "%d bytes, with what each frame costs, before they could be taken"
+            self._cut(inflow, now, "too_far_ahead", text, link.held_bytes_max)
+        elif inflow.has_given:
+            inflow.has_given = False
+            inflow.base = received
         elif inflow.over_at < FOREVER:
             if inflow.is_surely_endless():
-                self._cut(inflow, now)
-        elif received - kernel.unread_bytes(descriptor) - inflow.base > inflow.link.whole_bytes_max:
-            inflow.over_at, inflow.over_count = now, inflow.link.taken_count
+                text = "%d bytes of which no whole message could be taken"
+                self._cut(inflow, now, "endless_message", text, link.whole_bytes_max)
+        elif arrived - inflow.base > link.whole_bytes_max:
+            inflow.over_at, inflow.over_count = now, link.taken_count
             # Has the socket looked at, also if nothing else comes by it.
-            inflow.link.touch(inflow.link)
+            link.touch(link)
 
-    def _cut(self, inflow: Inflow, now: float) -> None:
+    def _cut(self, inflow: Inflow, now: float, kind: str, text: str, bytes_max: int) -> None:
         link = inflow.link
         if not self._kernel.cut(inflow.descriptor, inflow.cookie, link.port):
             return
         inflow.end_watch()
         del link.inflows[inflow.descriptor]
-        self._exchange.drop("endless_message")
+        self._exchange.drop(kind)
         if now >= self._warned_at + CROWDED_LOG_S:
             self._warned_at = now
-            logger.warning(
-                "! %s: a peer was cut that sent more than %d bytes of which no whole message could be taken",
-                link.endpoint,
-                link.whole_bytes_max,
-            )
+            logger.warning(f"! %s: a peer was cut that sent more than {text}", link.endpoint, bytes_max)

@@ -24,6 +24,8 @@ from ..limits import SOCKETS_MAX
 POLLIN = int(zmq.POLLIN)
 NOBLOCK = int(zmq.NOBLOCK)
 COUNT_MAX = 1_000_000
+# CurveZMQ puts a name of 8 bytes, a nonce of 8, an authenticator of 16 and flags of 1 around each frame.
+CURVE_WRAP_BYTES = 33
 _NEWS = struct.Struct("=Hi")
 _INT = struct.Struct("=i")
 _COOKIE = struct.Struct("=Q")

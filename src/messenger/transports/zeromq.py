@@ -16,6 +16,7 @@ The traps of ZeroMQ that this file is about:
 Source: docs/protocol.md, "Basic dialect".
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -39,6 +40,7 @@ from ..limits import (
     HEADER_BYTES_MAX,
     LARGE_BYTES_MIN,
     LOOK_S,
+    ROUTING_ID_BYTES_MAX,
     TURN_DROPPED_FRAMES_MAX,
     TURN_MSGS_MAX,
     TURN_NEWS_MAX,
@@ -82,11 +84,15 @@ class SocketLink(Link):
         is_up: Whether somebody may be there to take a message.
         descriptor, monitor_descriptor: Readable when there may be input, or news of the link.
         inflows: What came by its tcp connections, by descriptor.
-        watched: Those of which the next message must be noticed.
+        watched: Those of which each message must be noticed.
         taken_count: Messages that were taken while there were any such.
         emptied_at: When there was nothing to take, the last time while there were any such.
         whole_bytes_max: More than all frames of a message together may have.
+        held_bytes_max: More than may wait here of what one connection has sent.
+        wrap_bytes: What each frame has on the wire beside its contents and their length.
     """
+
+    wrap_bytes = 0
 
     def __init__(
         self, kind: int, events: int, handle: object, callback: Callback | None, exchange: Exchange, limits: Limits
@@ -106,8 +112,11 @@ class SocketLink(Link):
         zmq_bytes_max = max(FRAME_BYTES_FACTOR * self._frame_bytes_max, BATCH_FRAME_BYTES_MAX)
         # A session's message is a batch, or one large message and a header.
         self.whole_bytes_max = zmq_bytes_max + BATCH_FRAME_BYTES_MAX
+        self.held_bytes_max = self.whole_bytes_max + max(limits.queue_bytes_max, limits.window_bytes)
         self.inflows: dict[int, Inflow] = {}
         self.watched: dict[int, Inflow] = {}
+        # Whose frames are being taken, if it is watched.
+        self._giver: Inflow | None = None
         self.taken_count = 0
         self.emptied_at = 0.0
         check_descriptors()
@@ -117,16 +126,19 @@ class SocketLink(Link):
             # ZeroMQ's marks bound only what a plain peer can make us hold; they are in messages, a peer each. A session
             # must never reach them, its window is what bounds it.
             zmq.SNDHWM: limits.queue_msgs_max + 2 * limits.window_msgs,
-            zmq.RCVHWM: limits.queue_msgs_max,
+            # No mark: the process aborts if a connection breaks while libzmq does not read for it. `inflow.py` bounds
+            # what is held. Nor may it be set later, which crashes libzmq.
+            zmq.RCVHWM: 0,
             zmq.MAXMSGSIZE: zmq_bytes_max,
             zmq.HANDSHAKE_IVL: int(HANDSHAKE_S * 1000),
             zmq.RECONNECT_IVL: 50,
             zmq.RECONNECT_IVL_MAX: 500,
             zmq.CONNECT_TIMEOUT: 3_000,
             zmq.BACKLOG: 1_024,
-            # A cut link is noticed within two heartbeats and a bit. libzmq answers them while a callback runs.
+            # A cut link is noticed within two heartbeats and a bit, also by who sends none. libzmq does that by itself.
             zmq.HEARTBEAT_IVL: 1_000,
             zmq.HEARTBEAT_TIMEOUT: 2_300,
+            zmq.HEARTBEAT_TTL: 2_300,
         }
         for option, value in options.items():
             self.socket.setsockopt(option, value)
@@ -147,7 +159,7 @@ class SocketLink(Link):
         # As `getsockopt(EVENTS)`, which takes twice as long: pyzmq makes an enumeration of each option asked for.
         self._busy = bool(zmq_poll(self._poll_items, 0))
         if self.watched and not self._busy:
-            self.emptied_at = time.monotonic()
+            self._note_empty()
         return self._busy or self._has_news
 
     def read_news(self) -> None:
@@ -176,9 +188,17 @@ class SocketLink(Link):
         if inflow is not None:
             inflow.end_watch()
 
+    def _note_empty(self) -> None:
+        """Nothing is held here any more, of those whose messages come."""
+        self.emptied_at = time.monotonic()
+        for inflow in list(self.watched.values()):
+            if inflow.taken_frames:
+                inflow.end_watch()
+
     def _note_taken(self, frame: zmq.Frame) -> None:
-        """Note by which connection a message came, by one of its frames."""
+        """Note by which connection a message came, by its first frame."""
         self.taken_count += 1
+        self._giver = None
         try:
             inflow = self.watched.get(frame.get(zmq.SRCFD))
         except zmq.ZMQError:
@@ -188,7 +208,15 @@ class SocketLink(Link):
                 watched.end_watch()
             return
         if inflow is not None:
-            inflow.end_watch()
+            self._giver = inflow
+            inflow.note_message()
+            self._count_frame(len(frame))
+
+    def _count_frame(self, size: int) -> None:
+        """Note that a frame was taken off the socket, as long as anybody is watched."""
+        if self._giver is not None:
+            wrapped = size + self.wrap_bytes
+            self._giver.note_frame(wrapped + (2 if wrapped < 256 else 9))
 
     def note_up(self, is_up: bool) -> None:
         """Note that somebody is there now, or that nobody is."""
@@ -249,11 +277,15 @@ class SocketLink(Link):
                     self._drop_rest("malformed_frames")
                     return
                 extra.append(self.socket.recv(NOBLOCK))
+                if self.watched:
+                    self._count_frame(len(extra[-1]))
         self._exchange.handshake.receive(self, routing_id, first.bytes, extra, time.monotonic())
 
     def _receive_last(self, peer: bytes) -> None:
         """Take the frame that must be a message's last, and drop the message if it is not."""
         data = self.socket.recv(NOBLOCK)
+        if self.watched:
+            self._count_frame(len(data))
         if self.socket.getsockopt(RCVMORE):
             self._drop_rest("malformed_frames")
         elif len(data) > self._frame_bytes_max:
@@ -271,7 +303,9 @@ class SocketLink(Link):
             if not self.socket.getsockopt(RCVMORE):
                 self._is_dropping = False
                 return
-            self.socket.recv(NOBLOCK)
+            data = self.socket.recv(NOBLOCK)
+            if self.watched:
+                self._count_frame(len(data))
         self._is_dropping = True
 
     def close(self, linger_s: float) -> None:
@@ -333,6 +367,10 @@ class ListenerLink(SocketLink):
             self.is_up = True
             self.identity = identity
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            if not is_tcp:
+                # Only this user's processes come here; a slow listener slows them down, and who dies aborts nothing.
+                self.socket.setsockopt(zmq.RCVHWM, limits.queue_msgs_max)
+                self.socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
             self._guard(endpoint)
             # With it, libzmq shows IPv4 addresses in the form of IPv6.
             self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
@@ -352,8 +390,9 @@ class ListenerLink(SocketLink):
 
     def _guard(self, endpoint: str) -> None:
         """Set what says who may connect and be whom, before the socket is bound."""
-        # A plain peer that restarts under its routing id is served at once, even if its old link is not known dead.
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # Who has lost its routing id to another peer, goes on sending and hangs up leaves libzmq with a connection at
+        # which the next heartbeat aborts the process, so over tcp a living peer keeps it.
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, int(not endpoint.startswith("tcp:")))
         if endpoint.startswith("ipc:"):
             # Beside the modes of the folder and of the file, which somebody may change.
             self.socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
@@ -401,12 +440,25 @@ class ListenerLink(SocketLink):
         first = socket.recv(NOBLOCK, copy=False)
         if self.watched:
             self._note_taken(first)
-        if len(first):
+        if len(peer) > ROUTING_ID_BYTES_MAX:
+            self._refuse_routing_id(first)
+        elif len(first):
             self._receive_session(peer, first)
         elif not first.more:
             self._exchange.drop("malformed_frames")
         else:
             self._receive_last(peer)
+
+    def _refuse_routing_id(self, first: zmq.Frame) -> None:
+        """Cut a peer whose routing id is longer than ZeroMQ's own sockets allow.
+
+        libzmq takes one of any size, and copies it for each message; so the turn ends here, and others have theirs.
+        """
+        self._exchange.drop("malformed_frames")
+        self._is_dropping = True
+        if self.endpoint.startswith("tcp:"):
+            with contextlib.suppress(zmq.ZMQError):  # Peers older than ZMTP 3, of which it does not tell.
+                cut(int(first.get(zmq.SRCFD)), self.port)
 
     def flush(self, now: float) -> None:
         """Give the queue to ZeroMQ; what it refuses goes back to the exchange."""
