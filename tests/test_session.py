@@ -385,9 +385,11 @@ def test_what_was_received_is_not_sent_again_and_what_was_not_is() -> None:
     assert end.link.routing_ids[-1] == b"new route"
     assert end.flush() == []
     # What is acknowledged between the attach and the flush is left out.
+    end.receive(received=3)
+    end.send(b"e")
     end.send(b"d")
     end.session.attach(end.link)
-    end.receive(received=3)
+    end.receive(received=4)
     assert [frame.contents for frame in end.flush()] == [[b"d"]]
 
 
@@ -477,6 +479,39 @@ def test_a_resend_is_answered_once_however_often_it_is_asked_for() -> None:
     # and another number is another question.
     assert ask(1, 1.0 + RTO_INITIAL_S / 2) == [[b"b"], [b"c"]]
     assert ask(1, 1.0 + RTO_INITIAL_S / 2) == []
+
+
+def test_who_receives_nothing_has_nothing_queued_again_and_again() -> None:
+    """A mute peer could else fill the memory: each of its frames by another link had the whole window sent again."""
+    end = End()
+    end.send(b"a")
+    end.session.attach(end.link, b"another route")
+    assert [frame.contents for frame in end.flush()] == [[b"a"]]
+    end.session.attach(end.link, b"another route")
+    assert end.flush() == []
+    for number in range(10):
+        end.session.attach(end.link, b"%d" % number)
+        assert end.flush() == []
+    # It is asked at once, and says what it lacks.
+    assert [frame.flags for frame in end.tick(0.1)] == [Flag.ASK]
+    end.receive(flags=Flag.RESEND, now=0.2)
+    assert [frame.contents for frame in end.flush(0.2)] == [[b"a"]]
+
+
+def test_a_resend_that_does_not_help_comes_ever_less_often() -> None:
+    end = End()
+    end.send(b"a")
+    sent_count = 0
+    for step in range(3_600 * 4):
+        end.receive(flags=Flag.RESEND, now=step / 4)
+        sent_count += len([frame for frame in end.flush(step / 4) if frame.contents])
+    assert sent_count < 70, "in an hour"
+    # As soon as it helps all is as before.
+    end.receive(received=1, now=4_000.0)
+    end.send(b"b", now=4_000.0)
+    for now in (4_000.1, 4_000.7):
+        end.receive(received=1, flags=Flag.RESEND, now=now)
+        assert [frame.contents for frame in end.flush(now)] == [[b"b"]]
 
 
 def test_a_resend_may_be_asked_for_at_once_in_the_next_session() -> None:
@@ -838,6 +873,7 @@ def measure(end: End, round_trip_s: float, now: float) -> float:
     end.send(b"x", now=100.0 + now)
     rto_s = end.session.next_deadline_at - (100.0 + now)
     # Sent twice, so it is not measured.
+    end.session.attach(None)
     end.session.attach(end.link)
     end.flush(100.0 + now)
     end.receive(received=number + 1, processed=number + 1, now=190.0 + now)

@@ -5,7 +5,9 @@ One message is timed at a time, and none that was sent twice: its answer may be 
 What must never happen here: a wait outside of `RTO_MIN_S` to `RTO_MAX_S`.
 """
 
-from .limits import RTO_INITIAL_S, RTO_MAX_S, RTO_MIN_S
+import math
+
+from .limits import RESENDS_DOUBLED_MAX, RTO_INITIAL_S, RTO_MAX_S, RTO_MIN_S
 
 
 class RoundTrip:
@@ -35,3 +37,25 @@ class RoundTrip:
             self._variation_s += (abs(self._smoothed_s - seconds) - self._variation_s) / 4
             self._smoothed_s += (seconds - self._smoothed_s) / 8
         self.timeout_s = min(max(self._smoothed_s + 4 * self._variation_s, RTO_MIN_S), RTO_MAX_S)
+
+
+class Resends:
+    """When what a peer has not received is sent again, since it says that it lacks it."""
+
+    __slots__ = ("_after", "_at", "_count")
+
+    def __init__(self) -> None:
+        self._after = -1
+        self._at = -math.inf
+        self._count = 0
+
+    def is_due(self, received_through: int, now: float, timeout_s: float) -> bool:
+        """Return whether to send again, and note that; at doubled intervals, if the peer receives nothing of it."""
+        if received_through != self._after:
+            self._count = 0
+        elif now < self._at + timeout_s / 2 * 2 ** min(self._count, RESENDS_DOUBLED_MAX):
+            return False
+        else:
+            self._count += 1
+        self._after, self._at = received_through, now
+        return True

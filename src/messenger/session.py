@@ -57,7 +57,7 @@ from .limits import (
 )
 from .link import FOREVER, Link, Outlet, Random
 from .outgoing import Batch, Outgoing
-from .roundtrip import RoundTrip
+from .roundtrip import Resends, RoundTrip
 from .running import Running
 from .wire import (
     Control,
@@ -149,7 +149,7 @@ class Session(Outlet):
         self.running = Running()
         self._held: deque[tuple[int, int]] = deque()
         self._held_bytes = 0
-        self._resent_after, self._resent_at = -1, -FOREVER
+        self._resends, self._attached_after = Resends(), -1
         self.controls = Controls(self._window_msgs, self._window_bytes)
         self.cancelled = self.controls.cancelled
         self.must_answer = False
@@ -175,9 +175,17 @@ class Session(Outlet):
         self._reset(window_msgs, window_bytes, now)
 
     def attach(self, link: Link | None, routing_id: bytes = b"") -> None:
-        """Use a link from now on; what may have been lost on the way there is sent again."""
+        """Use a link from now on; what may have been lost on the way there is sent again.
+
+        Only once as long as the peer receives nothing, or each frame of one that does not read could have all queued.
+        """
+        is_same = link is not None and link is self.link and routing_id == self.routing_id
         self.link, self.routing_id = link, routing_id
-        self._resending = deque(self._unreceived)
+        if not is_same and self._attached_after == self.peer_received_through:
+            self.probe_at = 0.0  # It says by RESEND that it lacks something.
+        elif not is_same:
+            self._resending = deque(self._unreceived)
+            self._attached_after = self.peer_received_through if link and self._unreceived else self._attached_after
         self.controls.repeat_credits()
         if link is not None and self.received_through:
             self.must_answer = True  # What was told last may have been lost with the old link.
@@ -388,10 +396,7 @@ class Session(Outlet):
     # Receiving.
 
     def receive(self, flags: int, data: Numbers, size_bytes: int, now: float) -> int | None:
-        """Take the numbers of a DATA frame of the established peer.
-
-        Args:
-            size_bytes: Of its messages.
+        """Take the numbers of a DATA frame of the established peer, and the size of its messages.
 
         Returns:
             How many of its messages, from the first, are duplicates; None if none of them may be processed.
@@ -435,9 +440,8 @@ class Session(Outlet):
         return skipped
 
     def _resend(self, now: float) -> None:
-        """Send again what is not known to have arrived; once, not once for each time that the peer asks."""
-        if self._resent_after != self.peer_received_through or now >= self._resent_at + self._trip.timeout_s / 2:
-            self._resent_after, self._resent_at = self.peer_received_through, now
+        """Send again what is not known to have arrived; once, and ever less often, however often the peer asks."""
+        if self._resends.is_due(self.peer_received_through, now, self._trip.timeout_s):
             self._resending = deque(self._unreceived)
 
     def note_processed(self, number: int) -> None:
