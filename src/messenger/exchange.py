@@ -41,6 +41,7 @@ from .wire import (
 BATCH_PROCESSED = None
 # Of an exception's text in an error response.
 ERROR_TEXT_MAX = 2_000
+ERROR_NAME_MAX = 200
 
 
 class Exchange(Streams):
@@ -370,7 +371,8 @@ class Exchange(Streams):
                 message_id, NoHandler, "there is nothing to run at the receiver: no callback, no such callback id"
             )
         else:
-            self._fail(message_id, HandlerError, f"the callback raised {option.name}: {option.text}", option.name)
+            name, text = _readable(option.name, ERROR_NAME_MAX), _readable(option.text, ERROR_TEXT_MAX)
+            self._fail(message_id, HandlerError, f"the callback raised {name}: {text}", name)
 
     def _process(self, message: Message) -> None:
         """Run what the message names, and then what its endpoint runs on every message."""
@@ -506,3 +508,11 @@ def _text_of(error: BaseException) -> str:
 def _printable(text: str) -> str:
     """Return text that can be encoded: a file's name may have surrogates in it."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def _readable(text: str, length_max: int) -> str:
+    """Return as much of a peer's text as we would send, without what a terminal would obey."""
+    text = text[:length_max]
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Literal
 
+import msgspec
 import pytest
 
-from messenger import KeyPair, Limits, Listener, Message, NotDelivered, Security
+from messenger import DeliveryError, HandlerError, KeyPair, Limits, Listener, Message, NotDelivered, Security
 from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, KIB, MIB, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S
 from messenger.transports import curve, zap
 from messenger.transports.sockets import Kernel
-from messenger.wire import encode_identity
+from messenger.wire import OptionKind, encode_identity
 from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeers, dropped, wait_dropped, wait_until
 from tests.security.conftest import SecuredServer, answer, ask
 from tests.security.flood import GARBAGE, open_idle
@@ -258,6 +259,28 @@ def test_a_listed_peer_with_a_routing_id_that_is_too_long(
     assert warnings() == [f"! server refused a routing id of 5 bytes, by the key {server.alice.public} of 'alice'"]
     wait_until(lambda: connected_count(server.listener) <= 1)
     assert not server.received.wait(0)
+
+
+def test_an_error_response_of_a_megabyte(server: SecuredServer, plain: PlainPeers) -> None:
+    """It reaches an exception and the log, so it is cut, and a terminal that shows it obeys nothing in it."""
+    raw = RawSession(server.dealer(plain, server.alice), identity=b"alice")
+    raw.join()
+    raw.send_data([b"1024-0-warm-up"])
+    raw.receive_until(lambda: bool(raw.messages))
+    raw.messages.clear()
+    errors: Inbox[DeliveryError] = Inbox()
+    server.messenger.send_message((server.listener, "alice"), b"x", print, on_error=errors)
+    raw.receive_until(lambda: bool(raw.messages))
+    message_id = raw.messages[0].partition(b"-")[0]
+    options = msgspec.msgpack.encode(
+        [[0, OptionKind.HANDLER_ERROR, "Error\x1b[2J" * 100_000, "text\x1b[2J\n" * 100_000]]
+    )
+    raw.send_data([b"0-%b-" % message_id], options=len(options).to_bytes(4, "little") + options)
+    [error] = errors.wait()
+    assert type(error) is HandlerError
+    assert "raised Error\\x1b[2JError" in str(error)
+    assert ": text\\x1b[2J\ntext" in str(error)
+    assert len(str(error)) < 5_000
 
 
 def test_one_identity_has_so_many_sessions(messenger: MessengerFactory) -> None:
