@@ -238,7 +238,7 @@ def test_a_routing_id_that_is_too_long(messenger: MessengerFactory) -> None:
     ask(client, listener.destination)
     with connect(str(listener.destination), bytes(64 * MIB)) as peer:
         peer.sendall(EMPTY_MESSAGE * 1_000)
-        wait_dropped(server, "malformed_frames")
+        wait_until(lambda: dropped(server, "malformed_frames"))
         for _ in range(3):
             began_at = time.monotonic()
             ask(client, listener.destination)
