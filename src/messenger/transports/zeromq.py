@@ -135,7 +135,7 @@ class SocketLink(Link):
             zmq.RECONNECT_IVL_MAX: 500,
             zmq.CONNECT_TIMEOUT: 3_000,
             zmq.BACKLOG: 1_024,
-            # A cut link is noticed within two heartbeats and a bit, also by who sends none. libzmq does that by itself.
+            # A cut link is noticed within two heartbeats and a bit. libzmq answers them while a callback runs.
             zmq.HEARTBEAT_IVL: 1_000,
             zmq.HEARTBEAT_TIMEOUT: 2_300,
             zmq.HEARTBEAT_TTL: 2_300,
@@ -367,10 +367,17 @@ class ListenerLink(SocketLink):
             self.is_up = True
             self.identity = identity
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            if not is_tcp:
-                # Only this user's processes come here; a slow listener slows them down, and who dies aborts nothing.
+            # A heartbeat at a connection that libzmq has stopped to read aborts the process, so only connections send
+            # them, and say how long to wait for the next; of plain peers over tcp the kernel tells when they are cut off.
+            self.socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
+            if is_tcp:
+                for option in (zmq.TCP_KEEPALIVE, zmq.TCP_KEEPALIVE_IDLE, zmq.TCP_KEEPALIVE_INTVL):
+                    self.socket.setsockopt(option, 1)
+                self.socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 2)
+                self.socket.setsockopt(zmq.TCP_MAXRT, 2_300)
+            else:
+                # Only this user's processes come here, and a slow listener slows them down.
                 self.socket.setsockopt(zmq.RCVHWM, limits.queue_msgs_max)
-                self.socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
             self._guard(endpoint)
             # With it, libzmq shows IPv4 addresses in the form of IPv6.
             self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
@@ -390,9 +397,8 @@ class ListenerLink(SocketLink):
 
     def _guard(self, endpoint: str) -> None:
         """Set what says who may connect and be whom, before the socket is bound."""
-        # Who has lost its routing id to another peer, goes on sending and hangs up leaves libzmq with a connection at
-        # which the next heartbeat aborts the process, so over tcp a living peer keeps it.
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, int(not endpoint.startswith("tcp:")))
+        # A plain peer that restarts under its routing id is served at once, even if its old link is not known dead.
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if endpoint.startswith("ipc:"):
             # Beside the modes of the folder and of the file, which somebody may change.
             self.socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
