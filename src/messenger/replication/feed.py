@@ -143,6 +143,9 @@ class Source(Protocol):
     snapshot_count: int
     snapshot_lock: threading.Lock
 
+    def handle_message(self, message: Message) -> None:
+        """A replica said something."""
+
     def handle_down(self, feed: "Feed", why: str) -> None:
         """A replica is gone."""
 
@@ -166,6 +169,8 @@ class Feed:
         self.news = threading.Event()
         # Held while entries are taken and sent, so that they leave in order.
         self.order = threading.Lock()
+        # The id of the last message of entries that was sent while it streams.
+        self.asked_id = 0
         self.snapshot_acked = 0
         self.thread = threading.Thread(target=self._run, name=f"replication-feed-{peer.name}", daemon=True)
         self.thread.start()
@@ -184,17 +189,22 @@ class Feed:
         """Send what the replica does not answer. MessengerError: it certainly does not arrive."""
         self.source.messenger.send_message(self._message, encode(record), timeout=CONTACT_S_MAX)
 
-    def ask(self, data: bytes, timeout: float = ANSWER_S) -> None:
+    def ask(self, data: bytes, timeout: float = ANSWER_S) -> int:
         """Send an encoded record that the replica answers, each by itself, once it has done what it says.
 
         An answer carries the acknowledgements of the session, so both ways together take two frames; and that there
         will be none is told at once when the replica is gone.
 
+        Returns:
+            The message's id, by which a thread can wait for the answer.
+
         Raises:
             MessengerError: It certainly does not arrive.
         """
-        # The answer comes to the listener, as all that the replica says; here it is only missed.
-        self.source.messenger.send_message(self._message, data, _ignore, on_error=self._on_lost, timeout=timeout)
+        source = self.source
+        return source.messenger.send_message(
+            self._message, data, source.handle_message, on_error=self._on_lost, timeout=timeout
+        )
 
     # The thread.
 
@@ -334,7 +344,3 @@ class Feed:
             if self.peer.state is SNAPSHOT:
                 self.peer.state = CATCHING_UP
         logger.info("= replica %s has the snapshot of LSN %d", self.peer.name, head.lsn)
-
-
-def _ignore(message: Message) -> None:
-    """Do nothing with a message that is handled elsewhere."""

@@ -106,7 +106,7 @@ class Hub:
         self._on_claim = on_claim
         self._make_status = make_status
         self._by_stream: dict[int, Peer] = {}
-        self.listener = messenger.listen_for_connection(destination, self._on_message)
+        self.listener = messenger.listen_for_connection(destination, self.handle_message, responses=False)
 
     def open(self, head: Head) -> None:
         """Serve replicas from here on."""
@@ -183,7 +183,7 @@ class Hub:
                 ready = peer.take_ready(must_answer)
             if ready:
                 try:
-                    feed.ask(encode(Entries(ready, must_answer)))
+                    feed.asked_id = feed.ask(encode(Entries(ready, must_answer)))
                 except MessengerError as error:
                     feed.stop()
                     self.handle_down(feed, str(error))
@@ -200,6 +200,18 @@ class Hub:
         with self.lock:
             self.confirmations.add_earlier(waiter, level, count)
             self.confirmations.settle(self.peers.values())
+
+    def take_answers(self, waiter: Waiter, count: int, deadline_at: float) -> None:
+        """Take the answers that a transaction waits for off the network in this thread: no other need be woken.
+
+        Only where all replicas that stream are needed, because who waits for the answer of one hears no other.
+        """
+        with self.lock:
+            feeds = [peer.feed for peer in self.peers.values() if peer.feed and peer.state is STREAMING]
+        if len(feeds) <= count:
+            for feed in feeds:
+                if not waiter.is_settled:
+                    self.messenger.wait(feed.asked_id, max(0.0, deadline_at - time.monotonic()))
 
     def replicas(self) -> tuple[ReplicaStatus, ...]:
         """Return how each replica stands."""
@@ -249,9 +261,10 @@ class Hub:
         with self.lock:
             self.confirmations.discard(waiter)
 
-    # Messages, on the messenger's thread.
+    # Messages, on the messenger's thread, or on one that waits for an answer.
 
-    def _on_message(self, message: Message) -> None:
+    def handle_message(self, message: Message) -> None:
+        """A replica, or somebody who asks, said something."""
         if not message.contents and message.dest_callback_id:
             return  # The answer to one of several, the last of which says all.
         try:

@@ -269,8 +269,10 @@ class Primary:
 
     def _await(self, waiter: Waiter, promise: Promise) -> None:
         """Return once a transaction is confirmed."""
-        left_s = waiter.written_at + promise.timeout - time.monotonic()
-        if not waiter.is_settled and not waiter.wait(max(0.0, left_s)):
+        deadline_at = waiter.written_at + promise.timeout
+        if not waiter.is_settled:
+            self._hub.take_answers(waiter, promise.replicas, deadline_at)
+        if not waiter.is_settled and not waiter.wait(max(0.0, deadline_at - time.monotonic())):
             self._hub.forget(waiter)
         if not waiter.is_confirmed:
             if self._writer.wal.failure is not None and not self._is_closed:
