@@ -206,7 +206,7 @@ class Applier:
             connection.pragma("foreign_keys", True)
             self._has_foreign_keys = True
         try:
-            with database.transaction(connection):
+            with database.transaction(connection, log.cursor):
                 pending: list[bytes] = []
                 for entry, parts in batches:
                     if entry.term > self.head.term:

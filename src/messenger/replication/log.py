@@ -29,6 +29,7 @@ class Log:
 
     def __init__(self, connection: apsw.Connection, limits: ReplicationLimits) -> None:
         self._connection = connection
+        self.cursor = connection.cursor()
         self._limits = limits
         self.head = read_head(connection)
         self.first_lsn = read_state(connection).base.lsn + 1
@@ -39,7 +40,7 @@ class Log:
 
     def append(self, entries: Iterable[Entry]) -> None:
         """Write entries; `note_committed` when that is committed."""
-        self._connection.executemany(_INSERT_ENTRY, [(e.lsn, e.term, e.at_us, e.checksum, e.body) for e in entries])
+        self.cursor.executemany(_INSERT_ENTRY, [(e.lsn, e.term, e.at_us, e.checksum, e.body) for e in entries])
 
     def note_committed(self, entries: list[Entry]) -> None:
         """The transaction of these entries is committed."""
