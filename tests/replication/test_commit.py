@@ -10,6 +10,7 @@ from typing import Any
 import apsw
 import pytest
 
+from messenger import Message
 from messenger.replication import (
     NotConfirmed,
     Position,
@@ -18,9 +19,11 @@ from messenger.replication import (
     StatementRefused,
     WriterBusy,
 )
+from messenger.replication.applier import Applier
 from messenger.replication.confirm import Confirmations, Level, Waiter
+from messenger.replication.records import Entry
 from messenger.replication.writer import Operation
-from tests.conftest import wait_until
+from tests.conftest import free_port, wait_until
 from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, content_of, wait_streaming
 
 LEVELS = ["local", "received", "durable", "applied"]
@@ -41,6 +44,52 @@ def test_a_commit_waits_for_its_level(cluster: Cluster, level: str) -> None:
     if level in ("durable", "applied"):
         assert other.durable_lsn == status.lsn
         assert replica.execute(SELECT).fetchall() == [(1, "Dune"), (2, "Emma")]
+    assert_equal(primary, replica)
+
+
+def test_a_stuck_replica_holds_up_nobody_who_does_not_wait_for_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary, replica = cluster.pair(commit="applied", timeout=20)
+    stuck = cluster.replica("stuck")
+    wait_streaming(primary, stuck)
+    go_on = threading.Event()
+    apply = Applier.apply
+
+    def apply_later(self: Applier, entries: list[Entry]) -> None:
+        if self.path == stuck.path:
+            go_on.wait(20)
+        apply(self, entries)
+
+    monkeypatch.setattr(Applier, "apply", apply_later)
+    try:
+        for name in ("Dune", "Emma"):
+            primary.execute(INSERT, (name,))
+        with pytest.raises(NotConfirmed):
+            primary.execute(INSERT, ("Ulysses",), acknowledgements=2, timeout=0.2)
+        assert replica.execute("SELECT count(*) FROM books").fetchall() == [(3,)]
+    finally:
+        go_on.set()
+    primary.wait_confirmed(primary.position, acknowledgements=2)
+
+
+def test_a_commit_in_a_callback_is_not_confirmed_there(cluster: Cluster) -> None:
+    """The answer would come to the thread that waits for it; the transaction is committed all the same."""
+    primary, replica = cluster.pair(commit="applied", timeout=0.2)
+    told: list[Exception] = []
+
+    def on_message(message: Message) -> None:
+        try:
+            primary.execute(INSERT, ("Dune",))
+        except NotConfirmed as error:
+            told.append(error)
+        message.reply(b"")
+
+    port = free_port()
+    primary.messenger.listen_for_connection(port, on_message)
+    asking = cluster.messenger("asking")
+    asking.request(asking.make_connection(port), b"")
+    assert len(told) == 1
     assert_equal(primary, replica)
 
 

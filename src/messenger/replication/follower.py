@@ -1,9 +1,11 @@
 """How a replica follows: it joins a primary, takes what comes, and says how far it is.
 
-Three kinds of threads: the messenger's puts what arrives into one queue and never waits; the **apply thread** takes
-all that is there, applies it together, makes it durable and answers once for all of it; the **join thread** looks
-whether a primary is there and asks the next destination if not. Each join draws a new stream number, and what belongs
-to an older one is dropped. What is received and not applied is forgotten at each join: the primary sends it again.
+Three kinds of threads: the messenger's puts what arrives into one queue; the **apply thread** takes all that is there,
+applies it together, makes it durable and answers once for all of it; the **join thread** looks whether a primary is
+there and asks the next destination if not. A few changes that come while the apply thread has nothing to do are applied
+by the messenger's thread itself, if the last took less than a millisecond. Each join draws a new stream number, and
+what belongs to an older one is dropped. What is received and not applied is forgotten at each join: the primary sends
+it again.
 
 What must never happen here: an answer that says more than is so.
 """
@@ -23,7 +25,7 @@ from .applier import Applier, Divergence, DivergenceFound, NoCopy
 from .check import ReplicaCheck
 from .errors import DiskFailed
 from .inbox import Batch, Inbox, Item, Part
-from .limits import BEAT_S, CONTACT_S_MAX, DESTINATIONS_MAX, JOIN_S, ReplicationLimits
+from .limits import APPLY_HERE_BYTES, APPLY_HERE_S, BEAT_S, CONTACT_S_MAX, DESTINATIONS_MAX, JOIN_S, ReplicationLimits
 from .records import (
     PROTOCOL_VERSION,
     Ack,
@@ -47,6 +49,7 @@ from .records import (
     Welcome,
     decode_from_primary,
     encode,
+    is_one_changeset,
 )
 from .status import ReplicaState
 
@@ -108,6 +111,9 @@ class Follower:
         # Beats whose LSN is not applied yet: (LSN, when the primary had no more).
         self._beats: deque[tuple[int, float]] = deque(maxlen=64)
         self._check: ReplicaCheck | None = None
+        # How long the last batch took, and what the messenger's thread holds while it applies one itself.
+        self._apply_s = 0.0
+        self._here = threading.Lock()
         self._is_stopped = threading.Event()
         self._threads = [
             threading.Thread(target=self._apply_all, name=f"replication-apply-{name}", daemon=True),
@@ -125,7 +131,8 @@ class Follower:
         self._inbox.close()
         for thread in self._threads:
             thread.join()
-        self._end_check()
+        with self._here:
+            self._end_check()
         for connection in connections:
             connection.close()
 
@@ -257,9 +264,27 @@ class Follower:
             self._received = record.entries[-1].lsn
             self.primary_lsn = max(self.primary_lsn, self._received)
             ack = self._make_ack() if record.must_answer else None
-            self._inbox.put(self._stream, Batch(record.entries, message if ack is None else None, size_bytes))
-        if ack is not None:
+            stream, batch = self._stream, Batch(record.entries, message if ack is None else None, size_bytes)
+            applies_here = ack is None and self._inbox.is_idle and self._is_quick(batch)
+            if applies_here:
+                self._here.acquire()
+            else:
+                self._inbox.put(stream, batch)
+        if applies_here:
+            try:
+                self._apply_or_retry(stream, batch)
+            finally:
+                self._here.release()
+        elif ack is not None:
             message.reply(encode(ack))
+
+    def _is_quick(self, batch: Batch) -> bool:
+        """Return whether to apply it takes less time than a callback may."""
+        return (
+            self._apply_s < APPLY_HERE_S
+            and batch.size_bytes <= APPLY_HERE_BYTES
+            and all(is_one_changeset(entry.body) for entry in batch.entries)
+        )
 
     def _make_ack(self) -> Ack:
         if self._is_replacing:
@@ -327,37 +352,41 @@ class Follower:
         while self._beats and self._beats[0][0] <= lsn:
             self.fresh_at = max(self.fresh_at or 0.0, self._beats.popleft()[1])
 
-    # The apply thread.
+    # The apply thread; `_apply` of a batch also on the messenger's.
 
     def _apply_all(self) -> None:
         while (taken := self._inbox.take()) is not None:
-            stream, item = taken
-            if stream != self._stream:
-                continue  # Of a join that was left.
-            try:
-                self._apply(stream, item)
-            except DivergenceFound as found:
-                self._note_diverged(stream, found.divergence)
-            except (MalformedRecord, NoCopy) as error:
-                self._retry(f"what the primary sent does not fit: {error}", JOIN_S)
-                self.malformed_count += 1
-            except (apsw.Error, OSError, DiskFailed) as error:
-                # The disk may be full, or another process in the way; nothing was acknowledged.
-                self._retry(f"{type(error).__name__}: {error}", JOIN_S)
-            except MessengerError as error:
-                self._retry(str(error), JOIN_S)
-            except Exception as error:  # Whatever it is, the replica must say so, and not stand still.
-                logger.exception("! %s: an error that nobody expected", self._name)
-                self._retry(f"{type(error).__name__}: {error}", JOIN_S)
+            self._apply_or_retry(*taken)
+
+    def _apply_or_retry(self, stream: int, item: Item) -> None:
+        if stream != self._stream:
+            return  # Of a join that was left.
+        try:
+            self._apply(stream, item)
+        except DivergenceFound as found:
+            self._note_diverged(stream, found.divergence)
+        except (MalformedRecord, NoCopy) as error:
+            self._retry(f"what the primary sent does not fit: {error}", JOIN_S)
+            self.malformed_count += 1
+        except (apsw.Error, OSError, DiskFailed) as error:
+            # The disk may be full, or another process in the way; nothing was acknowledged.
+            self._retry(f"{type(error).__name__}: {error}", JOIN_S)
+        except MessengerError as error:
+            self._retry(str(error), JOIN_S)
+        except Exception as error:  # Whatever it is, the replica must say so, and not stand still.
+            logger.exception("! %s: an error that nobody expected", self._name)
+            self._retry(f"{type(error).__name__}: {error}", JOIN_S)
 
     def _apply(self, stream: int, item: Item) -> None:
         applier = self.applier
         if isinstance(item, Batch):
+            began_at = time.monotonic()
             applier.apply(item.entries)
             with self._lock:
                 self._note_fresh()
             self._on_change()
             applier.sync()
+            self._apply_s = time.monotonic() - began_at
             self._answer(stream, item.messages)
             if applier.pinned is not None:
                 self._begin_check(stream)

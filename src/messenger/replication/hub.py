@@ -5,6 +5,7 @@ replicas that stream; and one feed per replica (`feed.py`). One lock guards what
 only; nothing is sent and no file is read under it.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -14,7 +15,7 @@ from functools import partial
 
 import msgspec
 
-from messenger import Destination, Message, Messenger, MessengerError
+from messenger import CalledFromCallback, Destination, Message, Messenger, MessengerError
 
 from .check import PrimaryCheck
 from .confirm import Confirmations, Level, Waiter
@@ -211,7 +212,8 @@ class Hub:
         if len(feeds) <= count:
             for feed in feeds:
                 if not waiter.is_settled:
-                    self.messenger.wait(feed.asked_id, max(0.0, deadline_at - time.monotonic()))
+                    with contextlib.suppress(CalledFromCallback):
+                        self.messenger.wait(feed.asked_id, max(0.0, deadline_at - time.monotonic()))
 
     def replicas(self) -> tuple[ReplicaStatus, ...]:
         """Return how each replica stands."""

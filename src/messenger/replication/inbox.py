@@ -50,25 +50,33 @@ class Inbox:
         self._queue: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()
         self._next: tuple[int, Item] | None = None
         # Each is written by one thread only.
-        self._put_bytes = 0
-        self._taken_bytes = 0
+        self._put_bytes = self._put_count = 0
+        self._taken_bytes = self._taken_count = self._done_count = 0
 
     @property
     def bytes(self) -> int:
         """Of the entries that wait."""
         return self._put_bytes - self._taken_bytes
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, and whoever takes has come back for more, so is done with all that it took."""
+        return self._put_count == self._done_count
+
     def put(self, stream: int, item: Item) -> None:
         """Append an item; does not wait."""
         if isinstance(item, Batch):
             self._put_bytes += item.size_bytes
+        self._put_count += 1
         self._queue.put((stream, item))
 
     def take(self) -> tuple[int, Item] | None:
         """Wait for the oldest item, and return it; batches together, as far as they are there. None once closed."""
+        self._done_count = self._taken_count
         taken, self._next = self._next or self._queue.get(), None
         if taken is None:
             return None
+        self._taken_count += 1
         stream, item = taken
         if isinstance(item, Batch):
             while not self._queue.empty():
@@ -80,6 +88,7 @@ class Inbox:
                     self._next = more
                     break
                 item.add(more[1])
+                self._taken_count += 1
             self._taken_bytes += item.size_bytes
         return stream, item
 

@@ -61,6 +61,10 @@ CATCH_UP_TRANSACTIONS = 512
 # A replica applies together what is there, up to so much: readers see it all at once, and the answer waits for it.
 APPLY_TRANSACTIONS = 1_024
 APPLY_BYTES = 4 * MIB
+# So few bytes of changes are applied by the thread that receives them, if the last took less than so many seconds, as
+# other callbacks wait meanwhile. To hand them to another thread was a tenth of a commit's time.
+APPLY_HERE_BYTES = 16 * KIB
+APPLY_HERE_S = 0.001
 # So many messages of entries are under way to a replica that streams; what comes meanwhile waits for the next one.
 STREAM_MSGS = 4
 # The log is trimmed when it is so many transactions longer than it may be, so that not every commit pays for it.

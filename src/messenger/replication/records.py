@@ -285,6 +285,9 @@ _from_primary: msgspec.msgpack.Decoder[FromPrimary] = msgspec.msgpack.Decoder(Fr
 _parts = msgspec.msgpack.Decoder(list[Part])
 _sequences = msgspec.msgpack.Decoder(list[tuple[str, int]])
 
+# What precedes the length of the only part.
+_ONE_CHANGESET = _encoder.encode([Part(PartKind.CHANGES, b"")])[:3]
+
 
 def encode(record: FromReplica | FromPrimary | list[Part] | list[tuple[str, int]]) -> bytes:
     """Return a record as bytes."""
@@ -304,6 +307,11 @@ def decode_from_primary(data: bytes) -> FromPrimary:
 def decode_parts(data: bytes) -> list[Part]:
     """Return the parts of an entry. Raises `MalformedRecord`."""
     return _decode(_parts, data)
+
+
+def is_one_changeset(data: bytes) -> bool:
+    """Return whether encoded parts are one that holds changes, and nothing else."""
+    return data.startswith(_ONE_CHANGESET)
 
 
 def decode_sequences(data: bytes) -> list[tuple[str, int]]:

@@ -106,7 +106,7 @@ class Writer:
             self.term, self.term_checksum = read_term(connection)
             self._schema = Schema(connection)
             self._cursor = connection.cursor()
-            # A cursor of our own, which `connection.execute` would make each time; that costs more than most statements.
+            # `connection.execute` makes a cursor each time, which takes longer than most statements.
             self._run_own = connection.cursor().execute
             self._data_version = self._read_data_version()
             self.wal = database.WalSync(path)
