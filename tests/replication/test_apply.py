@@ -3,6 +3,7 @@
 import threading
 import time
 
+import apsw
 import pytest
 
 from messenger.replication import Replica
@@ -10,7 +11,7 @@ from messenger.replication.applier import Applier
 from messenger.replication.limits import APPLY_HERE_BYTES
 from messenger.replication.records import Entry
 from tests.conftest import wait_until
-from tests.replication.pairs import INSERT, Cluster, assert_equal
+from tests.replication.pairs import INSERT, Cluster, assert_equal, content_of, wait_streaming
 
 LIMIT = "messenger.replication.follower.APPLY_HERE_S"
 MESSENGERS, OWN = "messenger-replica", "replication-apply-replica"
@@ -108,3 +109,54 @@ def test_closing_waits_for_what_is_being_applied(cluster: Cluster, monkeypatch: 
     closing.join(20)
     assert not closing.is_alive()
     assert replica.status().lsn == primary.position.lsn
+
+
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [
+        (
+            "t (a INTEGER PRIMARY KEY, b)",
+            ["1, 2.5", "2, x'00ff'", "3, NULL", "4, 'a' || char(0)"],
+        ),
+        ("t (a, b)", ["1, 2", "1, 2", "NULL, NULL"]),
+        ("t (a TEXT PRIMARY KEY, b) WITHOUT ROWID", ["'x', 1", "'', 2"]),
+        ("t (b, a INTEGER, PRIMARY KEY (a, b))", ["1, 2", "2, 1"]),
+        ("t (a INTEGER PRIMARY KEY, b UNIQUE ON CONFLICT REPLACE)", ["1, 2", "3, 2"]),
+        ("t (a INTEGER PRIMARY KEY, b UNIQUE ON CONFLICT ROLLBACK)", ["1, 2", "3, 3"]),
+        ("t (a INTEGER PRIMARY KEY, b, c AS (b + 1) STORED, d AS (b + 2))", ["1, 2", "3, 2"]),
+        ("t (a, b, c AS (b + 1))", ["1, 2", "3, 2"]),
+        ("t (a INTEGER PRIMARY KEY AUTOINCREMENT, b)", ["1, 2", "7, 2"]),
+        ('"t" (a INTEGER PRIMARY KEY, "b""\'" UNIQUE)', ["1, 2", "3, 3"]),
+    ],
+)
+def test_single_rows_are_inserted_as_they_are(cluster: Cluster, table: str, rows: list[str]) -> None:
+    primary, replica = cluster.pair(commit="applied")
+    primary.execute(f"CREATE TABLE {table}")
+    for row in rows:
+        primary.execute(f"INSERT INTO t VALUES ({row})")  # noqa: S608
+    assert_equal(primary, replica)
+    primary.execute("DELETE FROM t")
+    primary.execute("ALTER TABLE t ADD COLUMN more DEFAULT 5")
+    primary.execute(f"INSERT INTO t VALUES ({rows[0]}, 6)")  # noqa: S608
+    assert_equal(primary, replica)
+    assert replica.status().trouble == ""
+
+
+def test_text_that_is_no_utf_8_is_replicated(cluster: Cluster) -> None:
+    primary, replica = cluster.pair(commit="applied")
+    primary.execute("INSERT INTO books (name) VALUES (cast(x'ff' AS TEXT))")
+    assert replica.execute("SELECT typeof(name), hex(name) FROM books").fetchall() == [("text", "FF")]
+
+
+@pytest.mark.parametrize("clause", ["", "ON CONFLICT ROLLBACK"])
+def test_a_row_that_is_there_already_is_a_divergence(cluster: Cluster, clause: str) -> None:
+    primary, replica = cluster.pair()
+    primary.execute(f"CREATE TABLE t (a INTEGER PRIMARY KEY {clause}, b)")
+    wait_streaming(primary, replica)
+    other = apsw.Connection(replica.path)
+    other.execute("INSERT INTO t VALUES (1, 'by somebody else')")
+    other.close()
+    primary.execute("INSERT INTO t VALUES (1, 'by the primary')")
+    wait_until(lambda: replica.status().diverged)
+    assert "table t, key 1" in replica.status().diverged
+    assert content_of(replica.path)["t"] == [(1, "by somebody else")]

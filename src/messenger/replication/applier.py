@@ -20,6 +20,7 @@ import apsw
 import msgspec
 
 from . import database
+from .capture import quote
 from .check import pin
 from .errors import DatabaseRefused
 from .limits import CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, ReplicationLimits
@@ -102,6 +103,8 @@ class Applier:
         self._log: Log | None = None
         self._wal: database.WalSync | None = None
         self._tables: set[str] | None = None
+        # Of each table, the statement that inserts a row.
+        self._inserts: dict[str, str] = {}
         self._found: Divergence | None = None
         # Off but for statements that change the schema and were run with them at the primary.
         self._has_foreign_keys = False
@@ -125,7 +128,7 @@ class Applier:
         state = database.read_state(connection)
         self._log = Log(connection, self._limits)
         self._wal = database.WalSync(self.path)
-        self._tables = None
+        self._forget_schema()
         self.database = state.database
         self.head = self._log.head
         self.diverged = msgspec.json.decode(state.diverged, type=Divergence) if state.diverged else None
@@ -236,11 +239,13 @@ class Applier:
         """Apply joined changesets, and empty the list."""
         if not pending:
             return
+        changes = b"".join(pending)
+        if self._insert_one(connection, changes):
+            pending.clear()
+            return
         flags = _FLAGS_FOREIGN_KEYS if self._has_foreign_keys else _FLAGS
         try:
-            apsw.Changeset.apply(
-                b"".join(pending), connection, filter=self._is_known, conflict=self._on_conflict, flags=flags
-            )
+            apsw.Changeset.apply(changes, connection, filter=self._is_known, conflict=self._on_conflict, flags=flags)
         except apsw.Error as error:
             found = self._take_found(entry)
             if found is None and isinstance(error, (apsw.CorruptError, apsw.SchemaChangeError, apsw.MisuseError)):
@@ -253,10 +258,39 @@ class Applier:
             raise DivergenceFound(found)
         pending.clear()
 
+    def _insert_one(self, connection: apsw.Connection, changes: bytes) -> bool:
+        """Apply a changeset that inserts one row; return False, with nothing done, if it is another or does not fit.
+
+        By the statement that `Changeset.apply` would prepare anew each time, with others; here it stays prepared.
+        """
+        table, row = "", None
+        try:
+            for change in apsw.Changeset.iter(changes):
+                if row is not None or change.op != "INSERT":
+                    return False
+                table, row = change.name, change.new
+            if row is None or not self._is_known(table):
+                return False
+            sql = self._inserts.get(table)
+            if sql is None:
+                values = ", ".join("?" * len(row))
+                sql = self._inserts[table] = f"INSERT OR ABORT INTO main.{quote(table)} VALUES ({values})"  # noqa: S608
+            if sql:
+                self._require_open()[1].cursor.execute(sql, row)
+        except apsw.SQLError:
+            sql = self._inserts[table] = ""  # Without a key, the first value is the rowid, and they are one too many.
+        except (apsw.ConstraintError, apsw.CorruptError, apsw.BindingsError, UnicodeDecodeError):
+            return False
+        return bool(sql)
+
     def _take_found(self, entry: Entry) -> Divergence | None:
         """Return what the callbacks of SQLite found, since the last time."""
         found, self._found = self._found, None
         return None if found is None else msgspec.structs.replace(found, lsn=entry.lsn)
+
+    def _forget_schema(self) -> None:
+        self._tables = None
+        self._inserts.clear()
 
     def _is_known(self, table: str) -> bool:
         """Refuse changes of our own tables, and of tables that are not here, which SQLite would pass over."""
@@ -288,7 +322,7 @@ class Applier:
             connection.execute("DELETE FROM sqlite_sequence")
             connection.executemany("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", decode_sequences(part.data))
         elif part.kind in (PartKind.SQL, PartKind.SQL_FOREIGN_KEYS):
-            self._tables = None
+            self._forget_schema()
             try:
                 connection.execute(part.data.decode()).fetchall()
             except (apsw.SQLError, apsw.ConstraintError, UnicodeDecodeError) as error:

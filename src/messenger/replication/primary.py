@@ -269,6 +269,8 @@ class Primary:
 
     def _await(self, waiter: Waiter, promise: Promise) -> None:
         """Return once a transaction is confirmed."""
+        if waiter.is_confirmed:
+            return
         deadline_at = waiter.written_at + promise.timeout
         if not waiter.is_settled:
             self._hub.take_answers(waiter, promise.replicas, deadline_at)
