@@ -15,13 +15,15 @@ from messenger.replication import (
     NotConfirmed,
     Position,
     Primary,
+    ReplicaState,
     ReplicationLimits,
     StatementRefused,
     WriterBusy,
 )
 from messenger.replication.applier import Applier
 from messenger.replication.confirm import Confirmations, Level, Waiter
-from messenger.replication.records import Entry
+from messenger.replication.follower import Follower
+from messenger.replication.records import Entries, Entry
 from messenger.replication.writer import Operation
 from tests.conftest import free_port, wait_until
 from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, content_of, wait_streaming
@@ -71,6 +73,35 @@ def test_a_stuck_replica_holds_up_nobody_who_does_not_wait_for_it(
     finally:
         go_on.set()
     primary.wait_confirmed(primary.position, acknowledgements=2)
+
+
+def test_a_replica_that_never_answers_and_joins_anew_confirms_in_time(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary, replica = cluster.pair(commit="applied", timeout=20)
+    with monkeypatch.context() as patch:
+
+        def leave(self: Follower, record: Entries, message: Message) -> None:
+            with self._lock:
+                self._leave(ReplicaState.CONNECTING)
+            patch.undo()
+
+        patch.setattr(Follower, "_take_entries", leave)
+        began_at = time.monotonic()
+        primary.execute(INSERT, ("Dune",))
+    assert time.monotonic() - began_at < 10
+    assert_equal(primary, replica)
+
+
+def test_closing_wakes_who_waits_for_a_replica_that_is_stuck(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    primary, _ = cluster.pair(commit="applied", timeout=50)
+    monkeypatch.setattr(Follower, "_take_entries", lambda self, record, message: None)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(primary.execute, INSERT, ("Dune",))
+        wait_until(lambda: primary.status().replicas[0].sent_lsn == 2)
+        primary.close()
+        with pytest.raises(NotConfirmed, match="closed"):
+            waiting.result(10)
 
 
 def test_a_commit_in_a_callback_is_not_confirmed_there(cluster: Cluster) -> None:

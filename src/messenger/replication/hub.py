@@ -1,8 +1,8 @@
 """The replicas of a primary: the listener that they join at, what is known of each, and who waits for them.
 
-Runs in three kinds of threads: the messenger's, where messages arrive; the thread that commits, which sends to the
-replicas that stream; and one feed per replica (`feed.py`). One lock guards what they share and is held for moments
-only; nothing is sent and no file is read under it.
+Runs in three kinds of threads: the messenger's, where messages arrive; those that commit, which send to the replicas
+that stream, and take the answers while they wait; and one feed per replica (`feed.py`). One lock guards what they share
+and is held for moments only; nothing is sent and no file is read under it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from messenger import CalledFromCallback, Destination, Message, Messenger, Messe
 from .check import PrimaryCheck
 from .confirm import Confirmations, Level, Waiter
 from .feed import CATCHING_UP, DIVERGED, DOWN, STREAMING, Feed, Peer
-from .limits import COMMIT_SAMPLE_S, COMMIT_SAMPLES, ReplicationLimits
+from .limits import BEAT_S, COMMIT_SAMPLE_S, COMMIT_SAMPLES, ReplicationLimits
 from .records import (
     PROTOCOL_VERSION,
     Ack,
@@ -205,7 +205,8 @@ class Hub:
     def take_answers(self, waiter: Waiter, count: int, deadline_at: float) -> None:
         """Take the answers that a transaction waits for off the network in this thread: no other need be woken.
 
-        Only where all replicas that stream are needed, because who waits for the answer of one hears no other.
+        Only where all replicas that stream are needed, and not for long, because who waits for an answer does not hear
+        what else settles the transaction: another replica, one that has joined anew, or the end.
         """
         with self.lock:
             feeds = [peer.feed for peer in self.peers.values() if peer.feed and peer.state is STREAMING]
@@ -213,7 +214,7 @@ class Hub:
             for feed in feeds:
                 if not waiter.is_settled:
                     with contextlib.suppress(CalledFromCallback):
-                        self.messenger.wait(feed.asked_id, max(0.0, deadline_at - time.monotonic()))
+                        self.messenger.wait(feed.asked_id, min(BEAT_S, max(0.0, deadline_at - time.monotonic())))
 
     def replicas(self) -> tuple[ReplicaStatus, ...]:
         """Return how each replica stands."""
