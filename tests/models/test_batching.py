@@ -172,6 +172,16 @@ def test_an_answer_that_does_not_fit_gives_nothing_to_anybody(result: Any) -> No
     assert not any(call.job.done() for call in calls)
 
 
+def test_predictions_that_are_no_array_give_nothing_to_anybody() -> None:
+    calls = [call_of(np.zeros((1, 1))), call_of(np.zeros((2, 1)))]
+    batch = batcher_of(*calls).take(0.0, None)
+    assert batch is not None
+    for result in ({"predictions": [1, 2, [3]]}, {"results": [{"predictions": [1]}, {"predictions": [2, [3]]}]}):
+        with pytest.raises(BadAnswer, match="no array"):
+            batch.settle(ok(result), None)
+    assert not any(call.job.done() for call in calls)
+
+
 def test_a_cancelled_call_is_not_sent() -> None:
     first, second = call_of([[1.0]]), call_of([[2.0]])
     batcher = batcher_of(first, second)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from messenger import NotDelivered, OutcomeUnknown
@@ -114,6 +115,23 @@ def test_garbage_for_an_answer_is_told(foreign: Callable[..., ModelServerManager
         manager.list_models().result(timeout=TIMEOUT_S)
     assert manager.status().counts["bad_answers"] == 2
     assert manager.is_ready
+
+
+@pytest.mark.parametrize("predictions", [[[1], [2, 3]], [1, [2]]], ids=str)
+def test_predictions_that_are_no_array_are_told(foreign: Callable[..., ModelServerManager], predictions: Any) -> None:
+    """The rows were a matrix, so they should become one; such a call once ended never."""
+    answer = {"action": 0, "result": {"predictions": predictions}, "success": True, "err": ""}
+    manager = foreign(f"json.dumps({answer}).encode()")
+    with pytest.raises(BadAnswer, match="inhomogeneous"):
+        manager.infer("m", np.array([[1.0], [2.0]])).result(timeout=TIMEOUT_S)
+
+
+def test_a_command_may_be_called_as_ours_are(foreign: Callable[..., ModelServerManager]) -> None:
+    """`command` gives any data to a server that knows what they mean, and returns its answer whole."""
+    manager = foreign()
+    for data in ({"name": "m"}, {"name": "m"}, "x"):
+        assert manager.command("TRAIN", data).result(timeout=TIMEOUT_S)["result"] == data
+    assert manager.status().jobs == {}
 
 
 def test_what_is_no_message_is_dropped(new_manager: NewManager, plain: PlainPeers) -> None:

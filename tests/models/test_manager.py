@@ -15,6 +15,7 @@ import pytest
 
 from messenger import CalledFromCallback, KeyPair, Security
 from messenger.models import (
+    BadAnswer,
     CommandFailed,
     Inference,
     Job,
@@ -365,6 +366,27 @@ def test_a_client_has_the_same_calls(new_manager: NewManager, messenger: Messeng
         client.train("wine", data=wine.path, target="nothing").result(TRAIN_S)
 
 
+@pytest.mark.parametrize(
+    "result",
+    [
+        5,
+        {"predictions": 5},
+        {"predictions": {"0": 1, "1": 2}},
+        {"predictions": [[1], [2, 3]]},
+        {"predictions": [1, 2], "version": "x"},
+        {"predictions": [1, 2], "version": [1]},
+    ],
+    ids=str,
+)
+def test_garbage_for_an_answer_is_told_to_a_client(messenger: MessengerFactory, result: Any) -> None:
+    """Whatever answers at the manager's port: each call ends."""
+    contents = json.dumps({"action": 0, "result": result, "success": True, "err": ""}).encode()
+    listener = messenger().listen_for_connection(0, lambda message: message.reply(contents), responses=False)
+    client = ModelClient(messenger(), listener.destination)
+    with pytest.raises(BadAnswer):
+        client.infer("m", np.array([[1.0], [2.0]])).result(TIMEOUT_S)
+
+
 def test_a_plain_program_can_be_a_client(new_manager: NewManager, folder: Path, plain: PlainPeers) -> None:
     make_linear(folder)
     manager = new_manager()
@@ -559,6 +581,8 @@ class Held:
         manager.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S)
         self.pid = manager.status().servers[0].pid
         os.kill(self.pid, signal.SIGSTOP)
+        status = Path(f"/proc/{self.pid}/status")
+        wait_until(lambda: "State:\tT" in status.read_text())
         self.job = manager.infer("sum", [[1, 2]])
 
     def wait_in_thread(self) -> Inbox[BaseException]:

@@ -114,10 +114,12 @@ class Batch(msgspec.Struct, eq=False):
         if not is_table or len(predictions) != self.row_count:
             raise BadAnswer(f"the result of INFER for {self.row_count} rows has not as many predictions")
         start = 0
+        outcomes: list[Any] = []
         for call in self.calls:
             end = start + call.row_count
-            call.job.settle(Inference(self.name, version, _shape(call, predictions[start:end])))
+            outcomes.append(_shape(call, predictions[start:end]))
             start = end
+        self._give(outcomes, version)
 
     def _settle_parts(self, results: Any, version: int) -> None:
         if not isinstance(results, list) or len(results) != len(self.calls):
@@ -126,20 +128,27 @@ class Batch(msgspec.Struct, eq=False):
         for call, result in zip(self.calls, results, strict=True):
             predictions = result.get("predictions") if isinstance(result, dict) else None
             if isinstance(predictions, list) and len(predictions) == call.row_count:
-                outcomes.append(predictions)
+                outcomes.append(_shape(call, predictions))
             elif isinstance(result, dict) and isinstance(result.get("err"), str):
                 outcomes.append(CommandFailed(result["err"]))
             else:
                 raise BadAnswer("a part of the result of INFER is neither predictions nor an error")
+        self._give(outcomes, version)
+
+    def _give(self, outcomes: list[Any], version: int) -> None:
         for call, outcome in zip(self.calls, outcomes, strict=True):
             if isinstance(outcome, CommandFailed):
                 call.job.settle_error(outcome)
             else:
-                call.job.settle(Inference(self.name, version, _shape(call, outcome)))
+                call.job.settle(Inference(self.name, version, outcome))
 
 
 def _shape(call: InferCall, predictions: Any) -> Any:
-    """Return predictions as the caller gave its rows: as a list, or as an array."""
+    """Return predictions as the caller gave its rows: as a list, or as an array.
+
+    Raises:
+        BadAnswer: They cannot be an array.
+    """
     is_list = isinstance(predictions, list)
     if isinstance(call.rows, list):
         return predictions if is_list else predictions.tolist()
@@ -147,7 +156,10 @@ def _shape(call: InferCall, predictions: Any) -> Any:
         return predictions
     import numpy as np
 
-    return np.array(predictions)
+    try:
+        return np.array(predictions)
+    except ValueError as error:
+        raise BadAnswer(f"the predictions are no array: {error}") from error
 
 
 class _Queue:

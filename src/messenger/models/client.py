@@ -3,14 +3,17 @@
 Source: docs/models.md.
 """
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from messenger import Connection, DeliveryError, Destination, Message, Messenger, MessengerError
 
+from .batching import Batch, InferCall
 from .calls import Convert, ModelCalls, OnProgress, as_rows, as_training
-from .errors import BadAnswer, TrainingCancelled, error_of
+from .errors import TrainingCancelled, error_of
 from .jobs import Inference, Job, Progress, Training
 from .limits import CALL_TIMEOUT_S, NPY_VALUES_MIN, TRAIN_TIMEOUT_S
 from .protocol import PROGRESS, Answer, Command, decode_answer, encode
@@ -36,7 +39,7 @@ class ModelClient(ModelCalls):
 
     def infer(self, name: str, rows: Any, *, version: int = 0, timeout: float = CALL_TIMEOUT_S) -> Job[Inference]:
         """Predict; see `ModelCalls.infer`."""
-        rows, row_count, _ = as_rows(rows)
+        rows, row_count, kind = as_rows(rows)
         data: dict[str, Any] = {"name": name, "version": version, "timeout": timeout}
         is_list = isinstance(rows, list)
         if is_list or rows.size <= NPY_VALUES_MIN:
@@ -45,19 +48,9 @@ class ModelClient(ModelCalls):
         else:
             contents = encode(Command(cmd="INFER", data=data, npy=True), rows)
         job: Job[Inference] = Job()
-
-        def convert(answer: Answer, array: Any = None) -> Inference:
-            result = answer.result if isinstance(answer.result, dict) else {}
-            predictions = array if array is not None else result.get("predictions")
-            if predictions is None or len(predictions) != row_count:
-                raise BadAnswer(f"the answer for {row_count} rows has not as many predictions")
-            if not is_list and array is None:
-                import numpy as np
-
-                predictions = np.array(predictions)
-            return Inference(name, int(result.get("version", 0)), predictions)
-
-        self._send(job, contents, convert, timeout + ANSWER_S)
+        now = time.monotonic()
+        batch = Batch(name, version, [InferCall(job, rows, row_count, kind, now, now + timeout)])
+        self._send(job, contents, batch.settle, timeout + ANSWER_S)
         return job
 
     def status(self, *, timeout: float = CALL_TIMEOUT_S) -> Job[dict[str, Any]]:
@@ -94,20 +87,20 @@ class ModelClient(ModelCalls):
         if on_progress is not None:
             self._watchers[job.id] = on_progress
             job.add_done_callback(lambda each: self._watchers.pop(job.id, None))
-        self._send(job, encode(Command(cmd=cmd, data=data)), lambda answer, _: convert(answer), timeout)
+        self._send(job, encode(Command(cmd=cmd, data=data)), lambda answer, _: job.settle(convert(answer)), timeout)
         return job
 
     def _cancel_job(self, job: Job[Any]) -> bool:
         self._call("CANCEL", {"job": job.id}, lambda answer: bool(answer.result), CALL_TIMEOUT_S)
         return True
 
-    def _send(self, job: Job[Any], contents: bytes, convert: Any, timeout: float) -> None:
+    def _send(self, job: Job[Any], contents: bytes, settle: Callable[[Answer, Any], object], timeout: float) -> None:
         def on_answer(message: Message) -> None:
             try:
                 answer, array = decode_answer(message.contents)
                 if not answer.success:
                     raise error_of(answer.kind, answer.err, answer.retry_after_s)
-                job.settle(convert(answer, array))
+                settle(answer, array)
             except TrainingCancelled:
                 job.settle_cancelled()
             except MessengerError as error:

@@ -229,7 +229,7 @@ class ModelServerManager(ModelCalls):
             job=job,
             convert=convert,
         )
-        if cmd == "TRAIN":
+        if cmd == "TRAIN" and job.id:  # By `train`; `command` may mean anything by it.
             self._remember(job, call, on_progress)
             call.convert = lambda answer: self._note_trained(convert(answer), bool(data.get("activate", True)))
         if cmd in ("LOAD", "UNLOAD"):
