@@ -387,6 +387,19 @@ def test_garbage_for_an_answer_is_told_to_a_client(messenger: MessengerFactory, 
         client.infer("m", np.array([[1.0], [2.0]])).result(TIMEOUT_S)
 
 
+def test_a_client_that_waits_alone_fetches_its_result_itself(
+    new_manager: NewManager, messenger: MessengerFactory, folder: Path
+) -> None:
+    make_linear(folder)
+    client = ModelClient(messenger(), new_manager().listener.destination)
+    client.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S)
+    thread = client._messenger._loop._own_thread.native_id or 0
+    before_count = switches_of(thread)
+    for number in range(300):
+        assert client.infer("sum", [[number, 2]]).result(timeout=TIMEOUT_S).predictions == [number + 2]
+    assert switches_of(thread) - before_count < 300
+
+
 def test_a_plain_program_can_be_a_client(new_manager: NewManager, folder: Path, plain: PlainPeers) -> None:
     make_linear(folder)
     manager = new_manager()

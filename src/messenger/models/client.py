@@ -35,7 +35,9 @@ class ModelClient(ModelCalls):
     def __init__(self, messenger: Messenger, destination: Destination | str | int = 15446) -> None:
         self._messenger = messenger
         self._watchers: dict[str, OnProgress] = {}
-        self._connection: Connection = messenger.make_connection(destination, callback=self._take)
+        # Of `infer`, those without an outcome.
+        self._open: set[Job[Any]] = set()
+        self._connection: Connection = messenger.make_connection(destination, callback=self._take, responses=False)
 
     def infer(self, name: str, rows: Any, *, version: int = 0, timeout: float = CALL_TIMEOUT_S) -> Job[Inference]:
         """Predict; see `ModelCalls.infer`."""
@@ -50,7 +52,11 @@ class ModelClient(ModelCalls):
         job: Job[Inference] = Job()
         now = time.monotonic()
         batch = Batch(name, version, [InferCall(job, rows, row_count, kind, now, now + timeout)])
-        self._send(job, contents, batch.settle, timeout + ANSWER_S)
+        self._open.add(job)
+        message_id = self._send(job, contents, batch.settle, timeout + ANSWER_S)
+        if len(self._open) == 1:
+            # As at the manager: of several that wait the messenger's thread takes the answers faster.
+            job.may_fetch(self._messenger, message_id)
         return job
 
     def status(self, *, timeout: float = CALL_TIMEOUT_S) -> Job[dict[str, Any]]:
@@ -94,8 +100,9 @@ class ModelClient(ModelCalls):
         self._call("CANCEL", {"job": job.id}, lambda answer: bool(answer.result), CALL_TIMEOUT_S)
         return True
 
-    def _send(self, job: Job[Any], contents: bytes, settle: Callable[[Answer, Any], object], timeout: float) -> None:
+    def _send(self, job: Job[Any], contents: bytes, settle: Callable[[Answer, Any], object], timeout: float) -> int:
         def on_answer(message: Message) -> None:
+            self._open.discard(job)
             try:
                 answer, array = decode_answer(message.contents)
                 if not answer.success:
@@ -107,9 +114,16 @@ class ModelClient(ModelCalls):
                 job.settle_error(error)
 
         def on_error(error: DeliveryError) -> None:
+            self._open.discard(job)
             job.settle_error(error)
 
-        self._messenger.send_message(self._connection, contents, on_answer, on_error=on_error, timeout=timeout)
+        try:
+            return self._messenger.send_message(
+                self._connection, contents, on_answer, on_error=on_error, timeout=timeout
+            )
+        except BaseException:
+            self._open.discard(job)
+            raise
 
     def _take(self, message: Message) -> None:
         """Take reports of progress, which are no answers."""
