@@ -9,15 +9,19 @@ never on ZeroMQ sockets, so that any thread may use a socket (under the messenge
                                         └── attention: something changed, look again
 
 To lead, a caller takes the inner epoll out of the outer one (a system call, no thread switch) and sleeps on it himself.
+
+A CPU that has gone idle takes longer to wake up than many an answer to come. So a caller whose last sleep was short
+looks again and again for a moment before he sleeps, and gives way in between to whoever wants the CPU.
 """
 
 import os
 import select
 from collections.abc import Callable
+from time import monotonic
 
 from ..errors import LimitReached
 from ..interrupts import sleeps
-from ..limits import DESCRIPTORS_RESERVED
+from ..limits import DESCRIPTORS_RESERVED, SPIN_S
 
 # epoll takes whole milliseconds, in 31 bits; a longer sleep just wakes up once more.
 SLEEP_S_MAX = 86_400.0
@@ -52,6 +56,9 @@ class Wakeup:
         self._inner.register(self._attention, select.EPOLLIN)
         self._outer.register(self._calls, select.EPOLLIN)
         self._outer.register(self._inner.fileno(), select.EPOLLIN)
+        # On a single CPU whoever is to answer would have to wait for it.
+        self._spin_s_max = SPIN_S if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._spin_s = 0.0
 
     def add(self, descriptor: int) -> None:
         """Wake the leader when a socket's descriptor becomes readable."""
@@ -85,7 +92,11 @@ class Wakeup:
 
     def wait_input(self, timeout: float) -> list[int]:
         """Return the sockets' descriptors that are readable, after at most `timeout` seconds."""
-        ready = [descriptor for descriptor, _ in _poll(self._inner, min(timeout, SLEEP_S_MAX))]
+        began_at = monotonic()
+        events = _poll(self._inner, min(timeout, SLEEP_S_MAX), min(timeout, self._spin_s))
+        if timeout:
+            self._spin_s = self._spin_s_max if monotonic() - began_at < SPIN_S else 0.0
+        ready = [descriptor for descriptor, _ in events]
         if self._attention in ready:
             ready.remove(self._attention)
             _clear(self._attention)
@@ -101,7 +112,13 @@ class Wakeup:
 
 
 @sleeps
-def _poll(epoll: select.epoll, timeout: float) -> list[tuple[int, int]]:
+def _poll(epoll: select.epoll, timeout: float, spin_s: float) -> list[tuple[int, int]]:
+    if spin_s:
+        spin_until = monotonic() + spin_s
+        while monotonic() < spin_until:
+            if events := epoll.poll(0):
+                return events
+            os.sched_yield()
     return epoll.poll(timeout)
 
 

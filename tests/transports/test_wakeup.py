@@ -1,0 +1,62 @@
+"""What a thread does that waits for input: when it looks again and again before it sleeps."""
+
+import os
+import select
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from messenger.limits import SPIN_S
+from messenger.transports import wakeup
+from messenger.transports.wakeup import Wakeup
+
+
+@pytest.fixture
+def new_wakeup(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Wakeup]]:
+    """Makes one on a machine with so many CPUs."""
+    made: list[Wakeup] = []
+
+    def make(cpu_count: int) -> Wakeup:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpu_count)))
+        made.append(Wakeup())
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize(("cpu_count", "spins"), [(1, [0.0] * 6), (2, [0.0, SPIN_S, 0.0, SPIN_S, SPIN_S, 0.0])])
+def test_who_slept_shortly_looks_before_the_next_sleep(
+    new_wakeup: Callable[[int], Wakeup], monkeypatch: pytest.MonkeyPatch, cpu_count: int, spins: list[float]
+) -> None:
+    """Not who only looks, and not on a single CPU, for which whoever is to answer would have to wait."""
+    each = new_wakeup(cpu_count)
+    takes_s = iter((0.0001, 0.0002, 0.0, 0.0001, 0.01, 0.0001))
+    now = 0.0
+    slept: list[float] = []
+
+    def poll(epoll: object, timeout: float, spin_s: float) -> list[Any]:
+        nonlocal now
+        now += next(takes_s)
+        slept.append(spin_s)
+        return []
+
+    monkeypatch.setattr(wakeup, "_poll", poll)
+    monkeypatch.setattr(wakeup, "monotonic", lambda: now)
+    for timeout in (1.0, 1.0, 0.0, 1.0, 1.0, 1.0):
+        assert each.wait_input(timeout) == []
+    assert slept == spins
+
+
+def test_it_finds_what_comes_while_it_looks(
+    new_wakeup: Callable[[int], Wakeup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a sleep; it gives way to others in between."""
+    each = new_wakeup(2)
+    descriptor = os.eventfd(0)
+    each.add(descriptor)
+    monkeypatch.setattr(os, "sched_yield", lambda: os.eventfd_write(descriptor, 1))
+    assert wakeup._poll(each._inner, 0.0, 10.0) == [(descriptor, select.EPOLLIN)]
+    os.close(descriptor)
