@@ -295,7 +295,9 @@ def test_inference_goes_on_while_a_model_is_trained(new_manager: NewManager, fol
     manager = new_manager()
     job = wait_progress(manager, "wine", wine)
     for number in range(50):
-        assert manager.infer("sum", [[number, 0]]).result(timeout=TIMEOUT_S).predictions == [float(number)]
+        inference = manager.infer("sum", [[number, 0]])
+        assert inference.result(timeout=TIMEOUT_S).predictions == [float(number)]
+        assert inference._is_fetched  # The training, for which nobody waits here, makes no second caller.
     assert not job.done()
     assert job.cancel()
 
