@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from messenger import CalledFromCallback, KeyPair, Security
+from messenger import CalledFromCallback, KeyPair, Messenger, Security
 from messenger.models import (
     BadAnswer,
     CommandFailed,
@@ -389,17 +389,26 @@ def test_garbage_for_an_answer_is_told_to_a_client(messenger: MessengerFactory, 
         client.infer("m", np.array([[1.0], [2.0]])).result(TIMEOUT_S)
 
 
+def count_wakes(messenger: Messenger, calls: ModelServerManager | ModelClient) -> int:
+    """Returns how often the messenger's thread wakes for 100 calls, one after the other; where others run beside, it
+    may do so for those whose answer was faster than the caller: the least of five times counts."""
+    calls.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S)
+    thread = messenger._loop._own_thread.native_id or 0
+    counts: list[int] = []
+    for _ in range(5):
+        before_count = switches_of(thread)
+        for number in range(100):
+            assert calls.infer("sum", [[number, 2]]).result(timeout=TIMEOUT_S).predictions == [number + 2]
+        counts.append(switches_of(thread) - before_count)
+    return min(counts)
+
+
 def test_a_client_that_waits_alone_fetches_its_result_itself(
     new_manager: NewManager, messenger: MessengerFactory, folder: Path
 ) -> None:
     make_linear(folder)
-    client = ModelClient(messenger(), new_manager().listener.destination)
-    client.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S)
-    thread = client._messenger._loop._own_thread.native_id or 0
-    before_count = switches_of(thread)
-    for number in range(300):
-        assert client.infer("sum", [[number, 2]]).result(timeout=TIMEOUT_S).predictions == [number + 2]
-    assert switches_of(thread) - before_count < 300
+    own = messenger()
+    assert count_wakes(own, ModelClient(own, new_manager().listener.destination)) < 100
 
 
 def test_a_plain_program_can_be_a_client(new_manager: NewManager, folder: Path, plain: PlainPeers) -> None:
@@ -571,12 +580,7 @@ def test_a_thread_that_waits_alone_fetches_its_result_itself(new_manager: NewMan
     """The messenger's thread is not woken for each call, which takes longer than the call itself."""
     make_linear(folder)
     manager = new_manager()
-    manager.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S)
-    thread = manager._dispatcher._messenger._loop._own_thread.native_id or 0
-    before_count = switches_of(thread)
-    for number in range(300):
-        assert manager.infer("sum", [[number, 2]]).result(timeout=TIMEOUT_S).predictions == [number + 2]
-    assert switches_of(thread) - before_count < 300
+    assert count_wakes(manager.listener.messenger, manager) < 100
 
 
 def test_a_job_with_a_callback_is_left_to_the_messengers_thread(new_manager: NewManager, folder: Path) -> None:
