@@ -116,6 +116,7 @@ class BaseMessenger:
         *,
         callback: Callback | None = None,
         dialect: Literal["session", "basic"] = "session",
+        responses: bool = True,
     ) -> Connection:
         """Connect to a destination. Nobody need be there yet; messages wait until somebody is.
 
@@ -123,6 +124,7 @@ class BaseMessenger:
             destination: A bare port or `"host:port"` takes the best transport that has a listener now, else tcp.
             callback: Run on every message that arrives on this connection, as an SLC is at a listener.
             dialect: `"basic"` for servers that are plain ZeroMQ programs; fire and forget, as ZeroMQ is.
+            responses: Whether `callback` also runs on responses, as at a listener.
 
         Raises:
             SecurityError: There is a key, and the server's is not known.
@@ -136,7 +138,9 @@ class BaseMessenger:
         parsed = Destination.parse(destination)
         with self._loop.lock:
             self._require_open()
-            return self._endpoints.connect(parsed, callback, dialect, self._loop)
+            connection = self._endpoints.connect(parsed, callback, dialect, self._loop)
+            connection.outlet.hears_responses = responses
+            return connection
 
     def send_message(
         self,

@@ -115,11 +115,11 @@ def test_connections_beyond_the_limit_are_cut(messenger: MessengerFactory, caplo
     assert ask(messenger("another"), listener.destination) == b"served"
 
 
-def withhold(listening: socket.socket, port: int, bytes_max: int) -> None:
+def withhold(listening: socket.socket, port: int, bytes_max: int, is_over: threading.Event) -> None:
     """Passes on what a client sends, but no more than so much, and all that it is answered, until one of both ends."""
     with listening.accept()[0] as client, socket.create_connection(("127.0.0.1", port)) as server:
         passed_bytes = 0
-        while True:
+        while not is_over.is_set():
             for one, other in ((client, server), (server, client)):
                 if one is client and passed_bytes >= bytes_max:
                     continue
@@ -145,7 +145,8 @@ def test_a_listed_peer_whose_message_does_not_end(
     alice = server.client(server.alice)
     ask(alice, server.destination)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        relay = threading.Thread(target=withhold, args=(listening, server.listener.port, passed_bytes))
+        is_over = threading.Event()
+        relay = threading.Thread(target=withhold, args=(listening, server.listener.port, passed_bytes, is_over))
         relay.start()
         keys = server.dealer_keys(server.alice)
         dealer = plain.dealer(f"tcp://127.0.0.1:{listening.getsockname()[1]}", **keys)
@@ -160,6 +161,7 @@ def test_a_listed_peer_whose_message_does_not_end(
             assert dropped(server.messenger, "endless_message") == 0
         assert ask(alice, server.destination) == b"alice said hello"
         dealer.close()
+        is_over.set()
         relay.join()
 
 

@@ -368,7 +368,7 @@ class ListenerLink(SocketLink):
             self.identity = identity
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             # A heartbeat at a connection that libzmq has stopped to read aborts the process, so only connections send
-            # them, and say how long to wait for the next; of plain peers over tcp the kernel tells when they are cut off.
+            # them, and say how long to wait for the next. The kernel tells of plain peers over tcp that are cut off.
             self.socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
             if is_tcp:
                 for option in (zmq.TCP_KEEPALIVE, zmq.TCP_KEEPALIVE_IDLE, zmq.TCP_KEEPALIVE_INTVL):
