@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any
 
 from .endpoint import Endpoints
-from .errors import Cancelled, DeliveryError
+from .errors import Cancelled, ContentsInvalid, DeliveryError
 from .exchange import BATCH_PROCESSED, Exchange
 from .limits import CLOSE_TIMEOUT_S, FLUSH_S, NEWS_PAUSE_S
 from .link import FOREVER, Outlet
@@ -316,7 +316,11 @@ class Loop:
         """Tell of a callback that raised; whatever it was, the loop serves others and goes on. Takes the lock."""
         if type(error) is Cancelled and type(argument) is Message and error.message_id == argument.source_callback_id:
             return  # It had parts to send that nobody reads; that is the usual end of one.
-        logger.error("! a callback raised: %r on %r", callback, argument, exc_info=error)
+        if type(error) is ContentsInvalid and type(argument) is Message and not argument.is_response:
+            # The sender's mistake, who is told of it; one that makes it all the time must not fill the log.
+            logger.debug("! %r: %s", argument, error)
+        else:
+            logger.error("! a callback raised: %r on %r", callback, argument, exc_info=error)
         with self.lock:
             self._exchange.report_raised(argument, error)
 

@@ -1,6 +1,7 @@
 """Typed messages between messengers: one body, run over both drivers and all transports."""
 
 import asyncio
+import logging
 
 import msgspec
 import pytest
@@ -41,6 +42,19 @@ def test_requests_of_structs(messenger: MessengerFactory, destination: To, encod
         client.request(destination, Add(3, 4), response_type=Join, encoding=encoding)
     response = client.request(destination, Add(3, 4), encoding=encoding)
     assert isinstance(response, Message)
+
+
+def test_what_does_not_decode_fills_no_log(
+    messenger: MessengerFactory, destination: To, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, client = messenger(), messenger()
+    server.listen_for_connection(destination, typed(dispatch))
+    errors: Inbox[DeliveryError] = Inbox()
+    for _ in range(100):
+        client.send_message(destination, b"{}", on_error=errors)
+    assert {type(error) for error in errors.wait(100)} == {HandlerError}
+    assert server.statistics().callback_error_count == 100
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_structs_in_all_that_is_sent(messenger: MessengerFactory, destination: To) -> None:

@@ -94,7 +94,8 @@ class ConnectionLink(SocketLink):
         elif event == BAD_PROTOCOL and self._keys is not None:
             self._take_refusal(f"it does not speak CURVE, so it has not the key {self._keys[1].public}", True)
         elif event == BAD_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            self._take_refusal("it lets in only who has a key: Security(key=…, servers=…)", True)
+            text = "it lets in only who has a key: Security(key=…, servers=…), or --key and --server-key"
+            self._take_refusal(text, True)
 
     def _note_hung_up(self, key: str) -> None:
         """The other end has closed the link in the handshake, and said nothing, as a server with another key does.
