@@ -129,6 +129,18 @@ def test_a_refused_client_is_served_once_it_is_listed(server: SecuredServer) -> 
     wait_until(lambda: is_served(bob, server.destination))
 
 
+def test_a_connection_whose_key_is_taken_off_the_list_is_served_once_it_is_back(server: SecuredServer) -> None:
+    bob = server.client(server.bob)
+    server.allow(server.alice, server.bob)
+    connection = bob.make_connection(server.destination)
+    assert ask(bob, connection) == b"bob said hello"
+    server.allow(server.alice)
+    wait_until(lambda: not is_served(bob, connection))
+    refusal(bob, connection)
+    server.allow(server.alice, server.bob)
+    wait_until(lambda: is_served(bob, connection))
+
+
 def test_a_basic_connection_is_refused_and_served_alike(server: SecuredServer) -> None:
     mallory, alice = server.client(server.mallory), server.client(server.alice)
     errors: Inbox[Exception] = Inbox()

@@ -82,9 +82,13 @@ class ConnectionLink(SocketLink):
             if event == UP:
                 self._failure_count, self._hung_up_at, self._is_refused = 0, 0.0, False
                 self._has_been_up = True
+            was_up = self.is_up
             self.note_up(event == UP)
-            self._is_broken = event == DOWN and self.session is not None
-            if self._is_broken:
+            if event == UP:
+                self._is_broken = False
+            elif was_up and self.session is not None:
+                # A refused handshake ends like this too, and libzmq may make no other try.
+                self._is_broken = True
                 self._exchange.revive_later(self, time.monotonic() + DESERTED_S)
         elif event == NOT_ALLOWED:
             key = self._keys[0].public if self._keys else ""
