@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 import signal
 import socket
 import stat
@@ -24,6 +25,7 @@ from messenger import (
     NotDelivered,
     Security,
 )
+from messenger.transports.local import IpcLock, is_deserted
 from messenger.transports.sockets import context
 from tests.conftest import (
     TIMEOUT_S,
@@ -545,3 +547,20 @@ def test_equal_destinations_share_one_connection(messenger: MessengerFactory) ->
     for name in (port, str(port), f"127.0.0.1:{port}", f"localhost:{port}", Destination.parse(port)):
         client.request(name, b"")
     assert client.statistics().connection_count == 1
+
+
+def test_nobody_is_thought_to_have_ended_when_no_descriptor_is_left(tmp_path: Path) -> None:
+    lock = IpcLock(tmp_path / "x")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    nobody = f"tcp://127.0.0.1:{free_port()}"
+    assert is_deserted(nobody)
+    try:
+        # No new descriptor has a number this low.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        assert not is_deserted(f"ipc://{tmp_path / 'x'}")
+        assert not is_deserted(nobody)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        lock.release()
+    assert is_deserted(nobody)
+    assert is_deserted(f"ipc://{tmp_path / 'x'}")

@@ -96,12 +96,14 @@ class IpcLock:
         os.close(self._descriptor)
 
 
-def has_ipc_listener(path: Path) -> bool:
-    """Return whether a living process of this user holds the path."""
+def has_ipc_listener(path: Path, *, if_unknown: bool = False) -> bool:
+    """Return whether a living process of this user holds the path; `if_unknown` if that cannot be told."""
     try:
         descriptor = os.open(_lock_path(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:
+        return if_unknown
     try:
         if os.fstat(descriptor).st_uid != os.getuid():
             return False
@@ -133,11 +135,14 @@ def is_deserted(endpoint: str) -> bool:
     """
     destination = Destination.parse(endpoint)
     if destination.transport == "ipc":
-        return not has_ipc_listener(Path(destination.name))
+        return not has_ipc_listener(Path(destination.name), if_unknown=True)
     if not destination.is_loopback():
         return False
-    places = socket.getaddrinfo(destination.host, destination.port, type=socket.SOCK_STREAM)
-    return all(_is_refused(family, place) for family, _, _, _, place in places)
+    try:
+        places = socket.getaddrinfo(destination.host, destination.port, type=socket.SOCK_STREAM)
+        return all(_is_refused(family, place) for family, _, _, _, place in places)
+    except OSError:  # No descriptor is left, or the name is known no more.
+        return False
 
 
 def _is_refused(family: int, place: tuple[Any, ...]) -> bool:
