@@ -76,6 +76,25 @@ def test_a_slow_disk_holds_up_other_callbacks_only_once(
     assert applied_by == [OWN]
 
 
+def test_another_process_that_writes_to_the_file_holds_up_no_callbacks(cluster: Cluster, applied_by: list[str]) -> None:
+    primary, replica = cluster.pair(commit="applied")
+    wait_idle(replica)
+    applied_by.clear()
+    other = apsw.Connection(str(replica.path))
+    other.execute("BEGIN IMMEDIATE")
+    committing = threading.Thread(target=primary.execute, args=(INSERT, ("Dune",)))
+    committing.start()
+    wait_until(lambda: applied_by == [MESSENGERS, OWN])
+    time.sleep(0.05)
+    assert committing.is_alive()
+    other.execute("ROLLBACK")
+    committing.join(20)
+    assert_equal(primary, replica)
+    assert applied_by == [MESSENGERS, OWN]
+    assert not replica.status().trouble
+    other.close()
+
+
 def test_a_received_transaction_is_answered_before_it_is_applied(cluster: Cluster, applied_by: list[str]) -> None:
     primary, replica = cluster.pair(commit="received")
     wait_idle(replica)

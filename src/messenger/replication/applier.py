@@ -10,6 +10,7 @@ What must never happen here: a change without its entry in the log, or an entry 
 passed over.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from . import database
 from .capture import quote
 from .check import pin
 from .errors import DatabaseRefused
-from .limits import CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, ReplicationLimits
+from .limits import BUSY_MS, CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, ReplicationLimits
 from .log import Log, begin_term, find_head, read_entries, read_term
 from .lost import save_lost
 from .records import Entry, Head, MalformedRecord, Part, PartKind, decode_parts, decode_sequences, does_follow
@@ -179,6 +180,18 @@ class Applier:
                     self._pin()
         self._apply_some(batches[start:])
         self._trim()
+
+    @contextlib.contextmanager
+    def impatient(self) -> Iterator[None]:
+        """Have `apply` raise `apsw.BusyError` at once, instead of waiting, where another process writes to the file."""
+        connection = self._connection
+        if connection is not None:
+            connection.set_busy_timeout(0)
+        try:
+            yield
+        finally:
+            if connection is not None:
+                connection.set_busy_timeout(BUSY_MS)
 
     def _pin(self) -> None:
         if self.pinned is not None:

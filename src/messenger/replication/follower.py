@@ -272,9 +272,12 @@ class Follower:
                 self._inbox.put(stream, batch)
         if applies_here:
             try:
-                self._apply_or_retry(stream, batch)
+                with self.applier.impatient():
+                    is_done = self._apply_or_retry(stream, batch, is_here=True)
             finally:
                 self._here.release()
+            if not is_done:
+                self._inbox.put(stream, batch)
         elif ack is not None:
             message.reply(encode(ack))
 
@@ -358,13 +361,19 @@ class Follower:
         while (taken := self._inbox.take()) is not None:
             self._apply_or_retry(*taken)
 
-    def _apply_or_retry(self, stream: int, item: Item) -> None:
+    def _apply_or_retry(self, stream: int, item: Item, *, is_here: bool = False) -> bool:
+        """Return False if `is_here`, and the apply thread is to do it: it may wait for others who write to the file."""
         if stream != self._stream:
-            return  # Of a join that was left.
+            return True  # Of a join that was left.
         try:
             self._apply(stream, item)
-        except DivergenceFound as found:
-            self._note_diverged(stream, found.divergence)
+        except (apsw.BusyError, DivergenceFound) as error:
+            if is_here:
+                return False
+            if isinstance(error, DivergenceFound):
+                self._note_diverged(stream, error.divergence)
+            else:
+                self._retry(f"{type(error).__name__}: {error}", JOIN_S)
         except (MalformedRecord, NoCopy) as error:
             self._retry(f"what the primary sent does not fit: {error}", JOIN_S)
             self.malformed_count += 1
@@ -376,6 +385,7 @@ class Follower:
         except Exception as error:  # Whatever it is, the replica must say so, and not stand still.
             logger.exception("! %s: an error that nobody expected", self._name)
             self._retry(f"{type(error).__name__}: {error}", JOIN_S)
+        return True
 
     def _apply(self, stream: int, item: Item) -> None:
         applier = self.applier
