@@ -182,6 +182,17 @@ def test_predictions_that_are_no_array_give_nothing_to_anybody() -> None:
     assert not any(call.job.done() for call in calls)
 
 
+@pytest.mark.parametrize("rows", [[[1.0]], np.zeros((1, 1))], ids=["list", "array"])
+def test_a_single_number_is_no_predictions(rows: Any) -> None:
+    """An array without dimensions has no length."""
+    call = call_of(rows)
+    batch = batcher_of(call).take(0.0, None)
+    assert batch is not None
+    with pytest.raises(BadAnswer, match="not as many predictions"):
+        batch.settle(ok({}), np.array(3.0))
+    assert not call.job.done()
+
+
 def test_a_cancelled_call_is_not_sent() -> None:
     first, second = call_of([[1.0]]), call_of([[2.0]])
     batcher = batcher_of(first, second)

@@ -110,7 +110,7 @@ class Batch(msgspec.Struct, eq=False):
             self._settle_parts(result["results"], version)
             return
         predictions: Any = array if array is not None else result.get("predictions")
-        is_table = isinstance(predictions, list) or array is not None
+        is_table = isinstance(predictions, list) or (array is not None and array.ndim > 0)
         if not is_table or len(predictions) != self.row_count:
             raise BadAnswer(f"the result of INFER for {self.row_count} rows has not as many predictions")
         start = 0
