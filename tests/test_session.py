@@ -1,5 +1,6 @@
 """`session`: one end, by hand and to the number; then two ends over a link that loses and repeats."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from messenger.limits import (
 )
 from messenger.link import FOREVER, Link
 from messenger.outgoing import Outgoing
+from messenger.roundtrip import Resends
 from messenger.session import Session, State
 from messenger.wire import (
     Flag,
@@ -512,6 +514,13 @@ def test_a_resend_that_does_not_help_comes_ever_less_often() -> None:
     for now in (4_000.1, 4_000.7):
         end.receive(received=1, flags=Flag.RESEND, now=now)
         assert [frame.contents for frame in end.flush(now)] == [[b"b"]]
+
+
+def test_a_resend_over_a_slow_network_comes_once_a_minute_at_least() -> None:
+    """All that is sent later waits for it, so who could not be reached for an hour must not wait for minutes."""
+    resends = Resends()
+    due = [now for now in range(7_200) if resends.is_due(0, float(now), RTO_MAX_S)]
+    assert max(later - earlier for earlier, later in itertools.pairwise(due)) <= 60
 
 
 def test_a_resend_may_be_asked_for_at_once_in_the_next_session() -> None:

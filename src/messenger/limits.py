@@ -157,6 +157,8 @@ RTO_INITIAL_S = 0.5
 RTO_MAX_S = 8.0
 # What a peer asks for again and again, and never receives, is sent at intervals that double so often.
 RESENDS_DOUBLED_MAX = 8
+# But no more rarely than this: all behind it waits as well, also once a link works that broke again and again before.
+RESEND_S_MAX = 60.0
 # A session with nothing under way shows so often that it lives; a listener learns by it when the link was made anew.
 IDLE_PROBE_S = 10.0
 # A HELLO without an answer is said again after the first time, doubled each time, up to the second.

@@ -7,7 +7,7 @@ What must never happen here: a wait outside of `RTO_MIN_S` to `RTO_MAX_S`.
 
 import math
 
-from .limits import RESENDS_DOUBLED_MAX, RTO_INITIAL_S, RTO_MAX_S, RTO_MIN_S
+from .limits import RESEND_S_MAX, RESENDS_DOUBLED_MAX, RTO_INITIAL_S, RTO_MAX_S, RTO_MIN_S
 
 
 class RoundTrip:
@@ -53,7 +53,7 @@ class Resends:
         """Return whether to send again, and note that; at doubled intervals, if the peer receives nothing of it."""
         if received_through != self._after:
             self._count = 0
-        elif now < self._at + timeout_s / 2 * 2 ** min(self._count, RESENDS_DOUBLED_MAX):
+        elif now < self._at + min(timeout_s / 2 * 2 ** min(self._count, RESENDS_DOUBLED_MAX), RESEND_S_MAX):
             return False
         else:
             self._count += 1
