@@ -111,9 +111,6 @@ INFLOW_UNWATCHED_BYTES_MAX = 4 * MIB
 # Heartbeats of an idle peer: PING and PONG each second, with keys.
 INFLOW_FORGIVEN_BYTES_PER_S = 128
 
-# What libzmq takes for each frame that it holds, beside its contents.
-FRAME_COST_BYTES = 64
-
 # Keys.
 
 ALLOWED_KEYS_MAX = 100_000

@@ -228,7 +228,6 @@ def test_each_byte_is_counted(
     for size in [*range(180, 260), 70_000]:
         ask(client, connection, bytes(size))
     came_bytes = kernel.received_bytes(inflow.descriptor) - inflow.held_base
-    assert inflow.taken_frames >= 81
     # Heartbeats are not counted, and one frame may be under way.
     assert 0 <= came_bytes - inflow.taken_bytes < 400
 

@@ -6,8 +6,8 @@ connection breaks while it does not read for that mark ("Assertion failed: !_io_
 But the kernel tells how many bytes a connection has received. One that has received a good deal is **watched**: from
 then on whoever takes a message off its socket asks by which connection it came, and counts its bytes. The watch ends
 when the socket is empty after that, or by a message of which libzmq does not tell by which connection it came. Under
-the watch it is cut if more is received since a message came than any whole one may have (`endless_message`), or if what
-waits here, with what libzmq adds for each frame, is more than `held_bytes_max` (`too_far_ahead`).
+the watch it is cut if more is received since a message came than any whole one may have (`endless_message`), or if more
+than `held_bytes_max` waits here (`too_far_ahead`).
 
 What must never happen here: a cut of a peer because its messages wait for us, as long as they are not that many, or for
 libzmq. So
@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING
 from ..exchange import Exchange
 from ..limits import (
     CROWDED_LOG_S,
-    FRAME_COST_BYTES,
     INFLOW_FORGIVEN_BYTES_PER_S,
     INFLOW_UNWATCHED_BYTES_MAX,
     LOOK_S,
@@ -57,7 +56,7 @@ class Inflow:
             and of what came since those that are forgiven.
         looked_at: When that was last brought up to date.
         held_base: The same, but of the time when the watch began.
-        taken_bytes, taken_frames: What was taken of it since, as it was on the wire.
+        taken_bytes: What was taken of it since, as it was on the wire.
         has_given: Whether a message came since the last look.
         over_at, over_count: When it was found to have sent too much, and after how many messages of the socket.
     """
@@ -73,7 +72,6 @@ class Inflow:
         "over_at",
         "over_count",
         "taken_bytes",
-        "taken_frames",
     )
 
     def __init__(self, link: "SocketLink", descriptor: int, now: float) -> None:
@@ -84,14 +82,14 @@ class Inflow:
         self.looked_at = now
         self.over_at = FOREVER
         self.over_count = 0
-        self.held_base = self.taken_bytes = self.taken_frames = 0
+        self.held_base = self.taken_bytes = 0
         self.has_given = False
 
     def begin_watch(self, received: int, cookie: int) -> None:
         """Have asked of each message whether it came by this connection."""
         self.base = self.held_base = received
         self.cookie = cookie
-        self.taken_bytes = self.taken_frames = 0
+        self.taken_bytes = 0
         self.has_given = False
         self.link.watched[self.descriptor] = self
 
@@ -109,13 +107,10 @@ class Inflow:
     def note_frame(self, wire_bytes: int) -> None:
         """A frame of it was taken."""
         self.taken_bytes += wire_bytes
-        self.taken_frames += 1
 
     def is_too_far_ahead(self, arrived_bytes: int) -> bool:
-        """Return whether more waits than may; its frames are believed to be like those that were taken."""
-        held_bytes = arrived_bytes - self.held_base - self.taken_bytes
-        cost_bytes = held_bytes + FRAME_COST_BYTES * held_bytes * self.taken_frames // (self.taken_bytes or 1)
-        return self.taken_frames > 0 and cost_bytes > self.link.held_bytes_max
+        """Return whether more waits than may. In how many frames that is, nobody knows, so only bytes count."""
+        return self.taken_bytes > 0 and arrived_bytes - self.held_base - self.taken_bytes > self.link.held_bytes_max
 
     def is_surely_endless(self) -> bool:
         """Return whether a whole message would have been taken since it was found to have sent too much."""
@@ -185,7 +180,7 @@ class Lookout:
         link = inflow.link
         arrived = received - self._kernel.unread_bytes(inflow.descriptor)
         if inflow.is_too_far_ahead(arrived):
-            text = "%d bytes, with what each frame costs, before they could be taken"
+            text = "%d bytes before they could be taken"
             self._cut(inflow, now, "too_far_ahead", text, link.held_bytes_max)
         elif inflow.has_given:
             inflow.has_given = False

@@ -192,7 +192,7 @@ class SocketLink(Link):
         """Nothing is held here any more, of those whose messages come."""
         self.emptied_at = time.monotonic()
         for inflow in list(self.watched.values()):
-            if inflow.taken_frames:
+            if inflow.taken_bytes:
                 inflow.end_watch()
 
     def _note_taken(self, frame: zmq.Frame) -> None:
