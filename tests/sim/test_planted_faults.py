@@ -373,15 +373,16 @@ def deserted_gives_up_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     wrap(monkeypatch, Exchange, "handle_deserted", handle_deserted)
 
 
-# Each with the rules of which one must be broken, and the seeds within which that must happen.
-FAULTS: list[tuple[Plant, set[str], int]] = [
+# Each with the rules of which one must be broken, and the seeds within which that must happen: the first so many, or,
+# where it takes a thousand to meet the one case that shows it, some around that.
+FAULTS: list[tuple[Plant, set[str], int | range]] = [
     (no_dedup, {"processed twice"}, 50),
     (ack_before_processing, {"acknowledged too early"}, 50),
     (no_resend, {"no progress", "message vanished"}, 50),
     (resend_of_the_wrong_batch, {"no progress", "message vanished"}, 50),
-    (incarnation_unchecked, {"no progress", "window exceeded", "false response"}, 1_500),
+    (incarnation_unchecked, {"no progress", "window exceeded", "false response"}, range(1_160, 1_500)),
     (nonce_unchecked_at_connection, {"the dead established", "no progress"}, 500),
-    (nonce_unchecked_at_listener, {"the dead established"}, 1_000),
+    (nonce_unchecked_at_listener, {"the dead established"}, range(800, 1_000)),
     (hello_believed_by_listener, {"the dead established"}, 500),
     (worker_acknowledges_all_before, {"acknowledged too early"}, 50),
     (worker_never_acknowledges, {"no progress", "message vanished"}, 50),
@@ -401,8 +402,8 @@ FAULTS: list[tuple[Plant, set[str], int]] = [
     (redelivered_said_undelivered, {"false outcome"}, 500),
     (never_redelivered, {"not redelivered"}, 300),
     (received_taken_back, {"false outcome", "given to a successor"}, 500),
-    (answers_given_to_the_successor, {"false response", "given to a successor", "out of order"}, 1_000),
-    (processed_of_another_incarnation, {"acknowledged too early", "no progress"}, 3_000),
+    (answers_given_to_the_successor, {"false response", "given to a successor", "out of order"}, range(780, 1_000)),
+    (processed_of_another_incarnation, {"acknowledged too early", "no progress"}, range(1_160, 3_000)),
     (identity_given_away, {"identity taken from the living"}, 200),
     (lost_link_forgotten, {"no progress"}, 200),
     (acks_never_stop, {"storm"}, 20),
@@ -418,13 +419,18 @@ FAULTS: list[tuple[Plant, set[str], int]] = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "rules", "seeds_max"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
+@pytest.mark.parametrize(("plant", "rules", "seeds"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
 def test_fault_is_caught(
-    plant: Plant, rules: set[str], seeds_max: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plant: Plant,
+    rules: set[str],
+    seeds: int | range,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     plant(monkeypatch)
     seen: set[str] = set()
-    for seed in range(seeds_max):
+    tried = range(seeds) if isinstance(seeds, int) else seeds
+    for seed in tried:
         result = simulate(seed)
         seen |= result.rules
         if rules & seen:
@@ -432,5 +438,5 @@ def test_fault_is_caught(
                 print(f"\n{plant.__name__}: caught by {sorted(seen)} at seed {seed}", end="")
             return
     pytest.fail(
-        f"{seeds_max} seeds with {plant.__name__} broke {sorted(seen) or 'nothing'}, not one of {sorted(rules)}"
+        f"{len(tried)} seeds with {plant.__name__} broke {sorted(seen) or 'nothing'}, not one of {sorted(rules)}"
     )

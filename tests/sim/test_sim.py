@@ -10,7 +10,7 @@ from tests.sim.network import Mode
 from tests.sim.simulator import Simulator, simulate
 
 # In every run of the tests; `make sim SEEDS=100000` runs more.
-SEEDS = 2_500
+SEEDS = 2_000
 CHUNK = 100
 ROOT = Path(__file__).parents[2]
 
