@@ -43,8 +43,8 @@ def test_both_files_are_ours_alone_from_their_first_moment(
     modes: list[int] = []
     really_open = os.open
 
-    def note_mode(path: Any, flags: int, mode: int = 0o777) -> int:
-        descriptor = really_open(path, flags, mode)
+    def note_mode(path: Any, flags: int, mode: int = 0o777, **options: Any) -> int:
+        descriptor = really_open(path, flags, mode, **options)
         modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
         return descriptor
 

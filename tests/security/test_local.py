@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,10 +141,10 @@ def test_a_socket_that_is_gone_when_it_is_looked_at_is_no_refusal(
     gone = [str(destination)]
     lstat = os.lstat
 
-    def look(path: str) -> os.stat_result:
+    def look(path: str, **options: Any) -> os.stat_result:
         if gone and path in gone.pop():
             raise FileNotFoundError(path)
-        return lstat(path)
+        return lstat(path, **options)
 
     monkeypatch.setattr(os, "lstat", look)
     assert ask(messenger("late"), destination) == b"late said hello"
