@@ -482,7 +482,6 @@ class Endpoints:
                 if link.is_revoked(session.routing_id):
                     handshake.expel(session, "its key was taken off the allow-list")
                     logger.warning("! the session with %r was ended, its key is not allowed any more", session.peer)
-            link.forget_revoked()
 
     def detach_all(self) -> list[Connection | Listener]:
         """Forget all endpoints, once nobody uses the sockets, and return them. Called without the lock."""

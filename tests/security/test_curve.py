@@ -154,15 +154,15 @@ def test_a_basic_connection_is_refused_and_served_alike(server: SecuredServer) -
 
 
 def test_plain_programs_with_a_key_are_served(server: SecuredServer, plain: PlainPeers) -> None:
-    """With any routing id that is theirs, or none: then they are known by their key."""
-    for routing_id in (b"", b"alice", b"alice#2"):
-        dealer = server.dealer(plain, server.alice, routing_id or None)
-        dealer.send(b"", b"7-0-x")
-        name = routing_id or b"alice"
-        assert dealer.receive() == [b"server", b"", b"0-7-" + name + b" said x"]
+    """With any routing id or none: they are known by their key, and those after the first by a number behind it."""
+    names = {b"": b"alice", b"alice": b"alice#2", b"any": b"alice#3"}
+    dealers = {routing_id: server.dealer(plain, server.alice, routing_id or None) for routing_id in names}
+    for routing_id, name in names.items():
+        dealers[routing_id].send(b"", b"7-0-x")
+        assert dealers[routing_id].receive() == [b"server", b"", b"0-7-" + name + b" said x"]
+    for routing_id, name in names.items():
         server.messenger.send_message((server.listener, name.decode()), b"to you")
-        assert dealer.receive() == [b"server", b"", b"0-0-to you"]
-        dealer.close()
+        assert dealers[routing_id].receive() == [b"server", b"", b"0-0-to you"]
 
 
 # A2: the authenticator.
@@ -171,7 +171,7 @@ def test_plain_programs_with_a_key_are_served(server: SecuredServer, plain: Plai
 def test_a_listener_that_lets_a_random_key_in_does_not_start(
     messenger: MessengerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zap.Gate, "admits", lambda *_: True)
+    monkeypatch.setattr(zap.Gate, "admit", lambda gate, key, _: key)
     port = free_port()
     with pytest.raises(SecurityError, match="in its self-test a random key was let in"):
         SecuredServer(messenger).listener.close()
@@ -192,7 +192,7 @@ def test_a_question_that_fails_is_a_no(
     def fail(*_: object) -> bool:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(zap.Gate, "admits", fail)
+    monkeypatch.setattr(zap.Gate, "admit", fail)
     refusal(alice, server.destination)
     assert len(server.received) == 0
     assert "! the question whether to let somebody in failed, so the answer is no" in warnings()

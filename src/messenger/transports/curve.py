@@ -1,13 +1,12 @@
 """A listener's tcp socket where only those are let in whose key is on the allow-list.
 
 libzmq checks the key once, in the handshake (`zap.py`); here every ZeroMQ message is checked again, since it carries
-the key of the connection that it came by. A routing id proves nothing: a peer chooses it. So the core is given a
-**label** in its place, the routing id and the key together. A frame of another key then never looks as if it came by
-the link of a session, however its sender came to the routing id, and the core asks `may_speak_for` whenever a session
-begins, or moves to another label.
+the name of the connection that it came by, which begins with its key. The same name is the routing id that the
+connection was given, whatever its peer has chosen, and the core's label of it. So nobody can show the routing id of
+another connection, and the core asks `may_speak_for` whenever a session begins, or moves to another connection.
 
-A plain peer is known to the core by its identity, and here by the routing id and key that it was last seen with. One
-that chooses a routing id must choose its identity, or that with `#2`, `#3`, … behind it.
+A plain peer is known to the core by the identity of its key; if several connections of plain peers have the same, the
+others by that with `#2`, `#3`, … behind it, as long as they last.
 
 What must never happen here: a frame that reaches the core without a key that is on the list now.
 """
@@ -16,13 +15,11 @@ from typing import Any
 
 import zmq
 
-from ..limits import NAMES_PER_KEY_MAX, ROUTING_ID_BYTES_MAX
+from ..limits import NAMES_PER_KEY_MAX
 from ..wire import encode_identity
 from .sockets import CURVE_WRAP_BYTES, cut
-from .zap import Gate
+from .zap import Gate, key_in
 from .zeromq import BAD_PROTOCOL, NOBLOCK, ListenerLink
-
-LABEL_KEY_BYTES = 40
 
 
 class CurveListenerLink(ListenerLink):
@@ -37,12 +34,13 @@ class CurveListenerLink(ListenerLink):
 
     def __init__(self, gate: Gate, *others: Any) -> None:
         self._gate = gate
-        # Of each plain peer.
-        self._plain_keys: dict[bytes, str] = {}
+        # Of plain peers: who each connection is, and the connection of each descriptor.
+        self._peers: dict[bytes, bytes] = {}
+        self._plain: dict[int, bytes] = {}
         super().__init__(*others)
 
     def _guard(self, endpoint: str) -> None:
-        # Nobody may take the routing id of a peer that is there; who comes back after a cut has another one.
+        # Nobody may take the routing id of a peer that is there.
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
         self.socket.setsockopt(zmq.CURVE_SERVER, 1)
         self.socket.setsockopt(zmq.CURVE_PUBLICKEY, self._gate.key.public.encode())
@@ -60,69 +58,73 @@ class CurveListenerLink(ListenerLink):
     def _receive_one(self) -> None:
         socket = self.socket
         frame = socket.recv(NOBLOCK, copy=False)
-        key = _key_of(frame)
-        identity = self._gate.identity_of(key)
+        label = frame.bytes
+        name = _name_of(frame)
+        identity = self._gate.identity_of(key_in(name))
         first = socket.recv(NOBLOCK, copy=False)
         if self.watched:
             self._note_taken(first)
         if identity is None:
-            self._cut_off(frame, key)
-            return
-        if len(frame) > ROUTING_ID_BYTES_MAX:
-            self._refuse_routing_id(first)
-            self._gate.log_refused(key, "a routing id of %d bytes, by the key %s of %r", len(frame), key, identity)
-            return
-        routing_id = frame.bytes
-        if len(first):
-            self._receive_session(routing_id + key.encode(), first)
+            self._drop_rest("refused_key")
+            self._cut_off(frame, "the key %s, which is not on the allow-list any more", key_in(name))
+        elif label != name.encode():
+            self._drop_rest("foreign_identity")
+            self._cut_off(frame, "a routing id that was not given to it, of the key %s", key_in(name))
+        elif len(first):
+            self._receive_session(label, first)
         elif not first.more:
             self._exchange.drop("malformed_frames")
         else:
-            self._receive_plain(key, encode_identity(identity), routing_id)
+            peer = self._peers.get(label) or self._name_plain(label, identity, frame)
+            if peer:
+                self._receive_last(peer)
+            else:
+                self._drop_rest("too_many_names")
 
-    def _receive_plain(self, key: str, identity: bytes, routing_id: bytes) -> None:
-        # libzmq's own routing ids, which nobody else can choose in time, start with a NUL.
-        name, _, number = routing_id.partition(b"#")
-        is_numbered = number.isdigit() and len(number) < 4 and 1 < int(number) <= NAMES_PER_KEY_MAX
-        if routing_id.startswith(b"\0") or routing_id == identity:
-            peer = identity
-        elif name == identity and is_numbered:
-            peer = b"%b#%d" % (identity, int(number))
-        else:
-            self._drop_rest("foreign_identity")
-            self._log_claim(key, routing_id)
-            return
-        self._plain_keys[peer] = key
-        self._routing_ids[peer] = routing_id
-        self._receive_last(peer)
+    def _name_plain(self, label: bytes, identity: str, frame: zmq.Frame) -> bytes:
+        """Return who a plain peer is whose connection has sent nothing before, nothing if there are too many."""
+        # What has ended meanwhile keeps no name, and gives back what it had.
+        self.read_news()
+        while self._has_news:
+            self.read_news()
+        first, descriptor = encode_identity(identity), int(frame.get(zmq.SRCFD))
+        others = (b"%b#%d" % (first, number) for number in range(2, NAMES_PER_KEY_MAX + 1))
+        peer = next((peer for peer in (first, *others) if peer not in self._routing_ids), b"")
+        if peer and descriptor in self.inflows:
+            # It may be another connection's by now, which ends later than this one; then the name goes with that.
+            self._forget_plain(descriptor)
+            self._plain[descriptor] = label
+            self._peers[label] = peer
+            self._routing_ids[peer] = label
+        return peer
 
-    def _cut_off(self, frame: zmq.Frame, key: str) -> None:
-        """End the connection of a peer whose key was on the list when it connected; it is told when it comes again."""
-        self._drop_rest("refused_key")
-        self._gate.log_refused(key, "the key %s, which is not on the allow-list any more", key)
+    def _forget_plain(self, descriptor: int) -> None:
+        peer = self._peers.pop(self._plain.pop(descriptor, b""), b"")
+        self._routing_ids.pop(peer, None)
+
+    def _end_inflow(self, descriptor: int) -> None:
+        super()._end_inflow(descriptor)
+        self._forget_plain(descriptor)
+
+    def _cut_off(self, frame: zmq.Frame, text: str, key: str) -> None:
+        """End the connection of a peer; if that is for its key, it is told when it comes again."""
+        self._gate.log_refused(key, text, key)
         cut(int(frame.get(zmq.SRCFD)), self.port)
 
     # What the core asks.
 
     def may_speak_for(self, routing_id: bytes, identity: bytes) -> bool:
         """Return whether the key in a label is that of an identity; if not, log that."""
-        key = key_in(routing_id)
+        key = key_in(routing_id.decode())
         own = self._gate.identity_of(key)
         if own is not None and encode_identity(own) == identity:
             return True
-        self._log_claim(key, identity)
+        text = "a message that claims to be of %r, by the key %s of %r"
+        self._gate.log_refused(f"{key} {identity!r}", text, identity, key, own)
         return False
 
-    def _log_claim(self, key: str, claimed: bytes) -> None:
-        text = "a message that claims to be of %r, by the key %s of %r"
-        self._gate.log_refused(f"{key} {claimed!r}", text, claimed, key, self._gate.identity_of(key))
-
-    def send_frames(self, routing_id: bytes, frames: Any) -> bool:
-        """Send one ZeroMQ message to the peer with a label."""
-        return super().send_frames(routing_id[:-LABEL_KEY_BYTES], frames)
-
     def flush(self, now: float) -> None:
-        """Send what is queued for plain peers, but only to those that were seen with a key that is on the list now."""
+        """Send what is queued for plain peers, but only to those whose key is on the list now."""
         refused = [outgoing for outgoing in self.queue if not self._may_get(outgoing.peer)]
         for outgoing in refused:
             self.queue.remove(outgoing)
@@ -131,12 +133,8 @@ class CurveListenerLink(ListenerLink):
         super().flush(now)
 
     def _may_get(self, peer: bytes) -> bool:
-        return self._gate.identity_of(self._plain_keys.get(peer, "")) is not None
-
-    def forget_revoked(self) -> None:
-        """Forget the plain peers whose keys are not on the list any more."""
-        for peer in [peer for peer in self._plain_keys if not self._may_get(peer)]:
-            del self._plain_keys[peer], self._routing_ids[peer]
+        label = self._routing_ids.get(peer)
+        return label is not None and not self.is_revoked(label)
 
     def _handle_news(self, event: int, value: int) -> None:
         super()._handle_news(event, value)
@@ -145,16 +143,11 @@ class CurveListenerLink(ListenerLink):
 
     def is_revoked(self, label: bytes) -> bool:
         """Return whether the key in a label is not on the list any more."""
-        return self._gate.identity_of(key_in(label)) is None
+        return self._gate.identity_of(key_in(label.decode())) is None
 
 
-def key_in(label: bytes) -> str:
-    """Return the key in a label."""
-    return label[-LABEL_KEY_BYTES:].decode()
-
-
-def _key_of(frame: zmq.Frame) -> str:
-    """Return the key of the connection that a frame came by, nothing if libzmq does not say."""
+def _name_of(frame: zmq.Frame) -> str:
+    """Return the name of the connection that a frame came by, nothing if libzmq does not say."""
     try:
         return str(frame.get("User-Id"))
     except zmq.ZMQError:

@@ -5,25 +5,33 @@ thread, because a callback that blocks must keep nobody out. Each messenger with
 sockets carry the gate's domain. Everything fails closed: a domain that nobody answers for, a request that is not
 understood, an answer that does not come. `prove_refusal` shows that before a listener is used.
 
+The answer also **gives** each connection its routing id, in place of what the peer has chosen. Of two connections that
+chose the same, libzmq would never read the second one, and keep what it sends until the listener closes; and when the
+first one ended, what was meant for it would go to whoever chose that next. libzmq looks for our answer once before it
+reads what the peer has chosen, and of the two the later one counts; so the answer waits for `GIVE_S`.
+
 What must never happen here: an answer that lets in whose key is not on the list now; a wait for a messenger's lock.
 """
 
 import itertools
 import logging
 import os
+import secrets
+import struct
 import threading
 import time
+from collections import deque
 
 import zmq
 from zmq.utils import z85
 
 from ..errors import SecurityError
-from ..limits import REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S, SELF_TEST_S
+from ..limits import GIVE_S, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S, SELF_TEST_S
 from ..security import KeyPair, Security
 from .sockets import Monitor, context
 
 logger = logging.getLogger("messenger")
-KEY_BYTES = 32
+KEY_BYTES, KEY_CHARS = 32, 40
 _ENDPOINT = "inproc://zeromq.zap.01"
 _gates: dict[bytes, "Gate"] = {}
 _domains = itertools.count(1)
@@ -57,7 +65,7 @@ class Gate:
         with _lock:
             _gates[self.domain] = self
             if not _is_served:
-                server = context().socket(zmq.REP)
+                server = context().socket(zmq.ROUTER)
                 server.setsockopt(zmq.LINGER, 0)
                 server.bind(_ENDPOINT)
                 threading.Thread(target=_serve, args=(server,), name="messenger-zap", daemon=True).start()
@@ -72,14 +80,14 @@ class Gate:
         """Return the identity that goes with a key now, None if the key is not on the list."""
         return self._security.allowed.get(key)
 
-    def admits(self, key: str, address: str) -> bool:
-        """Return whether a key is on the list; if not, count that and log it."""
+    def admit(self, key: str, address: str) -> str | None:
+        """Return the name of a new connection, unless its key is not on the list; then count that and log it."""
         if key in self._security.allowed:
-            return True
+            return key + secrets.token_hex(8)
         if key not in self._test_keys:
             self.refused_count += 1
             self.log_refused(key, "the key %s from %s, which is not on the allow-list", key, address)
-        return False
+        return None
 
     def log_refused(self, about: str, text: str, *values: object) -> None:
         """Log a refusal, but not the same again and again: whoever is refused may try for ever."""
@@ -132,15 +140,31 @@ def _knock(endpoint: str, pair: KeyPair, server: KeyPair) -> int:
         monitor.close()
 
 
+def key_in(name: str) -> str:
+    """Return the key in the name of a connection."""
+    return name[:KEY_CHARS]
+
+
 def _serve(server: "zmq.Socket[bytes]") -> None:
+    # Who may come in, and when to say so.
+    waiting: deque[tuple[float, list[bytes]]] = deque()
     while True:
-        frames = server.recv_multipart()
+        now = time.monotonic()
+        while waiting and waiting[0][0] <= now:
+            server.send_multipart(waiting.popleft()[1])
+        if not server.poll(int((waiting[0][0] - now) * 1000) + 1 if waiting else None):
+            continue
+        asker, _, *question = server.recv_multipart()
         try:
-            reply = _answer(frames)
+            answer = _answer(question)
         except Exception:
             logger.exception("! the question whether to let somebody in failed, so the answer is no")
-            reply = [b"500", b"error", b"", b""]
-        server.send_multipart([b"1.0", *frames[1:2], *reply])
+            answer = [b"500", b"error", b"", b""]
+        reply = [asker, b"", b"1.0", *question[1:2], *answer]
+        if answer[0] == b"200":
+            waiting.append((time.monotonic() + GIVE_S, reply))
+        else:
+            server.send_multipart(reply)
 
 
 def _answer(frames: list[bytes]) -> list[bytes]:
@@ -148,8 +172,9 @@ def _answer(frames: list[bytes]) -> list[bytes]:
     if len(frames) == 7 and frames[0] == b"1.0" and frames[5] == b"CURVE" and len(frames[6]) == KEY_BYTES:
         gate = _gates.get(frames[2])
         key = z85.encode(frames[6]).decode()
-        if gate is not None and gate.admits(key, frames[3].decode(errors="replace")):
-            return [b"200", b"OK", key.encode(), b""]
+        name = gate.admit(key, frames[3].decode(errors="replace")) if gate is not None else None
+        if name is not None:
+            return [b"200", b"OK", name.encode(), b"\x08Identity" + struct.pack(">I", len(name)) + name.encode()]
     return [b"400", b"the key is not on the allow-list", b"", b""]
 
 
