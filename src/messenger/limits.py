@@ -20,6 +20,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             comes.
         queue_bytes_max: Bytes of the same queue, at least one message always fits; and of messages that one connection
             over tcp has sent and that nobody has taken yet. Beyond that it is cut.
+        unread_bytes_max: Bytes that all connections over tcp together have sent and that nobody has taken yet, of whole
+            messages and of others. Beyond that those that have sent the most are cut.
         outstanding_max: Messages that wait for their response at one time. About 300 bytes each.
         connections_max: Connections of one messenger. Each holds a socket and its descriptors.
         listeners_max: Listeners of one messenger. Each holds up to three sockets.
@@ -39,6 +41,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     message_bytes_max: int = 64 * MIB
     queue_msgs_max: int = 100_000
     queue_bytes_max: int = 256 * MIB
+    unread_bytes_max: int = 2048 * MIB
     outstanding_max: int = 4_000_000
     connections_max: int = 4_096
     listeners_max: int = 1_024
@@ -106,8 +109,10 @@ LOOK_WATCHED_S = 0.1
 # A look at one takes 3 microseconds; many are looked at in portions, so that messages have their turn in between.
 TURN_LOOKS_MAX = 50
 LOOK_S_MIN = 0.025
-# What a connection may receive before it is asked at each message by which connection it came.
+# What a connection may receive before it is asked at each message by which connection it came; and that share of
+# `unread_bytes_max` may be received by all before.
 INFLOW_UNWATCHED_BYTES_MAX = 4 * MIB
+INFLOW_UNWATCHED_SHARE = 0.25
 # Heartbeats of an idle peer: PING and PONG each second, with keys.
 INFLOW_FORGIVEN_BYTES_PER_S = 128
 

@@ -77,7 +77,7 @@ class Loop:
         self._monitored: dict[int, SocketLink] = {}
         # Listeners whose monitors nobody sleeps on for a moment.
         self._unwatched: set[SocketLink] = set()
-        self._lookout = Lookout(exchange, self._links.values(), Kernel())
+        self._lookout = Lookout(exchange, self._links.values(), Kernel(), endpoints.limits.unread_bytes_max)
         exchange.on_look = self._look_around
         # Links whose events must be read before a sleep, and links that are known to have input. The first stays
         # the same set for ever, as the links have its `add` as their `touch`.

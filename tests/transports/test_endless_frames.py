@@ -6,7 +6,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 import pytest
@@ -19,6 +19,7 @@ from tests.conftest import (
     MessengerFactory,
     PlainPeers,
     contents_of,
+    dropped,
     free_port,
     wait_dropped,
     wait_until,
@@ -161,6 +162,29 @@ def test_small_frames_without_end(messenger: MessengerFactory, size: int) -> Non
         send_on(dealer, frame_of(size) * (MIB // size))
     wait_dropped(server, "endless_message")
     assert messenger().request(port, b"x").contents == b"x"
+
+
+@pytest.mark.threads_only
+def test_many_that_each_begin_a_message(messenger: MessengerFactory) -> None:
+    """Each has sent less than a message may have, all together more than may wait; others are served meanwhile."""
+    port = free_port()
+    limits = Limits(message_bytes_max=2 * MIB, unread_bytes_max=16 * MIB)
+    server = messenger("server", limits=limits)
+    listener = server.listen_for_connection(f"tcp://127.0.0.1:{port}", lambda message: message.reply(message.contents))
+    client = messenger()
+    client.request(port, b"warm-up")
+    with ExitStack() as stack:
+        dealers = [stack.enter_context(raw_dealer(port)) for _ in range(10)]
+        for _ in range(5):
+            for dealer in dealers:
+                with suppress(ConnectionError):
+                    dealer.sendall(frame_of(MIB))
+            time.sleep(2 * LOOK_S)
+            assert client.request(port, b"x").contents == b"x"
+        wait_until(lambda: dropped(server, "too_far_ahead") > 0)
+        wait_until(lambda: sum(inflow.held_bytes for inflow in listener.links[-1].inflows.values()) <= 16 * MIB)
+        assert len(listener.links[-1].inflows) > 1
+    assert set(server.statistics().dropped) == {"too_far_ahead"}
 
 
 def test_busy_peers_hide_nobody(messenger: MessengerFactory) -> None:

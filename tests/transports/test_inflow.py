@@ -18,7 +18,7 @@ DAY_S = 86_400
 class Situation:
     """A messenger with one socket; its connections are numbers, of which the kernel knows what they received."""
 
-    def __init__(self, count: int = 1) -> None:
+    def __init__(self, count: int = 1, unread_bytes_max: int = 1 << 60) -> None:
         self.now = 1_000.0
         self.received = dict.fromkeys(range(count), 0)
         self.unread = dict.fromkeys(range(count), 0)
@@ -42,7 +42,7 @@ class Situation:
             cut=self._cut,
         )
         exchange: Any = SimpleNamespace(drop=self.dropped.append)
-        self.lookout = Lookout(exchange, [self.link], kernel)
+        self.lookout = Lookout(exchange, [self.link], kernel, unread_bytes_max)
         self.look_at = self.now
 
     def _touch(self, link: object) -> None:
@@ -176,6 +176,51 @@ def test_who_is_too_far_ahead_is_cut(one: Situation, caplog: pytest.LogCaptureFi
     assert [record.getMessage() for record in caplog.records] == [
         "! tcp://here:1: a peer was cut that sent more than 41943040 bytes before they could be taken"
     ]
+
+
+def test_what_waits_of_all_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    """Parts of messages of which none is too long alone; who has sent less than the others stays."""
+    several = Situation(12, unread_bytes_max=64 * MIB)
+    several.look(2)
+    for step in range(7):
+        for descriptor in range(12):
+            several.received[descriptor] += MIB if descriptor < 10 or step < 4 else 0
+        several.note_empty()
+        several.look(2)
+    assert several.cut == []
+    for _ in range(4):
+        for descriptor in range(10):
+            several.received[descriptor] += MIB
+        several.note_empty()
+        several.look(2)
+    assert set(several.dropped) == {"too_far_ahead"}
+    assert 1 <= len(several.cut) < 10
+    assert not {10, 11} & set(several.cut)
+    assert sum(inflow.held_bytes for inflow in several.link.watched.values()) <= 64 * MIB
+    assert [record.getMessage() for record in caplog.records] == [
+        "! tcp://here:1: a peer was cut that sent more than others, before they could be taken: of all there were more "
+        "than 67108864 bytes"
+    ]
+
+
+def test_many_that_are_busy_and_heard_are_not_cut() -> None:
+    """What was taken does not wait, however much it is."""
+    several = Situation(20, unread_bytes_max=16 * MIB)
+    for _ in range(200):
+        for descriptor in range(20):
+            several.received[descriptor] += MIB
+            several.take_message(descriptor)
+        several.look(2)
+        several.note_empty()
+    assert several.cut == []
+
+
+def test_of_many_each_is_watched_sooner() -> None:
+    many = Situation(TURN_LOOKS_MAX, unread_bytes_max=100 * MIB)
+    many.look(2)
+    many.received[7] += MIB
+    many.look(2)
+    assert list(many.link.watched) == [7]
 
 
 def test_nobody_guesses_in_how_many_frames_the_bytes_that_wait_are(one: Situation) -> None:

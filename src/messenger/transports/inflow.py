@@ -7,7 +7,8 @@ But the kernel tells how many bytes a connection has received. One that has rece
 then on whoever takes a message off its socket asks by which connection it came, and counts its bytes. The watch ends
 when the socket is empty after that, or by a message of which libzmq does not tell by which connection it came. Under
 the watch it is cut if more is received since a message came than any whole one may have (`endless_message`), or if more
-than `held_bytes_max` waits here (`too_far_ahead`).
+than `held_bytes_max` waits here, or what waits of all is more than `unread_bytes_max` and it has no less of it than the
+average (`too_far_ahead`).
 
 What must never happen here: a cut of a peer because its messages wait for us, as long as they are not that many, or for
 libzmq. So
@@ -31,6 +32,7 @@ from ..limits import (
     CROWDED_LOG_S,
     INFLOW_FORGIVEN_BYTES_PER_S,
     INFLOW_UNWATCHED_BYTES_MAX,
+    INFLOW_UNWATCHED_SHARE,
     LOOK_S,
     LOOK_S_MIN,
     LOOK_WATCHED_S,
@@ -57,6 +59,7 @@ class Inflow:
         looked_at: When that was last brought up to date.
         held_base: The same, but of the time when the watch began.
         taken_bytes: What was taken of it since, as it was on the wire.
+        held_bytes: What waited at the last look, and may be a part of a message.
         has_given: Whether a message came since the last look.
         over_at, over_count: When it was found to have sent too much, and after how many messages of the socket.
     """
@@ -67,6 +70,7 @@ class Inflow:
         "descriptor",
         "has_given",
         "held_base",
+        "held_bytes",
         "link",
         "looked_at",
         "over_at",
@@ -82,14 +86,14 @@ class Inflow:
         self.looked_at = now
         self.over_at = FOREVER
         self.over_count = 0
-        self.held_base = self.taken_bytes = 0
+        self.held_base = self.held_bytes = self.taken_bytes = 0
         self.has_given = False
 
     def begin_watch(self, received: int, cookie: int) -> None:
         """Have asked of each message whether it came by this connection."""
         self.base = self.held_base = received
         self.cookie = cookie
-        self.taken_bytes = 0
+        self.held_bytes = self.taken_bytes = 0
         self.has_given = False
         self.link.watched[self.descriptor] = self
 
@@ -108,9 +112,9 @@ class Inflow:
         """A frame of it was taken."""
         self.taken_bytes += wire_bytes
 
-    def is_too_far_ahead(self, arrived_bytes: int) -> bool:
+    def is_too_far_ahead(self) -> bool:
         """Return whether more waits than may. In how many frames that is, nobody knows, so only bytes count."""
-        return self.taken_bytes > 0 and arrived_bytes - self.held_base - self.taken_bytes > self.link.held_bytes_max
+        return self.taken_bytes > 0 and self.held_bytes > self.link.held_bytes_max
 
     def is_surely_endless(self) -> bool:
         """Return whether a whole message would have been taken since it was found to have sent too much."""
@@ -126,12 +130,19 @@ class Lookout:
     Args:
         links: Whose connections; they may come and go.
         kernel: Asked what it knows of them.
+        unread_bytes_max: What may wait of all of them together.
     """
 
-    def __init__(self, exchange: Exchange, links: Iterable["SocketLink"], kernel: Kernel) -> None:
+    def __init__(
+        self, exchange: Exchange, links: Iterable["SocketLink"], kernel: Kernel, unread_bytes_max: int
+    ) -> None:
         self._exchange = exchange
         self._links = links
         self._kernel = kernel
+        self._unread_bytes_max = unread_bytes_max
+        # What waits of those that are watched, and how many they are.
+        self._unread_bytes = self._watched_count = 0
+        self._unwatched_bytes_max = INFLOW_UNWATCHED_BYTES_MAX
         # Whom the present round has still to look at, and the pause before each portion of it.
         self._left: list[Inflow] = []
         self._pause_s = LOOK_S
@@ -155,7 +166,11 @@ class Lookout:
     def _begin_round(self) -> None:
         links = self._links
         self._left = [inflow for link in links for inflow in link.inflows.values()]
+        held = [inflow.held_bytes for link in links for inflow in link.watched.values()]
+        self._unread_bytes, self._watched_count = sum(held), len(held)
         if self._left:
+            share = int(self._unread_bytes_max * INFLOW_UNWATCHED_SHARE) // len(self._left)
+            self._unwatched_bytes_max = min(INFLOW_UNWATCHED_BYTES_MAX, share)
             round_s = LOOK_WATCHED_S if any(link.watched for link in links) else LOOK_S
             self._pause_s = max(LOOK_S_MIN, round_s * min(1.0, TURN_LOOKS_MAX / len(self._left)))
 
@@ -171,7 +186,7 @@ class Lookout:
         if inflow.cookie:
             inflow.held_base += forgiven
             self._look_at_watched(inflow, received, now)
-        elif received - inflow.base > INFLOW_UNWATCHED_BYTES_MAX:
+        elif received - inflow.base > self._unwatched_bytes_max:
             inflow.base, cookie = received, kernel.cookie_of(descriptor)
             if cookie:
                 inflow.begin_watch(received, cookie)
@@ -179,7 +194,14 @@ class Lookout:
     def _look_at_watched(self, inflow: Inflow, received: int, now: float) -> None:
         link = inflow.link
         arrived = received - self._kernel.unread_bytes(inflow.descriptor)
-        if inflow.is_too_far_ahead(arrived):
+        held_bytes = max(0, arrived - inflow.held_base - inflow.taken_bytes)
+        self._unread_bytes += held_bytes - inflow.held_bytes
+        inflow.held_bytes = held_bytes
+        if self._unread_bytes > self._unread_bytes_max and held_bytes * self._watched_count >= self._unread_bytes:
+            self._unread_bytes -= held_bytes
+            text = "others, before they could be taken: of all there were more than %d bytes"
+            self._cut(inflow, now, "too_far_ahead", text, self._unread_bytes_max)
+        elif inflow.is_too_far_ahead():
             text = "%d bytes before they could be taken"
             self._cut(inflow, now, "too_far_ahead", text, link.held_bytes_max)
         elif inflow.has_given:
