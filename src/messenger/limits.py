@@ -18,8 +18,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         queue_msgs_max: Messages that wait in one connection's queue because nobody is there yet to take them, and
             messages that ZeroMQ holds for one plain peer that does not read. Bounds memory for a peer that never
             comes.
-        queue_bytes_max: Bytes of the same queue, at least one message always fits; and of messages that one connection
-            over tcp has sent and that nobody has taken yet. Beyond that it is cut.
+        queue_bytes_max: Bytes of the same queue, at least one message always fits; of messages that ZeroMQ holds for
+            one plain peer; and of messages that one connection over tcp has sent and that nobody has taken yet. Beyond
+            that it is cut.
         unread_bytes_max: Bytes that all connections over tcp together have sent and that nobody has taken yet, of whole
             messages and of others. Beyond that those that have sent the most are cut.
         outstanding_max: Messages that wait for their response at one time. About 300 bytes each.
@@ -115,6 +116,15 @@ INFLOW_UNWATCHED_BYTES_MAX = 4 * MIB
 INFLOW_UNWATCHED_SHARE = 0.25
 # Heartbeats of an idle peer: PING and PONG each second, with keys.
 INFLOW_FORGIVEN_BYTES_PER_S = 128
+
+# What is given to a plain peer (`transports/outflow.py`).
+
+# Of so many bytes one message tells when libzmq has let go of it, which costs 20 microseconds.
+OUTFLOW_MARK_BYTES = 64 * KIB
+# So many peers are remembered before those are forgotten to whom nothing is on its way.
+OUTFLOWS_SWEEP_MIN = 1_000
+# A connection whose peer does not read looks so often whether libzmq has room again.
+OUTFLOW_LOOK_S = 0.01
 
 # Keys.
 

@@ -251,10 +251,13 @@ class Loop:
             self._exchange.look_at = min(self._exchange.look_at, monotonic() + NEWS_PAUSE_S)
 
     def _look_around(self, now: float) -> float:
-        """Look at the monitors again that were left alone, and at connections; return when to do so again."""
+        """Look again at monitors that were left alone, at connections, and whether links take what they did not."""
         for link in self._unwatched:
             self._watch(link.monitor_descriptor)
         self._unwatched.clear()
+        for link in self._links.values():
+            if link.queue and link.is_up:
+                self._exchange.mark_dirty(link)
         return self._lookout.look(now)
 
     def _read_events(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import zmq
 
-from messenger import ECHO, DeliveryError, Limits, Message, Messenger, OutcomeUnknown
+from messenger import ECHO, DeliveryError, Limits, Message, Messenger, OutcomeUnknown, QueueFull
 from tests.conftest import (
     TIMEOUT_S,
     Inbox,
@@ -291,6 +291,43 @@ def test_two_plain_peers_with_one_identity(server: Server, plain: PlainPeers, de
 
 
 # Peers that do not read.
+
+
+def test_bytes_for_a_plain_peer_that_does_not_read(
+    messenger: MessengerFactory, plain: PlainPeers, destination: To
+) -> None:
+    """They are bounded, however few messages they are in; once it reads, it is served again."""
+    server = Server(messenger("server", limits=Limits(queue_bytes_max=2 * MIB)), destination)
+    mute = plain.dealer(destination, b"mute", RCVHWM=1, RCVBUF=4 * KIB)
+    for count in range(1, 101):
+        mute.send(b"", b"1-0-" + bytes(100 * KIB))
+        server.received.wait(count)
+    exchange_one(plain.dealer(destination, b"other"))
+    full_count = dropped(server.messenger, "peer_full")
+    assert full_count > 20
+    for _ in range(100 - full_count):
+        mute.receive()
+    mute.send(b"", b"2-0-x")
+    assert mute.receive()[2].startswith(b"0-2-")
+    assert dropped(server.messenger, "peer_full") == full_count
+
+
+def test_a_plain_listener_that_does_not_read(messenger: MessengerFactory, plain: PlainPeers, destination: To) -> None:
+    """Who sends to it waits for room when as many bytes wait as may, and all that was taken arrives."""
+    mute = plain.router(destination, RCVHWM=1, RCVBUF=4 * KIB)
+    client = messenger(limits=Limits(queue_bytes_max=2 * MIB))
+    connection = client.make_connection(destination, dialect="basic")
+    count = 0
+    while connection.link.queue_bytes < 2 * MIB:
+        client.send_message(connection, b"%d-" % count + bytes(100 * KIB), timeout=TIMEOUT_S)
+        count += 1
+        time.sleep(0.005)
+        assert count < 200
+    with pytest.raises(QueueFull):
+        client.send_message(connection, b"", timeout=0.1)
+    assert [int(mute.receive()[2].split(b"-")[2]) for _ in range(count)] == list(range(count))
+    client.send_message(connection, b"last", timeout=TIMEOUT_S)
+    assert mute.receive()[2] == b"0-0-last"
 
 
 def test_plain_peer_that_never_reads(messenger: MessengerFactory, plain: PlainPeers, destination: To) -> None:

@@ -18,13 +18,33 @@ import zmq
 
 from ..errors import DestinationInvalid
 from ..exchange import Exchange
-from ..limits import DESERTED_S, HANDSHAKE_FAILURES_MAX, HANDSHAKE_FAILURES_S, HELLO_S_MIN, RETRY_S, Limits
+from ..limits import (
+    DESERTED_S,
+    HANDSHAKE_FAILURES_MAX,
+    HANDSHAKE_FAILURES_S,
+    HELLO_S_MIN,
+    OUTFLOW_LOOK_S,
+    RETRY_S,
+    Limits,
+)
 from ..message import Callback
 from ..security import KeyPair, ServerKey
 from ..wire import encode_identity
 from .local import inproc_names, is_deserted, is_own_socket
+from .outflow import Outflow
 from .sockets import CURVE_WRAP_BYTES
-from .zeromq import BAD_PROTOCOL, CONNECTED, DOWN, HUNG_UP, NOBLOCK, NOT_ALLOWED, RCVMORE, UP, SocketLink
+from .zeromq import (
+    BAD_PROTOCOL,
+    CONNECTED,
+    DOWN,
+    HUNG_UP,
+    NOBLOCK,
+    NOT_ALLOWED,
+    RCVMORE,
+    SNDMORE_NOBLOCK,
+    UP,
+    SocketLink,
+)
 
 logger = logging.getLogger("messenger")
 
@@ -56,6 +76,9 @@ class ConnectionLink(SocketLink):
         self._keys = keys
         if keys is not None:
             self.wrap_bytes = CURVE_WRAP_BYTES
+        # In the basic dialect.
+        self._outflow = Outflow()
+        self._outflow_bytes_max = limits.queue_bytes_max
         self._failure_count = 0
         self._hung_up_at = 0.0
         self._has_been_up = False
@@ -220,5 +243,19 @@ class ConnectionLink(SocketLink):
     def flush(self, now: float) -> None:
         """Give the queue to ZeroMQ, as far as it takes it; the descriptor tells when somebody comes."""
         queue = self.queue
-        while queue and self.send_frames(b"", (b"", queue[0].whole())):
+        while queue and self.is_up:
+            if self._outflow.held_bytes() >= self._outflow_bytes_max or not self._send_plain(queue[0].whole()):
+                # Whoever is there does not read; libzmq does not tell when it has room again.
+                self._exchange.look_at = min(self._exchange.look_at, now + OUTFLOW_LOOK_S)
+                return
             self.queue_bytes -= queue.popleft().size_bytes
+
+    def _send_plain(self, data: bytes) -> bool:
+        self.touch(self)
+        try:
+            self._send(b"", SNDMORE_NOBLOCK)
+        except zmq.Again:
+            return False
+        given = self._outflow.add(data)
+        self._send(given, NOBLOCK, given is data)
+        return True

@@ -51,6 +51,7 @@ from ..message import Callback
 from ..outgoing import Outgoing
 from .inflow import Inflow
 from .local import IpcLock, inproc_names
+from .outflow import Outflows
 from .sockets import POLLIN, Monitor, context, cut, scramble_routing_ids
 from .wakeup import check_descriptors
 
@@ -358,6 +359,8 @@ class ListenerLink(SocketLink):
         self.is_shared = True
         self._warned_at = -CROWDED_LOG_S
         self._accepted_max = min(limits.peer_connections_max, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._outflows = Outflows()
+        self._outflow_bytes_max = limits.queue_bytes_max
         # The routing ids of plain peers that do not have their identity as routing id (transports/curve.py).
         self._routing_ids: dict[bytes, bytes] = {}
         self._ipc_lock: IpcLock | None = None
@@ -477,6 +480,10 @@ class ListenerLink(SocketLink):
             self.queue_bytes -= outgoing.size_bytes
             data = outgoing.whole()
             peer = outgoing.peer
+            outflow = self._outflows.of(peer)
+            if outflow.held_bytes() >= self._outflow_bytes_max:
+                self._exchange.handle_unsendable(self, outgoing, "peer_full")
+                continue
             try:
                 send(routing_ids.get(peer, peer), SNDMORE_NOBLOCK)
             except zmq.Again:
@@ -488,7 +495,8 @@ class ListenerLink(SocketLink):
             else:
                 send(self.identity, SNDMORE_NOBLOCK)
                 send(b"", SNDMORE_NOBLOCK)
-                send(data, NOBLOCK, copy=len(data) < LARGE_BYTES_MIN)
+                given = outflow.add(data)
+                send(given, NOBLOCK, copy=given is data)
 
     def begin_close(self, linger_s: float) -> float:
         """Close the socket."""
