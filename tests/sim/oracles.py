@@ -114,6 +114,8 @@ class Oracles:
         self._window_msgs = window_msgs
         self._ends: Counter[int] = Counter()
         self._refused: set[int] = set()
+        # By outlet: when its receiver was last taken for dead.
+        self._deserted_at: dict[int, float] = {}
         self._kept: list[Any] = []
         self._sent_counts: Counter[int] = Counter()
         self._last_run: dict[Any, int] = {}
@@ -153,6 +155,7 @@ class Oracles:
         """Nobody listens any more where a connection led, as far as can be seen."""
         self._ends[id(outlet)] += 1
         self._kept.append(outlet)
+        self._deserted_at[id(outlet)] = self._clock()
         self._note("deserted", process)
 
     def note_refused(self, process: "Process", outlet: Any, why: str) -> None:
@@ -196,7 +199,8 @@ class Oracles:
         """A message is not started: its sender must have given it up."""
         self._note("expired", process, sent)
         self.counts["expired"] += 1
-        is_given_up = sent.cancelled or sent.outcomes == ["OutcomeUnknown"]  # Of whom the receiver was taken for dead.
+        # Its sender's callback may be told later than the receiver.
+        is_given_up = sent.cancelled or sent.sent_at <= self._deserted_at.get(id(sent.outlet), -1.0)
         if self._clock() < sent.deadline_at and not is_given_up:
             self.fail("dropped before its deadline", f"{sent} at {process}, its deadline is {sent.deadline_at:.3f}")
 
