@@ -161,7 +161,7 @@ def test_changes_of_our_own_tables_are_refused(cluster: Cluster) -> None:
     source.execute("INSERT INTO _messenger_terms VALUES (9, 9, x'00')")
     body = encode([Part(PartKind.CHANGES, session.changeset())])
     (peer,) = primary._hub.peers.values()
-    peer.feed.send(Entries([follow(primary._hub.head, 1, 0, body)]))
+    peer.feed.send(Entries(peer.feed.stream, [follow(primary._hub.head, 1, 0, body)]))
     wait_until(lambda: replica.status().state is ReplicaState.DIVERGED)
     assert "changes of replication's own tables are refused" in replica.status().diverged
     assert replica.execute("SELECT term FROM _messenger_terms").fetchall() == [(1,)]
@@ -173,7 +173,7 @@ def test_a_garbled_changeset_changes_nothing(cluster: Cluster, data: bytes) -> N
     before = content_of(replica.path)
     body = encode([Part(PartKind.CHANGES, data)])
     (peer,) = primary._hub.peers.values()
-    peer.feed.send(Entries([follow(primary._hub.head, 1, 0, body)]))
+    peer.feed.send(Entries(peer.feed.stream, [follow(primary._hub.head, 1, 0, body)]))
     wait_until(lambda: replica.status().diverged or replica.status().lsn > primary.position.lsn)
     assert content_of(replica.path) == before
 
@@ -182,7 +182,7 @@ def test_a_replica_that_is_ahead_has_diverged(cluster: Cluster) -> None:
     """As when the primary's machine lost power, and what its disk had not confirmed."""
     primary, replica = filled(cluster)
     (peer,) = primary._hub.peers.values()
-    peer.feed.send(Entries([follow(primary._hub.head, 1, 0, encode([]))]))
+    peer.feed.send(Entries(peer.feed.stream, [follow(primary._hub.head, 1, 0, encode([]))]))
     wait_until(lambda: replica.position.lsn == primary.position.lsn + 1)
     replica.close()
     replica = cluster.replica()

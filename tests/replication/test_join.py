@@ -267,7 +267,7 @@ def test_the_status_tells_of_a_replica_that_is_gone(cluster: Cluster) -> None:
 def test_garbage_is_counted_and_harms_nobody(cluster: Cluster) -> None:
     primary, replica = cluster.pair()
     stranger = cluster.messenger("stranger")
-    for contents in (b"", b"\x00", b"\xff" * 100, encode(Entries([])), b"\x92\xa3ack", encode(Ack(7, 9, 9, 9, 0.0))):
+    for contents in (b"", b"\x00", b"\xff" * 100, encode(Entries(0, [])), b"\x92\xa3ack", encode(Ack(7, 9, 9, 9, 0.0))):
         stranger.send_message(cluster.port, contents)
     wait_until(lambda: primary.status().malformed_count == 5)
     primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
@@ -279,7 +279,7 @@ def test_entries_that_do_not_follow_are_not_applied(cluster: Cluster) -> None:
     (peer,) = primary._hub.peers.values()
     assert peer.feed is not None
     for lsn in (1, 2):
-        peer.feed.send(Entries([Entry(lsn, 1, 0, b"x" * 16, b"\x90")]))
+        peer.feed.send(Entries(peer.feed.stream, [Entry(lsn, 1, 0, b"x" * 16, b"\x90")]))
     wait_until(lambda: replica.status().malformed_count >= 2)
     primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
     assert_equal(primary, replica)

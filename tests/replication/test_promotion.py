@@ -1,12 +1,15 @@
 """Promotion: a replica becomes the primary, the others follow, the old one is fenced and what only it had is saved."""
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 
+from messenger import Message
 from messenger.replication import (
     DatabaseRefused,
     Diverged,
@@ -19,8 +22,12 @@ from messenger.replication import (
     query_status,
     request_promotion,
 )
-from tests.conftest import free_port, wait_until
-from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, wait_streaming
+from messenger.replication.claims import Claims
+from messenger.replication.feed import Feed
+from messenger.replication.follower import Follower
+from messenger.replication.records import Entries
+from tests.conftest import Inbox, free_port, wait_until
+from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, state_of, wait_streaming
 
 
 def promote(cluster: Cluster, replica: Replica, *arguments: Any, **options: Any) -> Primary:
@@ -69,6 +76,43 @@ def test_the_others_follow(cluster: Cluster) -> None:
         cluster.primary(destination=places[0])
     old = cluster.replica("primary", destination=places)
     assert_equal(new, old)
+
+
+def test_what_an_old_primary_still_sends_is_not_confirmed_to_the_new_one(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot hear of the new one, nor of the replica, which has left it, and has nothing of the new one yet."""
+    monkeypatch.setattr(Claims, "_run", lambda self: None)
+    monkeypatch.setattr(Claims, "wait_first", lambda self: None)
+    places = [cluster.port, free_port()]
+    old = cluster.primary("old", places[0])
+    old.execute(BOOKS)
+    first, second = cluster.replica("first", places, listen=places[1]), cluster.replica("second", places)
+    for replica in (first, second):
+        wait_streaming(old, replica)
+    send_some, take_entries = Feed._send_some, Follower._take_entries
+    is_held, came = threading.Event(), Inbox[int]()
+
+    def hold(self: Feed, reader: apsw.Connection) -> bool:
+        return is_held.is_set() and send_some(self, reader)
+
+    def note(self: Follower, record: Entries, message: Message) -> None:
+        take_entries(self, record, message)
+        came(record.entries[-1].lsn)
+
+    monkeypatch.setattr(Feed, "_send_some", hold)
+    monkeypatch.setattr(Follower, "_take_entries", note)
+    monkeypatch.setattr(old._hub, "handle_message", lambda message: None)
+    new = promote(cluster, first, commit="applied", timeout=20)
+    second._follower.hear_claim(new._make_claim())
+    wait_until(lambda: state_of(new, "second") is ReplicaState.CATCHING_UP)
+    for name in ("old one", "old other"):
+        old.execute(INSERT, (name,))
+        came.wait(old.position.lsn - 1)
+    is_held.set()
+    new.execute(INSERT, ("new",))
+    assert second.execute(SELECT).fetchall() == [(1, "new")]
+    assert_equal(new, second)
 
 
 def test_what_only_the_old_primary_has_is_saved(cluster: Cluster) -> None:

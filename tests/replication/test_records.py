@@ -56,7 +56,7 @@ def test_records_come_back(items: list[tuple[PartKind, bytes]]) -> None:
     parts = [Part(kind, data) for kind, data in items]
     assert decode_parts(encode(parts)) == parts
     entry = follow(START, 3, 4, encode(parts))
-    assert decode_from_primary(encode(Entries([entry], True))) == Entries([entry], True)
+    assert decode_from_primary(encode(Entries(5, [entry], True))) == Entries(5, [entry], True)
     assert decode_from_replica(encode(Ack(1, 2, 3, 4, 0.5))) == Ack(1, 2, 3, 4, 0.5)
     with pytest.raises(MalformedRecord):
         decode_from_replica(encode(Beat(1, 2, 3, 0.5)))  # Only a primary says that.

@@ -326,7 +326,7 @@ class Feed:
         with source.lock:
             for entry in entries:
                 peer.note_sent(entry)
-        self.ask(encode(Entries(entries)))
+        self.ask(encode(Entries(self.stream, entries)))
         return True
 
     def _send_snapshot(self) -> None:

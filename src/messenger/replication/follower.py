@@ -252,9 +252,11 @@ class Follower:
         size_bytes = sum(len(entry.body) for entry in record.entries)
         with self._lock:
             first = record.entries[0].lsn if record.entries else 0
-            if not self._stream or first != self._received + 1:
-                self.malformed_count += bool(self._stream)
-                if self._stream and first > self._received + 1 and self._received != NOTHING:
+            if not self._stream or record.stream != self._stream:
+                return  # Of a join that was left, maybe of another primary with another history.
+            if first != self._received + 1:
+                self.malformed_count += 1
+                if first > self._received + 1 and self._received != NOTHING:
                     self._leave(ReplicaState.CONNECTING)  # Something is missing; ask for it.
                 return
             if self._inbox.bytes + size_bytes > 2 * (self._limits.in_flight_bytes_max + len(message.contents)):

@@ -184,7 +184,7 @@ class Hub:
                 ready = peer.take_ready(must_answer)
             if ready:
                 try:
-                    feed.asked_id = feed.ask(encode(Entries(ready, must_answer)))
+                    feed.asked_id = feed.ask(encode(Entries(feed.stream, ready, must_answer)))
                 except MessengerError as error:
                     feed.stop()
                     self.handle_down(feed, str(error))

@@ -155,6 +155,7 @@ class NotPrimary(msgspec.Struct, array_like=True, frozen=True, tag="not-primary"
 class Entries(msgspec.Struct, array_like=True, frozen=True, tag="entries"):
     """Primary: transactions in order. `must_answer`: say at once that they were received."""
 
+    stream: int
     entries: list[Entry]
     must_answer: bool = False
 
