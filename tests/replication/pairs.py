@@ -9,7 +9,7 @@ import apsw
 
 from messenger import Messenger
 from messenger.replication import Primary, Replica, ReplicaState, ReplicationLimits
-from messenger.replication.capture import quote
+from messenger.replication.database import quote
 from tests.conftest import free_port, wait_until
 
 BOOKS = "CREATE TABLE books (id INTEGER PRIMARY KEY, name TEXT)"

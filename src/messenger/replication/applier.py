@@ -21,9 +21,9 @@ import apsw
 import msgspec
 
 from . import database
-from .capture import quote
 from .check import pin
 from .errors import DatabaseRefused
+from .guards import drop_guards, guard_conflicts
 from .limits import BUSY_MS, CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, ReplicationLimits
 from .log import Log, begin_term, find_head, read_entries, read_term
 from .lost import save_lost
@@ -129,7 +129,7 @@ class Applier:
         state = database.read_state(connection)
         self._log = Log(connection, self._limits)
         self._wal = database.WalSync(self.path)
-        self._forget_schema()
+        self._tables = None
         self.database = state.database
         self.head = self._log.head
         self.diverged = msgspec.json.decode(state.diverged, type=Divergence) if state.diverged else None
@@ -235,6 +235,9 @@ class Applier:
                             self._apply_part(connection, part, entry)
                 self._apply_changes(connection, pending, entries[-1])
                 log.append(entries)
+        except BaseException:
+            self._tables = None  # What was read of a schema that is undone.
+            raise
         finally:
             if wants_foreign_keys:
                 connection.pragma("foreign_keys", False)
@@ -252,6 +255,8 @@ class Applier:
         """Apply joined changesets, and empty the list."""
         if not pending:
             return
+        if self._tables is None:
+            self._tables = self._read_schema(connection)
         changes = b"".join(pending)
         if self._insert_one(connection, changes):
             pending.clear()
@@ -287,7 +292,7 @@ class Applier:
             sql = self._inserts.get(table)
             if sql is None:
                 values = ", ".join("?" * len(row))
-                sql = self._inserts[table] = f"INSERT OR ABORT INTO main.{quote(table)} VALUES ({values})"  # noqa: S608
+                sql = self._inserts[table] = f"INSERT OR ABORT INTO main.{database.quote(table)} VALUES ({values})"  # noqa: S608
             if sql:
                 self._require_open()[1].cursor.execute(sql, row)
         except apsw.SQLError:
@@ -301,22 +306,18 @@ class Applier:
         found, self._found = self._found, None
         return None if found is None else msgspec.structs.replace(found, lsn=entry.lsn)
 
-    def _forget_schema(self) -> None:
-        self._tables = None
+    def _read_schema(self, connection: apsw.Connection) -> set[str]:
+        """Make ready for the tables that are here, and return their names."""
         self._inserts.clear()
+        guard_conflicts(connection)
+        rows: list[Any] = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall()
+        return {name for (name,) in rows}
 
     def _is_known(self, table: str) -> bool:
         """Refuse changes of our own tables, and of tables that are not here, which SQLite would pass over."""
-        if self._tables is None:
-            connection, _ = self._require_open()
-            rows: list[Any] = connection.execute(
-                "SELECT lower(name) FROM sqlite_schema WHERE type = 'table'"
-            ).fetchall()
-            self._tables = {name for (name,) in rows}
-        name = table.lower()
-        if name.startswith(database.OWN_PREFIX):
+        if table.lower().startswith(database.OWN_PREFIX):
             self._found = Divergence(0, table, "", "changes of replication's own tables are refused")
-        elif name not in self._tables:
+        elif self._tables is None or table not in self._tables:
             self._found = Divergence(0, table, "", "there is no such table here")
         else:
             return True
@@ -335,12 +336,17 @@ class Applier:
             connection.execute("DELETE FROM sqlite_sequence")
             connection.executemany("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", decode_sequences(part.data))
         elif part.kind in (PartKind.SQL, PartKind.SQL_FOREIGN_KEYS):
-            self._forget_schema()
+            self._tables = None
+            drop_guards(connection)
+            # What a DROP TABLE deletes by foreign keys can fire triggers at the primary, so it must here.
+            connection.config(apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, int(part.kind is PartKind.SQL_FOREIGN_KEYS))
             try:
                 connection.execute(part.data.decode()).fetchall()
             except (apsw.SQLError, apsw.ConstraintError, UnicodeDecodeError) as error:
                 reason = f"{part.data[:200]!r} failed: {error}"
                 raise DivergenceFound(Divergence(entry.lsn, "", "", reason)) from error
+            finally:
+                connection.config(apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0)
 
     def _trim(self) -> None:
         _, log = self._require_open()

@@ -3,21 +3,23 @@
 SQLite's session extension records rows by primary key, and by rowid where there is none. What it cannot see is done
 here: statements that change the schema are noted as text; a virtual table such as FTS5 is made to write its shadow
 tables before the changeset is taken; AUTOINCREMENT counters are compared; and a NULL in a primary key, which the
-extension would pass over silently, is refused by a temporary trigger.
+extension would pass over silently, is refused by a temporary trigger (`guards.py`).
 
 What must never happen here: a change that is committed and not recorded.
 """
 
 import functools
 import re
+from collections.abc import Container, Iterator
 from enum import Enum, auto
 from typing import Any
 
 import apsw
 
-from .database import OWN_PREFIX
+from .database import OWN_PREFIX, quote
 from .errors import StatementRefused
-from .records import Part, PartKind, encode
+from .guards import guard_recording
+from .records import Part, PartKind, SequenceRow, encode
 
 
 class Kind(Enum):
@@ -62,6 +64,7 @@ _WRITING_ACTIONS = {
 }
 _BLANK = re.compile(r"(?:\s|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$)|;)+", re.DOTALL)
 _WORD = re.compile(r"\w+")
+_NOISE = re.compile(r"--[^\n]*|/\*.*?(?:\*/|$)|'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]", re.DOTALL)
 _TEMPORARY = re.compile(r"(?:CREATE|DROP)\s+(?:TEMP|TEMPORARY)\b|CREATE\s+\w+\s+(?:IF\s+NOT\s+EXISTS\s+)?temp\.", re.I)
 _AS_SELECT = re.compile(r"CREATE\s+TABLE\s+[^(]*?\bAS\s+(?:SELECT|VALUES|WITH)\b", re.I | re.DOTALL)
 _PRAGMA = re.compile(r"PRAGMA\s+(?:main\s*\.\s*)?(\w+)\s*([=(]?)", re.I)
@@ -75,21 +78,32 @@ def classify(sql: str) -> Kind:
     Raises:
         StatementRefused: It cannot be replicated.
     """
-    blank = _BLANK.match(sql)
-    text = sql[blank.end() :] if blank else sql
-    word = _WORD.match(text)
-    first = word[0].upper() if word else ""
+    text = _strip(sql)
+    first = _first_word(sql)
     shown = text[:_SQL_SHOWN_MAX]
     if first in _REFUSED:
         raise StatementRefused(f"{shown!r} is refused: {_REFUSED[first]}")
     kind = _WORDS.get(first, Kind.DATA)
     if first == "PRAGMA":
         kind = _classify_pragma(text, shown)
-    if kind is Kind.SCHEMA and _TEMPORARY.match(text):
+    # Without comments, and with a mere x for each name or text in quotation marks.
+    plain = _NOISE.sub(lambda found: " " if found[0][0] in "-/" else "x", text) if kind is Kind.SCHEMA else ""
+    if _TEMPORARY.match(plain):
         return Kind.TEMPORARY
-    if first == "CREATE" and _AS_SELECT.match(text):
+    if _AS_SELECT.match(plain):
         raise StatementRefused(f"{shown!r} is refused: create the table, then INSERT INTO … SELECT")
     return kind
+
+
+def _strip(sql: str) -> str:
+    """Return a statement without what stands before it."""
+    blank = _BLANK.match(sql)
+    return sql[blank.end() :] if blank else sql
+
+
+def _first_word(sql: str) -> str:
+    word = _WORD.match(_strip(sql))
+    return word[0].upper() if word else ""
 
 
 def _classify_pragma(text: str, shown: str) -> Kind:
@@ -105,6 +119,13 @@ def _classify_pragma(text: str, shown: str) -> Kind:
         f"{shown!r} is refused: of what PRAGMA can set, {', '.join(sorted(_TRAVELLING_PRAGMAS | _LOCAL_PRAGMAS))} "
         "are allowed here"
     )
+
+
+def check_setting(cursor: Any, sql: str, bindings: Any) -> bool:
+    """Refuse a statement that is no setting of the connection. For `apsw.Cursor.exec_trace`."""
+    if classify(sql) not in (Kind.SETTING, Kind.READ):
+        raise StatementRefused(f"{sql[:_SQL_SHOWN_MAX]!r} is refused behind a PRAGMA that sets: execute each by itself")
+    return True
 
 
 class Guard:
@@ -134,17 +155,25 @@ class Guard:
 
 
 class Schema:
-    """What must be known of the tables to record their changes; read anew after each change of the schema."""
+    """What must be known of the tables to record their changes; read anew after each change of the schema.
+
+    Attributes:
+        sequences: The rows of `sqlite_sequence`, or None if no table has AUTOINCREMENT.
+        loose_keys: Of tables whose primary keys can be equal and not the same, the names in UTF-8.
+    """
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
         self.guard = Guard(connection)
         self.has_virtual_tables = False
-        self.sequences: dict[str, int] | None = None
+        self.sequences: list[SequenceRow] | None = None
+        self.loose_keys: dict[str, bytes] = {}
+        # Of tables with AUTOINCREMENT, the columns that count up.
+        self._counted: dict[str, str] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the schema, and guard primary keys that allow NULL."""
+        """Read the schema, and refuse what cannot be recorded."""
         connection = self._connection
         self.has_virtual_tables = bool(
             connection.execute(
@@ -152,44 +181,41 @@ class Schema:
             ).fetchall()
         )
         self.sequences = self.read_sequences()
-        for name, columns in self._nullable_keys():
-            self._guard(name, columns)
+        self._counted = {} if self.sequences is None else dict(self._read_counted())
+        self.loose_keys = {table: table.encode() for table in guard_recording(connection)}
 
-    def read_sequences(self) -> dict[str, int] | None:
+    def read_sequences(self) -> list[SequenceRow] | None:
         """Return the values of AUTOINCREMENT counters, or None if there are no such tables."""
         if not self._connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'sqlite_sequence'").fetchall():
             return None
-        rows: list[Any] = self._connection.execute(
-            "SELECT name, seq FROM sqlite_sequence WHERE seq IS NOT NULL"
-        ).fetchall()
-        return dict(rows)
+        rows: list[Any] = self._connection.execute("SELECT name, seq FROM sqlite_sequence ORDER BY rowid").fetchall()
+        return rows
 
-    def _nullable_keys(self) -> list[tuple[str, list[str]]]:
-        """Return the tables whose primary key is no rowid and may hold NULL, with those columns."""
+    def _read_counted(self) -> Iterator[tuple[str, str]]:
         rows: list[Any] = self._connection.execute(
-            "SELECT list.name, info.name FROM pragma_table_list AS list, pragma_table_info(list.name) AS info "
-            "WHERE list.schema = 'main' AND list.type = 'table' AND NOT list.wr AND info.pk AND NOT info.\"notnull\" "
-            "AND substr(list.name, 1, 7) <> 'sqlite_' AND substr(list.name, 1, 11) <> ? "
-            "AND NOT (upper(info.type) = 'INTEGER' AND "
-            "(SELECT count(*) FROM pragma_table_info(list.name) WHERE pk) = 1)",
-            (OWN_PREFIX,),
+            "SELECT list.name, info.name FROM sqlite_schema AS list, pragma_table_info(list.name, 'main') AS info "
+            "WHERE list.type = 'table' AND list.sql LIKE '%autoincrement%' AND info.pk"
         ).fetchall()
-        tables: dict[str, list[str]] = {}
         for table, column in rows:
-            tables.setdefault(table, []).append(column)
-        return list(tables.items())
+            if self._connection.column_metadata("main", table, column)[4]:
+                yield table, column
 
-    def _guard(self, table: str, columns: list[str]) -> None:
-        quoted = quote(table)
-        old = " OR ".join(f"OLD.{quote(column)} IS NULL" for column in columns)
-        new = " OR ".join(f"NEW.{quote(column)} IS NULL" for column in columns)
-        text = f"table {table}: a row with NULL in its primary key cannot be replicated".replace("'", "''")
-        for verb, condition in (("INSERT", new), ("UPDATE", f"{old} OR {new}"), ("DELETE", old)):
-            trigger = quote(f"{OWN_PREFIX}{verb}_{table}")
-            self._connection.execute(
-                f"CREATE TEMP TRIGGER IF NOT EXISTS {trigger} BEFORE {verb} ON main.{quoted} "
-                f"WHEN {condition} BEGIN SELECT RAISE(ABORT, '{text}'); END"
-            )
+    def is_beyond_counter(self, parts: list[Part]) -> bool:
+        """Return whether a table that was changed holds a row beyond its counter: where it is inserted, that moves."""
+        for table, column in self._counted.items():
+            if any(part.kind is PartKind.CHANGES and table.encode() in part.data for part in parts):
+                sql = (
+                    f"SELECT max({quote(column)}) > coalesce((SELECT seq FROM main.sqlite_sequence WHERE name = ?), 0) "  # noqa: S608
+                    f"FROM main.{quote(table)}"
+                )
+                if self._connection.execute(sql, (table,)).get:
+                    return True
+        return False
+
+    def has_temporary(self) -> bool:
+        """Return whether the user has made anything temporary."""
+        sql = "SELECT 1 FROM sqlite_temp_schema WHERE substr(name, 1, ?) <> ? LIMIT 1"
+        return bool(self._connection.execute(sql, (len(OWN_PREFIX), OWN_PREFIX)).fetchall())
 
 
 class Capture:
@@ -202,6 +228,7 @@ class Capture:
         self._pending: Part | None = None
         self.changed_schema = False
         self._schema_count = 0
+        self._schema_version = 0
         self._session = self._open_session()
         schema.guard.is_on = True
 
@@ -228,6 +255,7 @@ class Capture:
             self._take_changes()
             self._session.close()
             with_foreign_keys = self._connection.pragma("foreign_keys")
+            self._schema_version = self._read_schema_version()
             self._pending = Part(PartKind.SQL_FOREIGN_KEYS if with_foreign_keys else PartKind.SQL, sql.encode())
         elif kind is Kind.SETTING:
             raise StatementRefused(f"{sql[:_SQL_SHOWN_MAX]!r} is refused: use primary.execute, not a transaction")
@@ -266,30 +294,72 @@ class Capture:
 
     def _note_schema_done(self) -> None:
         if self._pending is not None:
-            self._parts.append(self._pending)
+            if self._is_of_file(self._pending):
+                self._parts.append(self._pending)
             self._pending = None
             self.changed_schema = True
-            before = self._schema.sequences or {}
+            before = self._schema.sequences or []
             self._schema.refresh()
             if self._schema.sequences is not None:
                 self._schema.sequences = before  # The values are still to be compared.
         self._session = self._open_session()
 
+    def _read_schema_version(self) -> int:
+        return int(self._connection.pragma("schema_version", schema="main"))
+
+    def _is_of_file(self, part: Part) -> bool:
+        """Return whether a statement that was run is to be run at the replicas.
+
+        Not if all that it changed is temporary: a table there can hide one of the file, so its name does not tell.
+        """
+        word = _first_word(part.data.decode())
+        if word in ("ANALYZE", "REINDEX"):
+            return not self._schema.has_temporary()
+        return word == "PRAGMA" or self._read_schema_version() != self._schema_version
+
     def _take_changes(self) -> None:
         if not self._session.is_empty and (changes := self._session.changeset()):
+            if any(name in changes for name in self._schema.loose_keys.values()):
+                _check_keys(changes, self._schema.loose_keys)
             self._parts.append(Part(PartKind.CHANGES, changes))
 
     def _take_sequences(self) -> None:
-        now = self._schema.read_sequences() or {}
-        if now != self._schema.sequences:
-            self._parts.append(Part(PartKind.SEQUENCES, encode(sorted(now.items()))))
+        now = self._schema.read_sequences() or []
+        if now != self._schema.sequences or self._schema.is_beyond_counter(self._parts):
+            if any(isinstance(value, bytes) for row in now for value in row):
+                raise StatementRefused("table sqlite_sequence: a blob there cannot be replicated")
+            self._parts.append(Part(PartKind.SEQUENCES, encode(now)))
             self._schema.sequences = now
+
+
+def _check_keys(changes: bytes, tables: Container[str]) -> None:
+    """Refuse changes of a key to an equal one that is not the same, as of 'a' to 'A': the session mixes them up.
+
+    It looks up each row that was changed by its key, and finds for either the one that is there.
+
+    Raises:
+        StatementRefused.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    for change in apsw.Changeset.iter(changes):
+        if change.name not in tables:
+            continue
+        try:
+            old, new = change.old, change.new
+        except UnicodeDecodeError:
+            continue
+        numbers = sorted(change.pk_columns)
+        before = [old[number] for number in numbers] if old is not None else []
+        after = [new[number] for number in numbers] if new is not None else []
+        key = [*before] if apsw.no_change in after or not after else after
+        if (change.op == "UPDATE" and apsw.no_change not in after) or (change.name, *key) in seen:
+            raise StatementRefused(
+                f"table {change.name}, key {', '.join(map(repr, key))}: a key that takes the place of an equal one, as "
+                "'A' of 'a' where case does not matter, or 1.0 of 1, cannot be replicated; delete the old row in a "
+                "transaction before"
+            )
+        seen.add((change.name, *key))
 
 
 def _is_users(table: str) -> bool:
     return not table.lower().startswith((OWN_PREFIX, "sqlite_"))
-
-
-def quote(name: str) -> str:
-    """Return a name of SQL in quotation marks."""
-    return '"' + name.replace('"', '""') + '"'

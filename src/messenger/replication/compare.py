@@ -12,8 +12,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from .capture import quote
-from .database import OWN_PREFIX, has_own_tables, open_reader
+from .database import OWN_PREFIX, has_own_tables, open_reader, quote
 from .log import read_head
 from .records import Position
 

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import apsw
 import msgspec
 
-from .capture import quote
-from .database import OWN_PREFIX
+from .database import OWN_PREFIX, quote
 
 BUCKET_COUNT = 1_024
 _SUM_BYTES = 16

@@ -275,6 +275,11 @@ def resolve(path: str | os.PathLike[str]) -> str:
     return str(Path(text).absolute())
 
 
+def quote(name: str) -> str:
+    """Return a name of SQL in quotation marks."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 def closed_error(path: str) -> ReplicationClosed:
     """Return the error of a call that came too late."""
     return ReplicationClosed(f"{path} is closed")

@@ -43,7 +43,8 @@ def _describe(entry: Entry) -> dict[str, Any]:
         elif part.kind in (PartKind.SQL, PartKind.SQL_FOREIGN_KEYS):
             changes.append({"sql": part.data.decode()})
         elif part.kind is PartKind.SEQUENCES:
-            changes.append({"sequences": dict(decode_sequences(part.data))})
+            rows = decode_sequences(part.data)
+            changes.append({"sequences": {str(name): _describe_value(value) for name, value in rows}})
     return {"term": entry.term, "lsn": entry.lsn, "at_us": entry.at_us, "changes": changes}
 
 

@@ -219,7 +219,7 @@ class Primary:
             return Rows(iter(self._readers.get().execute(sql, bindings)))
         promise = self._override(commit, acknowledgements, timeout)
         deadline_at = time.monotonic() + promise.timeout
-        if kind is Kind.SETTING or kind is Kind.TEMPORARY:
+        if kind is Kind.SETTING:
             return self._set(sql, deadline_at)
         operation = Operation(sql, bindings, promise.level, promise.replicas)
         written_lsn = self._writer.write(operation, deadline_at, self._tidy)
@@ -248,7 +248,7 @@ class Primary:
     def _set(self, sql: str, deadline_at: float) -> Rows:
         self._writer.acquire(deadline_at)
         try:
-            return Rows(iter(self._writer.connection.execute(sql).fetchall()))
+            return Rows(iter(self._writer.set(sql)))
         finally:
             self._writer.release()
 

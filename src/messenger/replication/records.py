@@ -20,6 +20,8 @@ CHECKSUM_BYTES = 16
 NO_CHECKSUM = bytes(CHECKSUM_BYTES)
 _LINK = Struct(">QQQ")
 T = TypeVar("T")
+# A name and a value, as a rule a number; but a user may write nearly anything there.
+SequenceRow = tuple[str | int | float | None, str | int | float | None]
 
 
 class MalformedRecord(ValueError):
@@ -42,7 +44,7 @@ class PartKind(IntEnum):
     CHANGES = 0  # A changeset of SQLite's session extension.
     SQL = 1  # A statement that changes the schema.
     SQL_FOREIGN_KEYS = 2  # The same, run with foreign keys enforced.
-    SEQUENCES = 3  # The names and values of AUTOINCREMENT sequences.
+    SEQUENCES = 3  # All rows of `sqlite_sequence`, the counters of AUTOINCREMENT.
     CHECK = 4  # The content is to be compared here.
 
 
@@ -284,13 +286,13 @@ _encoder = msgspec.msgpack.Encoder()
 _from_replica: msgspec.msgpack.Decoder[FromReplica] = msgspec.msgpack.Decoder(FromReplica)
 _from_primary: msgspec.msgpack.Decoder[FromPrimary] = msgspec.msgpack.Decoder(FromPrimary)
 _parts = msgspec.msgpack.Decoder(list[Part])
-_sequences = msgspec.msgpack.Decoder(list[tuple[str, int]])
+_sequences = msgspec.msgpack.Decoder(list[SequenceRow])
 
 # What precedes the length of the only part.
 _ONE_CHANGESET = _encoder.encode([Part(PartKind.CHANGES, b"")])[:3]
 
 
-def encode(record: FromReplica | FromPrimary | list[Part] | list[tuple[str, int]]) -> bytes:
+def encode(record: FromReplica | FromPrimary | list[Part] | list[SequenceRow]) -> bytes:
     """Return a record as bytes."""
     return _encoder.encode(record)
 
@@ -315,8 +317,8 @@ def is_one_changeset(data: bytes) -> bool:
     return data.startswith(_ONE_CHANGESET)
 
 
-def decode_sequences(data: bytes) -> list[tuple[str, int]]:
-    """Return the values of sequences. Raises `MalformedRecord`."""
+def decode_sequences(data: bytes) -> list[SequenceRow]:
+    """Return the rows of `sqlite_sequence`. Raises `MalformedRecord`."""
     return _decode(_sequences, data)
 
 

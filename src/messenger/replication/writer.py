@@ -18,7 +18,7 @@ from typing import Any
 import apsw
 
 from . import database
-from .capture import Capture, Schema
+from .capture import Capture, Schema, check_setting
 from .confirm import Level, Waiter
 from .errors import DatabaseRefused, DiskFailed, Fenced, ReplicationError, StatementRefused
 from .limits import GROUP_MAX, ReplicationLimits
@@ -254,6 +254,20 @@ class Writer:
             if self._connection is not None:
                 with database.transaction(self._connection):
                     database.write_state(self._connection, fenced_term=fence.term, fenced_by=encoded_destinations)
+
+    def set(self, sql: str) -> list[Any]:
+        """Change settings of the connection, and return what that returned. The lock is held.
+
+        Raises:
+            StatementRefused: There is another statement among them, which would not be replicated.
+        """
+        cursor = self.connection.cursor()
+        cursor.exec_trace = check_setting
+        self._schema.guard.is_on = True
+        try:
+            return cursor.execute(sql).fetchall()
+        finally:
+            self._schema.guard.is_on = False
 
     # Groups.
 
