@@ -15,6 +15,7 @@ What must never happen here: a signal that is lost, or raised twice; a lock that
 
 import _thread
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def sleeps(function: F) -> F:
 
 
 def shields(function: F) -> F:
-    """Mark a function of the core that runs callbacks: nothing that it calls is interrupted."""
+    """Mark a function that runs callbacks, or that must be whole: nothing that it calls is interrupted."""
     _shields.add(function.__code__)
     return function
 
@@ -78,6 +79,21 @@ def take() -> bool:
     except IndexError:
         return False
     return True
+
+
+def raise_deferred() -> None:
+    """Raise a Ctrl-C that was deferred by the one function that shields here; called where that may be interrupted."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if _deferred and is_main and _count_shields(sys._getframe()) == 1 and take():
+        raise KeyboardInterrupt
+
+
+def _count_shields(frame: FrameType | None) -> int:
+    count = 0
+    while frame is not None:
+        count += frame.f_code in _shields
+        frame = frame.f_back
+    return count
 
 
 def _is_inside(frame: FrameType | None) -> bool:

@@ -40,10 +40,13 @@ class Direct:
         """Write each as a transaction of its own."""
         for sql in statements:
             operation = Operation(sql, None, Level.LOCAL, 0)
-            if self.writer.write(operation, time.monotonic() + 5, lambda: None):
-                self.writer.pass_lead()
+            self.write(operation)
             if operation.error is not None:
                 raise operation.error
+
+    def write(self, operation: Operation) -> None:
+        """Write one, and what waits with it."""
+        self.writer.write(operation, time.monotonic() + 5, lambda: None, lambda lsn: None)
 
     def apply(self) -> None:
         """Apply what was written and is not applied yet."""

@@ -259,6 +259,14 @@ def test_an_entry_of_a_counter_only_waits_for_its_level(cluster: Cluster) -> Non
     assert primary.position.lsn == before + 1
 
 
+def test_a_counter_in_the_entry_of_a_group_waits_for_its_level(cluster: Cluster) -> None:
+    primary = cluster.primary(commit="applied", timeout=0.5)
+    primary.execute("CREATE TABLE numbers (id INTEGER PRIMARY KEY AUTOINCREMENT, n UNIQUE)", commit="local")
+    primary.execute("INSERT INTO numbers (n) VALUES (1)", commit="local")
+    told = run_group(primary, "INSERT OR IGNORE INTO numbers (n) VALUES (1)", "INSERT INTO numbers (n) VALUES (2)")
+    assert list(map(type, told)) == [NotConfirmed, NotConfirmed]
+
+
 def test_a_group_whose_statements_undo_each_other_is_no_entry(cluster: Cluster) -> None:
     primary, _ = cluster.pair(commit="applied", timeout=1)
     before = primary.position

@@ -252,6 +252,7 @@ class Capture:
             if bindings:
                 raise StatementRefused(f"{sql[:_SQL_SHOWN_MAX]!r} is refused: it takes no bindings")
             self._schema_count += 1
+            self.changed_schema = True
             self._take_changes()
             self._session.close()
             with_foreign_keys = self._connection.pragma("foreign_keys")
@@ -297,7 +298,6 @@ class Capture:
             if self._is_of_file(self._pending):
                 self._parts.append(self._pending)
             self._pending = None
-            self.changed_schema = True
             before = self._schema.sequences or []
             self._schema.refresh()
             if self._schema.sequences is not None:

@@ -75,6 +75,8 @@ SNAPSHOT_IN_FLIGHT_BYTES = 4 * MIB
 SNAPSHOT_STEP_PAGES = 256
 # What was copied reaches the disk in pieces, because a commit's fsync can have to wait for what is not written yet.
 SNAPSHOT_SYNC_BYTES = 4 * MIB
+# A Ctrl-C waits at most so many seconds while the main thread waits for other transactions.
+INTERRUPTED_S = 0.05
 # Milliseconds that SQLite waits for another process's lock on the file.
 BUSY_MS = 5_000
 # Transactions of an `AsyncPrimary` that are open or wait, each with a thread; and as many other calls.

@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 import apsw
 import msgspec
 
-from messenger import Destination, Messenger
+from messenger import Destination, Messenger, interrupts
 
 from . import database
 from .capture import Kind, classify
@@ -36,7 +36,7 @@ from .rows import Rows
 from .snapshot import remove_leftovers
 from .status import PrimaryStatus, ReplicaStatus
 from .transaction import Transaction
-from .writer import Bindings, Operation, Writer, Written
+from .writer import Bindings, Operation, Writer, Written, wait_until
 
 logger = logging.getLogger("messenger.replication")
 
@@ -149,6 +149,7 @@ class Primary:
     # Transactions.
 
     @contextlib.contextmanager
+    @interrupts.shields  # All but the user's block.
     def transaction(
         self, *, commit: str | None = None, acknowledgements: int | None = None, timeout: float | None = None
     ) -> Iterator[Transaction]:
@@ -222,12 +223,7 @@ class Primary:
         if kind is Kind.SETTING:
             return self._set(sql, deadline_at)
         operation = Operation(sql, bindings, promise.level, promise.replicas)
-        written_lsn = self._writer.write(operation, deadline_at, self._tidy)
-        if written_lsn:
-            try:
-                self._sync(written_lsn)
-            finally:
-                self._writer.pass_lead()
+        self._writer.write(operation, deadline_at, self._tidy, self._sync)
         if operation.error is not None:
             raise operation.error
         self._await(operation, promise)
@@ -245,6 +241,7 @@ class Primary:
         except apsw.Error as error:
             logger.error("! the replicas of %s cannot be remembered: %s", self.path, error)
 
+    @interrupts.shields
     def _set(self, sql: str, deadline_at: float) -> Rows:
         self._writer.acquire(deadline_at)
         try:
@@ -274,7 +271,7 @@ class Primary:
         deadline_at = waiter.written_at + promise.timeout
         if not waiter.is_settled:
             self._hub.take_answers(waiter, promise.replicas, deadline_at)
-        if not waiter.is_settled and not waiter.wait(max(0.0, deadline_at - time.monotonic())):
+        if not waiter.is_settled and not wait_until(deadline_at, waiter.wait):
             self._hub.forget(waiter)
         if not waiter.is_confirmed:
             if self._writer.wal.failure is not None and not self._is_closed:
@@ -334,21 +331,7 @@ class Primary:
         deadline_at = time.monotonic() + timeout
         with self._check_lock:
             waiter = Waiter()
-            writer = self._writer
-            writer.acquire(deadline_at)
-            try:
-                writer.begin()
-                # It is there before the entry leaves, because a replica can be quick.
-                check = self._hub.check = PrimaryCheck(self.position.lsn + 1, self.path)
-                try:
-                    writer.commit([Part(PartKind.CHECK, b"")], waiter, Level.LOCAL, 0)
-                except BaseException:
-                    self._hub.check = None
-                    writer.roll_back()
-                    raise
-                check.pin()
-            finally:
-                writer.release()
+            check = self._begin_check(waiter, deadline_at)
             try:
                 self._sync_for(waiter)
                 check.sum()
@@ -356,6 +339,26 @@ class Primary:
             finally:
                 self._hub.check = None
                 check.close()
+
+    @interrupts.shields
+    def _begin_check(self, waiter: Waiter, deadline_at: float) -> PrimaryCheck:
+        """Write the entry of a check, and return the check, which sees the database behind it."""
+        writer = self._writer
+        writer.acquire(deadline_at)
+        try:
+            writer.begin()
+            # It is there before the entry leaves, because a replica can be quick.
+            check = self._hub.check = PrimaryCheck(self.position.lsn + 1, self.path)
+            try:
+                writer.commit([Part(PartKind.CHECK, b"")], waiter, Level.LOCAL, 0)
+            except BaseException:
+                self._hub.check = None
+                writer.roll_back()
+                raise
+            check.pin()
+        finally:
+            writer.release()
+        return check
 
     def _override(self, commit: str | None, acknowledgements: int | None, timeout: float | None) -> Promise:
         own = self._promise

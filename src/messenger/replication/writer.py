@@ -4,7 +4,8 @@ Transactions of single statements that wait at the same time are written as a gr
 after the other, and commits all as one entry with one write to the WAL; an error undoes only its own. What a group
 costs hardly grows with its size: one changeset, one entry, one commit, one message to each replica, one fsync.
 
-What must never happen here: an entry that is committed without its changes, or changes without their entry.
+What must never happen here: an entry that is committed without its changes, or changes without their entry; a Ctrl-C
+between the two halves of a change, or one that waits for as long as other transactions take.
 """
 
 import logging
@@ -17,17 +18,34 @@ from typing import Any
 
 import apsw
 
+from messenger import interrupts
+
 from . import database
 from .capture import Capture, Schema, check_setting
 from .confirm import Level, Waiter
 from .errors import DatabaseRefused, DiskFailed, Fenced, ReplicationError, StatementRefused
-from .limits import GROUP_MAX, ReplicationLimits
+from .limits import GROUP_MAX, INTERRUPTED_S, ReplicationLimits
 from .log import Log, begin_term, read_term
-from .records import Entry, Head, Part, Position, encode, follow
+from .records import Entry, Head, Part, PartKind, Position, encode, follow
 
 logger = logging.getLogger("messenger.replication")
 
 Bindings = Any
+
+
+def wait_until(deadline_at: float, wait: Callable[[float], bool]) -> bool:
+    """Wait by a function that takes a timeout, and return whether it succeeded by the deadline.
+
+    In the main thread a Ctrl-C that is deferred is raised between two attempts: never when one has just succeeded.
+    """
+    attempt_s = INTERRUPTED_S if threading.current_thread() is threading.main_thread() else threading.TIMEOUT_MAX
+    while True:
+        left_s = max(0.0, deadline_at - time.monotonic())
+        if wait(min(left_s, attempt_s)):
+            return True
+        if left_s <= attempt_s:
+            return False
+        interrupts.raise_deferred()
 
 
 class WriterBusy(ReplicationError):
@@ -141,7 +159,7 @@ class Writer:
         """
         if self.owner == threading.get_ident():
             raise StatementRefused("a transaction is open in this thread; use its `tx`")
-        if not self.lock.acquire(timeout=max(0.0, deadline_at - time.monotonic())):
+        if not wait_until(deadline_at, lambda timeout: self.lock.acquire(timeout=timeout)):
             raise WriterBusy(f"{self.path}: other transactions took all the time; nothing of this one was done")
         self.owner = threading.get_ident()
 
@@ -194,6 +212,7 @@ class Writer:
             )
         return follow(head, self.term, time.time_ns() // 1_000, body)
 
+    @interrupts.shields
     def commit(self, parts: list[Part], waiter: Waiter, level: Level, count: int) -> None:
         """Write an entry of these parts, if there are any, commit, and publish it."""
         head = self.log.head
@@ -271,14 +290,21 @@ class Writer:
 
     # Groups.
 
-    def write(self, operation: Operation, deadline_at: float, tidy: Callable[[], None]) -> int:
+    @interrupts.shields
+    def write(
+        self,
+        operation: Operation,
+        deadline_at: float,
+        tidy: Callable[[], None],
+        make_durable: Callable[[int], None],
+    ) -> None:
         """Queue an operation, and return when it is written, or has its error.
 
         One thread leads and writes what waits; others wait in the queue meanwhile, and so become the next group.
-        `tidy` is called with the lock held, after the commit.
 
-        Returns:
-            0, or up to which LSN the calling thread must make durable what it wrote; it must call `pass_lead` then.
+        Args:
+            tidy: Called with the lock held, after the commit.
+            make_durable: Called by the thread that leads with the last LSN that it wrote, if it wrote any.
 
         Raises:
             WriterBusy: It was not written by the deadline.
@@ -291,16 +317,19 @@ class Writer:
                 self._queue.append(operation)
                 if not self._has_leader:
                     self._has_leader = operation.leads = True
-            if not operation.leads and not operation.wait(max(0.0, deadline_at - time.monotonic())):
+            if not operation.leads and not wait_until(deadline_at, operation.wait):
                 self._give_up(operation)
             if operation.leads:
                 written_lsn = self._lead(deadline_at, tidy)
         except BaseException:
             self._forget(operation)
             raise
-        if operation.leads and not written_lsn:
-            self.pass_lead()
-        return written_lsn
+        if operation.leads:
+            try:
+                if written_lsn:
+                    make_durable(written_lsn)
+            finally:
+                self._pass_lead()
 
     def _forget(self, operation: Operation) -> None:
         """Take an operation of an interrupted thread out of the queue, so that the lead does not go, or stay, there.
@@ -311,7 +340,7 @@ class Writer:
             if operation in self._queue:
                 self._queue.remove(operation)
         if operation.leads:
-            self.pass_lead()
+            self._pass_lead()
 
     def _give_up(self, operation: Operation) -> None:
         """Take an operation out of the queue, or return if it is past that."""
@@ -324,7 +353,7 @@ class Writer:
             self._queue.remove(operation)
         raise WriterBusy(f"{self.path}: other transactions took all the time; nothing of this one was done")
 
-    def pass_lead(self) -> None:
+    def _pass_lead(self) -> None:
         """Let another thread write what waits."""
         with self._queue_lock:
             if self._queue:
@@ -439,8 +468,8 @@ class Writer:
             # What one of them did another has undone.
             for operation in group:
                 operation.has_changed = False
-        elif not any(operation.has_changed for operation in group):
-            # SQLite counts no row where an INSERT that is ignored moves the counter of AUTOINCREMENT.
+        elif not all(operation.has_changed for operation in group) and parts[-1].kind is PartKind.SEQUENCES:
+            # SQLite counts no row where an INSERT that is ignored moves the counter of AUTOINCREMENT: any may have.
             for operation in group:
                 operation.has_changed = True
         position = Position(self.term, entries[0].lsn) if entries else self.log.head.position
