@@ -32,6 +32,7 @@ __all__ = ["pytest_runtest_makereport"]
 
 # Long enough for a machine under load; a test that passes never waits for it.
 TIMEOUT_S = 10.0
+MEASUREMENTS_MAX = 20
 # Below the range from which the kernel takes the local ports of connections, so that those do not get in the way.
 PORTS = range(10_000, 32_000)
 
@@ -44,6 +45,19 @@ def wait_until(predicate: Callable[[], object], timeout: float = TIMEOUT_S) -> N
     while not predicate():
         assert time.monotonic() < deadline_at, f"the condition did not hold within {timeout} s"
         time.sleep(0.001)
+
+
+def quickest(measure: Callable[[], float], bound_s: float) -> float:
+    """Returns the shortest of some measurements, which end with the first that is within the bound.
+
+    For a promise of how soon something happens: a machine that pauses makes one of them longer, what is slow all.
+    """
+    shortest_s = measure()
+    for _ in range(MEASUREMENTS_MAX - 1):
+        if shortest_s <= bound_s:
+            break
+        shortest_s = min(shortest_s, measure())
+    return shortest_s
 
 
 def dropped(messenger: Messenger, kind: str) -> int:

@@ -138,12 +138,13 @@ class KillLoop:
         self.figures.kills[name] += 1
         life.program.kill()
 
-    def run(self, seconds: float) -> Figures:
-        """Kills for so many seconds, lets the last ones end in peace, and checks everything."""
+    def run(self, seconds: float, kills_min: int = 0) -> Figures:
+        """Kills for so many seconds, and so often each kind; lets the last ones end in peace, and checks everything."""
         server, steady, mortal = self.start_server(), self.start_client(STEADY), self.start_client(MORTAL)
         ends_at = time.monotonic() + seconds
         try:
-            while (now := time.monotonic()) < ends_at:
+            kills = self.figures.kills
+            while (now := time.monotonic()) < ends_at or min(kills["server"], kills["client"]) < kills_min:
                 steady.is_due(now)
                 server_is_due, mortal_is_due = server.is_due(now), mortal.is_due(now)
                 # Now and then both at once.

@@ -14,10 +14,8 @@ ORDINARY, REDELIVERED, SILENT = 0, 3, 5
 
 
 def test_every_message_has_one_true_outcome(tmp_path: Path) -> None:
-    figures = KillLoop(tmp_path, seed=1).run(SECONDS)
+    figures = KillLoop(tmp_path, seed=1).run(SECONDS, kills_min=3)
     assert not figures.violations, figures.report()
-    assert figures.kills["server"] >= 3, figures.report()
-    assert figures.kills["client"] >= 3, figures.report()
     # With nothing of this under way the kills would prove nothing.
     assert figures.outcomes["response"] > 100, figures.report()
     assert figures.outcomes["OutcomeUnknown"] > 0, figures.report()

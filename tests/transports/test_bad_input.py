@@ -776,10 +776,11 @@ def test_hostile_options(server: Server, bad: PlainPeer, block: bytes) -> None:
     raw.ask(b"before")
     before_count = len(server.received)
     body = pack_data(2, 1, 1, 1, [5], struct.pack("<I", len(block)) + block + b"0-0-x")
-    started_at = time.monotonic()
+    # Of the processor, which a pause of the machine costs nothing.
+    before_s = time.process_time()
     bad.send(raw.pack(DATA, body, OPTIONS))
     wait_dropped(server.messenger, "malformed_frames")
-    assert time.monotonic() - started_at < 1
+    assert time.process_time() - before_s < 1
     assert len(server.received) == before_count
     raw.ask(b"after")
 

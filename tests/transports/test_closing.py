@@ -1,6 +1,7 @@
 """How connections, listeners and messengers end: one body, run over tcp, ipc, inproc and a bare port."""
 
 import gc
+import statistics
 import sys
 import threading
 import time
@@ -78,12 +79,13 @@ def test_idle_messengers_close_fast(messenger: MessengerFactory, destination: To
     clients = [messenger() for _ in range(10)]
     for client in clients:
         client.request(destination, b"")
-    started_at = time.monotonic()
-    for client in clients:
-        client.close()
-    server.close()
-    # Each takes about a millisecond; the bound is that of a process which must end.
-    assert time.monotonic() - started_at < 2
+    took_s = []
+    for each in (*clients, server):
+        started_at = time.monotonic()
+        each.close()
+        took_s.append(time.monotonic() - started_at)
+    # Each takes about a millisecond; half of them may meet a pause of the machine.
+    assert statistics.median(took_s) < 0.2, took_s
 
 
 def test_what_was_sent_before_close_arrives(messenger: MessengerFactory, destination: To) -> None:
@@ -144,7 +146,7 @@ def test_close_tells_everybody_once(messenger: MessengerFactory, destination: To
     wait_until(lambda: client.statistics().queued_msgs == 2)
     started_at = time.monotonic()
     client.close(timeout=0.1)
-    assert time.monotonic() - started_at < 1.5
+    assert time.monotonic() - started_at < TIMEOUT_S
     for thread in threads:
         thread.join(TIMEOUT_S)
         assert not thread.is_alive()
@@ -219,7 +221,7 @@ def test_connection_closes_while_a_sender_waits_for_room(messenger: MessengerFac
 
     def send() -> None:
         try:
-            client.send_message(connection, b"", on_error=errors, timeout=TIMEOUT_S)
+            client.send_message(connection, b"", on_error=errors, timeout=3 * TIMEOUT_S)
         except BaseException as error:
             raised(error)
 
@@ -227,7 +229,7 @@ def test_connection_closes_while_a_sender_waits_for_room(messenger: MessengerFac
     sender.start()
     wait_until(lambda: is_waiting(sender))
     connection.close()
-    assert isinstance(raised.wait(timeout=3)[0], MessengerClosed)
+    assert isinstance(raised.wait()[0], MessengerClosed)
     sender.join(TIMEOUT_S)
     assert len(errors) == 0
     assert client.statistics().outstanding_msgs == 0
@@ -240,7 +242,7 @@ def test_messenger_closes_while_a_sender_waits_for_room(messenger: MessengerFact
 
     def send() -> None:
         try:
-            client.send_message(destination, b"", timeout=TIMEOUT_S)
+            client.send_message(destination, b"", timeout=3 * TIMEOUT_S)
         except BaseException as error:
             raised(error)
 
@@ -248,7 +250,7 @@ def test_messenger_closes_while_a_sender_waits_for_room(messenger: MessengerFact
     sender.start()
     wait_until(lambda: is_waiting(sender))
     client.close(timeout=0.05)
-    assert isinstance(raised.wait(timeout=3)[0], MessengerClosed)
+    assert isinstance(raised.wait()[0], MessengerClosed)
     sender.join(TIMEOUT_S)
 
 
@@ -260,7 +262,7 @@ def test_close_does_not_wait_for_a_stuck_callback(messenger: MessengerFactory, d
 
     def block(_: Message) -> None:
         stuck.set()
-        release.wait(TIMEOUT_S)
+        release.wait(3 * TIMEOUT_S)
 
     one.listen_for_connection(destination, block)
     one.send_message(destination, b"")
@@ -268,7 +270,7 @@ def test_close_does_not_wait_for_a_stuck_callback(messenger: MessengerFactory, d
     started_at = time.monotonic()
     try:
         one.close(timeout=0.1)
-        assert time.monotonic() - started_at < 3
+        assert time.monotonic() - started_at < TIMEOUT_S
     finally:
         release.set()
 

