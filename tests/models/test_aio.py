@@ -9,7 +9,7 @@ import pytest
 from messenger import AsyncMessenger
 from messenger.models import CommandFailed, Job
 from messenger.models.aio import AsyncModelClient, AsyncModelServerManager
-from tests.conftest import free_port
+from tests.conftest import TIMEOUT_S, free_port
 from tests.models.conftest import make_linear
 
 
@@ -54,4 +54,4 @@ def test_job_is_awaited_and_given_up() -> None:
 
     started_at = time.monotonic()
     asyncio.run(main())
-    assert time.monotonic() - started_at < 5
+    assert time.monotonic() - started_at < TIMEOUT_S

@@ -166,7 +166,7 @@ def test_ctrl_c_cancels_the_training(manager: ModelServerManager, wine: Data) ->
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
-    wait_until(lambda: list(manager.status().jobs.values()) == ["cancelled"], timeout=3.0)
+    wait_until(lambda: list(manager.status().jobs.values()) == ["cancelled"])
 
 
 def test_a_server_of_ones_own(new_manager: NewManager, folder: Path) -> None:

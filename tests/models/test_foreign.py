@@ -150,7 +150,7 @@ def test_a_server_that_hangs_is_told_by_the_deadline(foreign: Callable[..., Mode
     for job in (manager.command("ANY", timeout=0.5), manager.infer("m", [[1]], timeout=0.5)):
         with pytest.raises(OutcomeUnknown):
             job.result(timeout=TIMEOUT_S)
-    assert time.monotonic() - started_at < 3.0
+    assert time.monotonic() - started_at < TIMEOUT_S
 
 
 def test_an_answer_after_the_deadline_is_dropped(foreign: Callable[..., ModelServerManager]) -> None:

@@ -10,7 +10,7 @@ import random, signal, sys, threading, time
 from messenger import Messenger
 way, count = sys.argv[1], int(sys.argv[2])
 main = threading.main_thread().ident
-told, begun, sent, slowest, sent_at = [], [], 0, 0.0, 0.0
+told, begun, sent, slowest, sent_at, tick_count = [], [], 0, 0, 0, 0
 
 def ask(client, connection):
     while True:
@@ -38,13 +38,20 @@ def count_up(client, connection):
     while True:
         client.statistics()
 
+def tick():
+    # A clock that stands still while the machine does.
+    global tick_count
+    while True:
+        time.sleep(0.01)
+        tick_count += 1
+
 def interrupt():
     global sent_at
     rng = random.Random()
     for _ in range(count):
         due.acquire()
         time.sleep(rng.random() * 0.003)
-        sent_at = time.monotonic()
+        sent_at = tick_count
         signal.pthread_kill(main, signal.SIGINT)
 
 with Messenger("server") as server, Messenger("client") as client:
@@ -52,16 +59,17 @@ with Messenger("server") as server, Messenger("client") as client:
     connection = client.make_connection(listener.endpoints[0])
     due = threading.Semaphore(0)
     threading.Thread(target=interrupt, daemon=True).start()
+    threading.Thread(target=tick, daemon=True).start()
     for number in range(count):
         due.release()
         try:
             {"ask": ask, "send": send, "wait": wait, "count_up": count_up}[way](client, connection)
         except KeyboardInterrupt:
-            slowest = max(slowest, time.monotonic() - sent_at)
+            slowest = max(slowest, tick_count - sent_at)
         assert client.request(connection, b"%d" % number, timeout=10).contents == b"%d" % number
 # A message whose `send_message` was interrupted may have been sent as well.
 is_told = sent <= len(told) <= sent + count and len(begun) in (0, len(told))
-print(slowest < 1, is_told, all(answer.contents == b"sent" for answer in told))
+print(slowest < 100, is_told, all(answer.contents == b"sent" for answer in told))
 """
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import uvloop
 from messenger import AsyncMessenger
 from messenger.replication import ReplicationClosed, WriterBusy
 from messenger.replication.aio import AsyncPrimary, AsyncReplica
-from tests.conftest import free_port
+from tests.conftest import StandingClock, free_port
 from tests.replication.pairs import BOOKS, INSERT, SELECT, content_of
 
 
@@ -101,16 +100,16 @@ def test_transaction_that_raises_or_is_cancelled_is_rolled_back(tmp_path: Path) 
     run(main())
 
 
-def test_event_loop_is_never_blocked(tmp_path: Path) -> None:
+def test_event_loop_is_never_blocked(tmp_path: Path, standing_clock: StandingClock) -> None:
     """A tick of 5 ms goes on beside openings, commits and a wait for a replica that is not there."""
     gaps: list[float] = []
 
     async def tick() -> None:
-        last_at = time.monotonic()
+        last_at = standing_clock.now()
         while True:
             await asyncio.sleep(0.005)
-            gaps.append(time.monotonic() - last_at)
-            last_at = time.monotonic()
+            gaps.append(standing_clock.now() - last_at)
+            last_at = standing_clock.now()
 
     async def main() -> None:
         ticking = asyncio.create_task(tick())

@@ -311,7 +311,8 @@ def test_an_old_peer_is_heard(messenger: MessengerFactory) -> None:
         wait_dropped(server, "endless_message")
         old.sendall(message)
         received.wait(402)
-    assert server.statistics().dropped == {"endless_message": 1}
+        # Its end counts as a failed handshake: libzmq takes an old peer whose link breaks for one that never greeted.
+        assert server.statistics().dropped == {"endless_message": 1}
 
 
 def test_an_old_server_is_heard(messenger: MessengerFactory) -> None:
