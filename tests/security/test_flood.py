@@ -19,7 +19,16 @@ from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, KIB, MIB,
 from messenger.transports import zap
 from messenger.transports.sockets import Kernel
 from messenger.wire import OptionKind, encode_identity
-from tests.conftest import TIMEOUT_S, Inbox, MessengerFactory, PlainPeers, dropped, wait_dropped, wait_until
+from tests.conftest import (
+    TIMEOUT_S,
+    Inbox,
+    MessengerFactory,
+    PlainPeers,
+    StandingClock,
+    dropped,
+    wait_dropped,
+    wait_until,
+)
 from tests.security.conftest import SecuredServer, answer, ask
 from tests.security.flood import GARBAGE, open_idle
 from tests.security.test_aborts import EMPTY_MESSAGE, connect
@@ -48,7 +57,7 @@ def _has_more(connection: socket.socket) -> bool:
         return False
 
 
-def test_idle_connections_and_garbage_end_by_themselves(server: SecuredServer) -> None:
+def test_idle_connections_and_garbage_end_by_themselves(server: SecuredServer, standing_clock: StandingClock) -> None:
     """Each says something else, or nothing; none outlives the time that a handshake may take."""
     alice = server.client(server.alice)
     ask(alice, server.destination)
@@ -58,10 +67,10 @@ def test_idle_connections_and_garbage_end_by_themselves(server: SecuredServer) -
     try:
         slowest_s = 0.0
         while closed_count(connections) < len(connections):
-            asked_at = time.monotonic()
+            asked_at = standing_clock.now()
             assert ask(alice, server.destination) == b"alice said hello"
-            slowest_s = max(slowest_s, time.monotonic() - asked_at)
-            assert time.monotonic() < began_at + HANDSHAKE_S + 5
+            slowest_s = max(slowest_s, standing_clock.now() - asked_at)
+            assert time.monotonic() < began_at + HANDSHAKE_S + TIMEOUT_S
             time.sleep(0.01)
     finally:
         for connection in connections:
@@ -75,6 +84,8 @@ def test_idle_connections_and_garbage_end_by_themselves(server: SecuredServer) -
 
 def test_those_who_come_and_go_do_not_wake_us_each(server: SecuredServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A turn of the loop for every two events of a monitor took a fifth of a core in a flood."""
+    # So long that most of them come within one, also on a slow machine.
+    monkeypatch.setattr("messenger.loop.NEWS_PAUSE_S", 0.2)
     link = server.listener.links[0]
     read_news, read_count = link.read_news, 0
 
@@ -84,13 +95,14 @@ def test_those_who_come_and_go_do_not_wake_us_each(server: SecuredServer, monkey
         read_news()
 
     monkeypatch.setattr(link, "read_news", count_and_read)
+    began_at = time.monotonic()
     for _ in range(200):
         with socket.create_connection(("127.0.0.1", server.listener.port)) as connection:
             connection.send(GARBAGE[5])
             select.select([connection], [], [], TIMEOUT_S)
         time.sleep(0.005)
     wait_until(lambda: dropped(server.messenger, "failed_handshakes") == 200)
-    assert read_count < 200
+    assert read_count < 10 + 2 * (time.monotonic() - began_at) / 0.2
 
 
 def test_connections_beyond_the_limit_are_cut(messenger: MessengerFactory, caplog: pytest.LogCaptureFixture) -> None:
@@ -231,7 +243,7 @@ def test_each_byte_is_counted(
     assert 0 <= came_bytes - inflow.taken_bytes < 400
 
 
-def test_a_routing_id_that_is_too_long(messenger: MessengerFactory) -> None:
+def test_a_routing_id_that_is_too_long(messenger: MessengerFactory, standing_clock: StandingClock) -> None:
     """libzmq copies it for each message, which are two bytes here: others waited for half a minute."""
     server, client = messenger("server"), messenger("client")
     listener = server.listen_for_connection("tcp://127.0.0.1:0", answer)
@@ -240,9 +252,9 @@ def test_a_routing_id_that_is_too_long(messenger: MessengerFactory) -> None:
         peer.sendall(EMPTY_MESSAGE * 500)
         wait_until(lambda: dropped(server, "malformed_frames"))
         for _ in range(3):
-            began_at = time.monotonic()
+            began_at = standing_clock.now()
             ask(client, listener.destination)
-            assert time.monotonic() < began_at + 1
+            assert standing_clock.now() < began_at + 1
         while peer.recv(4_096):
             pass
 
