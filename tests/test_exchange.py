@@ -24,7 +24,8 @@ from messenger import (
     QueueFull,
 )
 from messenger.errors import Cancelled, HandlerError, IdentityInUse, NoHandler
-from messenger.exchange import BATCH_PROCESSED, ERROR_TEXT_MAX, Exchange
+from messenger.exchange import BATCH_PROCESSED, Exchange
+from messenger.failures import ERROR_TEXT_MAX
 from messenger.limits import HELLO_S_MAX, LARGE_BYTES_MIN
 from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.message import Waiter
@@ -919,14 +920,44 @@ def test_large_contents_travel_without_a_copy() -> None:
     assert world.session.unprocessed_count == 0
 
 
-def test_large_contents_above_the_receivers_limit_are_dropped_and_counted() -> None:
-    world = World(server_limits=Limits(message_bytes_max=LARGE_BYTES_MIN))
+LIMITED = Limits(message_bytes_max=LARGE_BYTES_MIN)
+
+
+def test_contents_above_the_receivers_limit_are_refused_at_once() -> None:
+    world = World(server_limits=LIMITED)
     world.connect()
-    world.send(b"l" * (LARGE_BYTES_MIN + 1))
+    with pytest.raises(MessageTooLarge, match=r"contents are 65537 bytes, message_bytes_max of .* is 65536"):
+        world.ask(b"l" * (LARGE_BYTES_MIN + 1))
     world.send(b"l" * LARGE_BYTES_MIN)
     world.run(1.0)
     assert len(world.server.take()) == 1
-    assert world.server.dropped() == {"message_too_large": 1}
+    assert world.client.exchange.is_settled
+
+
+def test_contents_that_waited_for_a_receiver_that_takes_no_such_are_told_of() -> None:
+    """They were sent again and again once, on each new link, and nothing else got through."""
+    world = World(server_limits=LIMITED)
+    first, too_large, last = (world.ask(b"l" * size) for size in (1, LARGE_BYTES_MIN + 1, LARGE_BYTES_MIN))
+    world.send(b"l" * (LARGE_BYTES_MIN + 1))
+    world.connect()
+    world.run(1.0)
+    assert {message.source_callback_id for message in world.server.take()} == {first, last}
+    errors = {error.message_id: error for error in world.client.take() if isinstance(error, DeliveryError)}
+    assert type(errors[too_large]) is NotDelivered
+    assert "larger than message_bytes_max of the receiver, 65536" in str(errors[too_large])
+    assert world.client.dropped() == {"not_delivered": 1}
+    assert world.session.queue_bytes == 0
+
+
+def test_small_contents_above_the_receivers_limit_are_told_of() -> None:
+    world = World(server_limits=Limits(message_bytes_max=100))
+    world.connect()
+    too_large = world.ask(b"l" * 101)
+    world.send(b"l" * 101)
+    world.run(1.0)
+    (error,) = world.client.take()
+    assert (type(error), error.message_id) == (NotDelivered, too_large)
+    assert world.server.dropped() == {"message_too_large": 2}
 
 
 def test_an_answer_is_queued_as_a_message_that_wants_no_answer() -> None:

@@ -97,6 +97,7 @@ class Owner:
 
     def __init__(self) -> None:
         self.is_urgent = False
+        self.large_was_refused = False
         # Whether the callbacks of a batch return at once.
         self.processes = True
         # Of the last refusal: whether what was sent is known not to have run.
@@ -122,6 +123,9 @@ class Owner:
     def handle_ended(self, session: Session, why: str) -> None:
         self.told.append(("ended", why))
         self.lost += [outgoing.data[4:] for outgoing in session.end()]
+
+    def refuse_too_large(self, session: Session) -> None:
+        self.large_was_refused = True
 
     def handle_refused(self, session: Session, reason: Reason, text: str, did_not_run: bool) -> None:
         self.told.append(("refused", reason, text))
@@ -672,9 +676,9 @@ def test_row_none_a_response_that_echoes_our_nonce_establishes() -> None:
 
 
 def test_a_challenge_says_all_that_the_connection_must_know() -> None:
-    listening = Listening(Limits(window_msgs=5, window_bytes=6))
+    listening = Listening(Limits(window_msgs=5, window_bytes=6, message_bytes_max=8))
     incarnation, challenge = listening.hello(nonce=7)
-    assert challenge == Challenge(7, challenge.nonce, 5, 6, b"server")
+    assert challenge == Challenge(7, challenge.nonce, 5, 6, b"server", 8)
     assert challenge.nonce > 0
     assert incarnation > 0
     assert not listening.handshake.sessions

@@ -21,7 +21,19 @@ SOURCE = ROOT / "src"
 # A module imports only from those to its left. A new module takes its place here.
 ORDER = (
     *("errors", "limits", "interrupts", "destination", "wire", "control", "running", "roundtrip", "outgoing"),
-    *("link", "session", "timers", "handshake", "message", "ordering", "typed", "outcomes", "streams", "exchange"),
+    *(
+        "link",
+        "session",
+        "timers",
+        "handshake",
+        "message",
+        "ordering",
+        "typed",
+        "failures",
+        "outcomes",
+        "streams",
+        "exchange",
+    ),
     *("security", "transports", "endpoint", "waiting", "loop", "base", "threads", "messenger"),
     *("futures", "handlers", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
@@ -39,6 +51,7 @@ CORE = {
     "handshake",
     "message",
     "ordering",
+    "failures",
     "outcomes",
     "streams",
     "exchange",
@@ -58,7 +71,7 @@ SURFACES = {"cli", "dashboard"}
 
 PURE = {
     *("errors", "limits", "wire", "control", "running", "outgoing", "link", "roundtrip", "session", "timers"),
-    *("handshake", "message", "ordering", "outcomes", "streams", "exchange"),
+    *("handshake", "message", "ordering", "failures", "outcomes", "streams", "exchange"),
 }
 IMPURE_IMPORTS = {
     *("asyncio", "concurrent", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "queue", "random"),

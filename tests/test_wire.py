@@ -166,9 +166,9 @@ def decode_frame(frame: bytes, extra: Sequence[bytes] = ()) -> tuple[object, ...
 def test_hello_and_challenge_come_back(
     source: int, dest: int, first: int, second: int, window_msgs: int, window_bytes: int, identity: bytes
 ) -> None:
-    hello = Hello(first, second, window_msgs, window_bytes, identity)
+    hello = Hello(first, second, window_msgs, window_bytes, identity, dest)
     assert decode_frame(encode_hello(source, dest, hello)) == (Header(VERSION, Kind.HELLO, 0, source, dest), hello)
-    challenge = Challenge(first, second, window_msgs, window_bytes, identity)
+    challenge = Challenge(first, second, window_msgs, window_bytes, identity, dest)
     header = Header(VERSION, Kind.CHALLENGE, 0, source, dest)
     assert decode_frame(encode_challenge(source, dest, challenge)) == (header, challenge)
 
@@ -226,15 +226,17 @@ def test_a_batch_comes_back(
     assert decode_data_frame(frame) == (header.flags, 1, 2, data)
 
 
-# Byte for byte. Who has to change one of these has changed the format, and must raise VERSION.
+# Byte for byte. Who changes one of these changes the format, and from the first release on must raise VERSION.
 GOLDEN: list[tuple[bytes, str]] = [
     (
-        encode_hello(0x0102030405060708, 9, Hello(0xA, 0xB, 0xC, 0xD, b"me")),
-        "4d010100 0807060504030201 0900000000000000 0a00000000000000 0b00000000000000 0c000000 0d00000000000000 6d65",
+        encode_hello(0x0102030405060708, 9, Hello(0xA, 0xB, 0xC, 0xD, b"me", 0xE)),
+        "4d010100 0807060504030201 0900000000000000 0a00000000000000 0b00000000000000 0c000000 0d00000000000000"
+        "0e00000000000000 6d65",
     ),
     (
-        encode_challenge(1, 2, Challenge(0xA, 0xB, 0xC, 0xD, b"you")),
-        "4d010200 0100000000000000 0200000000000000 0a00000000000000 0b00000000000000 0c000000 0d00000000000000 796f75",
+        encode_challenge(1, 2, Challenge(0xA, 0xB, 0xC, 0xD, b"you", 0xE)),
+        "4d010200 0100000000000000 0200000000000000 0a00000000000000 0b00000000000000 0c000000 0d00000000000000"
+        "0e00000000000000 796f75",
     ),
     (encode_response(1, 2, 3), "4d010300 0100000000000000 0200000000000000 0300000000000000"),
     (
@@ -287,7 +289,7 @@ def test_the_numbers_that_stand_on_the_wire() -> None:
         "VERSION": 1, "IDENTITY_IN_USE": 2, "LIMIT": 3, "KEY": 4
     }  # fmt: skip
     assert {kind.name: int(kind) for kind in OptionKind} == {
-        "HANDLER_ERROR": 1, "NO_HANDLER": 2, "REDELIVERED": 3, "MORE": 4, "STREAM": 5
+        "HANDLER_ERROR": 1, "NO_HANDLER": 2, "REDELIVERED": 3, "MORE": 4, "STREAM": 5, "TOO_LARGE": 6
     }  # fmt: skip
     assert {kind.name: int(kind) for kind in ControlKind} == {"CANCEL": 1, "CREDIT": 2}
     assert (MAGIC, VERSION) == (0x4D, 1)
@@ -419,7 +421,7 @@ def is_decoded(frame: bytes, extra: Sequence[bytes] = ()) -> bool:
 def test_any_bytes_are_a_frame_or_malformed(data: bytes) -> None:
     is_decoded(data)
     for kind in Kind:
-        assert is_decoded(encode_header(kind, 1, 2) + data) or len(data) < 28 or kind == Kind.DATA
+        assert is_decoded(encode_header(kind, 1, 2) + data) or len(data) < 36 or kind == Kind.DATA
 
 
 @given(st.binary(max_size=60), st.integers(0, 40), st.integers(0, 255), st.lists(st.binary(max_size=3), max_size=3))

@@ -22,7 +22,7 @@ class DestinationInUse(MessengerError):
 
 
 class MessageTooLarge(MessengerError, ValueError):
-    """The contents exceed `limits.message_bytes_max`. Nothing was sent."""
+    """The contents exceed `limits.message_bytes_max`, ours or the receiver's. Nothing was sent."""
 
 
 class QueueFull(MessengerError):

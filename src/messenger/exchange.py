@@ -14,7 +14,8 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, NoHandler, OutcomeUnknown, QueueFull
+from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, OutcomeUnknown, QueueFull
+from .failures import FAILURES, decode_failure, encode_failure
 from .handshake import Decoded, Handshake
 from .limits import BATCH_MSGS_MAX, LARGE_BYTES_MIN, TIMEOUT_S, Limits
 from .link import FOREVER, Link, Outlet, Random
@@ -39,9 +40,6 @@ from .wire import (
 
 # In `calls` this is no callback: the driver answers it with `note_processed(*argument)`, under its lock.
 BATCH_PROCESSED = None
-# Of an exception's text in an error response.
-ERROR_TEXT_MAX = 2_000
-ERROR_NAME_MAX = 200
 
 
 class Exchange(Streams):
@@ -112,7 +110,7 @@ class Exchange(Streams):
             self._refuse_full(outlet)
         large = None
         if len(contents) >= self._large_bytes_min:
-            contents, large = b"", self._take_large(contents)
+            contents, large = b"", self._take_large(contents, outlet)
         message_id = self._next_id
         if callback is None and on_error is None:
             data = b"0-%d-%b" % (dest_callback_id, contents)  # type: ignore[str-format]
@@ -181,7 +179,7 @@ class Exchange(Streams):
             f"{self._queue_msgs_max}, queue_bytes_max is {self._queue_bytes_max}"
         )
 
-    def _take_large(self, contents: Buffer) -> bytes:
+    def _take_large(self, contents: Buffer, outlet: Outlet) -> bytes:
         """Return contents that follow the batch as a frame of their own.
 
         Raises:
@@ -190,6 +188,10 @@ class Exchange(Streams):
         size_bytes = len(contents)
         if size_bytes > self._message_bytes_max:
             raise MessageTooLarge(f"contents are {size_bytes} bytes, message_bytes_max is {self._message_bytes_max}")
+        if size_bytes > outlet.contents_max:
+            raise MessageTooLarge(
+                f"contents are {size_bytes} bytes, message_bytes_max of {outlet} is {outlet.contents_max}"
+            )
         return bytes(contents)  # What may still change under us is copied; bytes are not.
 
     def is_full(self, outlet: Outlet) -> bool:
@@ -328,6 +330,8 @@ class Exchange(Streams):
             if len(contents) > self._message_bytes_max:
                 self.drop("message_too_large")
                 session.note_unrun(number)
+                if source_callback_id:
+                    self._answer_failure(message, Option(0, OptionKind.TOO_LARGE))
             elif index in options_by_index:
                 self._process_option(session, message, options_by_index[index])
             else:
@@ -352,7 +356,7 @@ class Exchange(Streams):
         if option.kind == OptionKind.MORE:
             self._process_part(session, message)
             return
-        if option.kind not in (OptionKind.HANDLER_ERROR, OptionKind.NO_HANDLER):
+        if option.kind not in FAILURES:
             # A kind that is not known here says nothing.
             message.redelivered = option.kind == OptionKind.REDELIVERED
             if option.kind == OptionKind.STREAM:
@@ -364,15 +368,10 @@ class Exchange(Streams):
         entry = self._find_asked(message)
         if entry is None:
             return
-        if option.kind == OptionKind.NO_HANDLER and entry.redeliver and entry.option is not None:
-            self._fail(message_id, OutcomeUnknown, "an earlier process may have run it; now there is nothing to run")
-        elif option.kind == OptionKind.NO_HANDLER:
-            self._fail(
-                message_id, NoHandler, "there is nothing to run at the receiver: no callback, no such callback id"
-            )
-        else:
-            name, text = _readable(option.name, ERROR_NAME_MAX), _readable(option.text, ERROR_TEXT_MAX)
-            self._fail(message_id, HandlerError, f"the callback raised {name}: {text}", name)
+        kind, text, details = decode_failure(option)
+        if kind is not HandlerError and entry.redeliver and entry.option is not None:
+            kind, text = OutcomeUnknown, "an earlier process may have run it; now there is nothing to run"
+        self._fail(message_id, kind, text, *details)
 
     def _process(self, message: Message) -> None:
         """Run what the message names, and then what its endpoint runs on every message."""
@@ -381,7 +380,7 @@ class Exchange(Streams):
         if callback is not None and (message.link.hears_responses or not message.is_response):
             self.calls.append((callback, message))
         elif not is_handled and message.source_callback_id:
-            self._answer_error(message, OptionKind.NO_HANDLER)
+            self._answer_failure(message, Option(0, OptionKind.NO_HANDLER))
 
     def _process_part(self, session: Session, message: Message) -> None:
         """Give a part to the stream that it belongs to; to anybody else it is a response like any other."""
@@ -428,12 +427,12 @@ class Exchange(Streams):
         """A callback raised: count it, and tell the sender of the message if it waits and can be told."""
         self._callback_error_count += 1
         if isinstance(argument, Message) and argument.source_callback_id:
-            self._answer_error(argument, OptionKind.HANDLER_ERROR, _printable(type(error).__name__), _text_of(error))
+            self._answer_failure(argument, encode_failure(error))
 
-    def _answer_error(self, message: Message, kind: OptionKind, name: str = "", text: str = "") -> None:
+    def _answer_failure(self, message: Message, option: Option) -> None:
         # The basic dialect has no form for it; there the sender's deadline tells.
         if isinstance(message.link, Session):
-            self._answer(message, b"", Option(0, kind, name, text))
+            self._answer(message, b"", option)
 
     def _find_asked(self, message: Message) -> Outgoing | None:
         """Return the entry of the MSC that a message names, if the message may end it."""
@@ -494,25 +493,3 @@ class Exchange(Streams):
 def _deadline_at(session: Session, left_ms: int) -> float:
     """Return when a message that has just arrived is given up."""
     return FOREVER if left_ms == NO_DEADLINE_MS else session.heard_at + left_ms / 1000
-
-
-def _text_of(error: BaseException) -> str:
-    """Return an exception's text as far as it has one: its `__str__` is a user's, and may raise."""
-    try:
-        text = str(error)
-    except Exception:
-        text = "(its text cannot be shown)"
-    return _printable(text[:ERROR_TEXT_MAX])
-
-
-def _printable(text: str) -> str:
-    """Return text that can be encoded: a file's name may have surrogates in it."""
-    return text.encode(errors="backslashreplace").decode()
-
-
-def _readable(text: str, length_max: int) -> str:
-    """Return as much of a peer's text as we would send, without what a terminal would obey."""
-    text = text[:length_max]
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -91,6 +91,9 @@ class Owner(Protocol):
     def handle_ended(self, session: Session, why: str) -> None:
         """The other end's incarnation is gone: settle what was sent to it."""
 
+    def refuse_too_large(self, session: Session) -> None:
+        """The other end has said how large a message it takes: settle those in the queue that are larger."""
+
     def handle_refused(self, session: Session, reason: Reason, text: str, did_not_run: bool) -> None:
         """The other end does not want this connection: settle what waits for it."""
 
@@ -171,7 +174,9 @@ class Handshake:
         self._say_hello(session, link, now)
 
     def _say_hello(self, session: Session, link: Link, now: float) -> None:
-        hello = Hello(session.nonce, self._process, self._limits.window_msgs, self._limits.window_bytes, self._identity)
+        limits = self._limits
+        windows = limits.window_msgs, limits.window_bytes
+        hello = Hello(session.nonce, self._process, *windows, self._identity, limits.message_bytes_max)
         link.send_frames(b"", [encode_hello(session.incarnation, session.peer_incarnation, hello)])
         wait_s = min(HELLO_S_MIN * 2 ** min(session.hello_count, 10), HELLO_S_MAX)
         session.hello_count += 1
@@ -269,6 +274,8 @@ class Handshake:
                     )
                 session.peer = challenge.identity
                 session.establish(header.source_incarnation, challenge.window_msgs, challenge.window_bytes, now)
+                session.contents_max = challenge.message_bytes_max
+                self._owner.refuse_too_large(session)
             session.attach(link)
         elif not is_known:
             self._start_hello(session, link, now)
@@ -341,7 +348,8 @@ class Handshake:
     ) -> None:
         limits = self._limits
         identity = link.identity or self._identity
-        challenge = Challenge(echo, challenged.nonce, limits.window_msgs, limits.window_bytes, identity)
+        windows = limits.window_msgs, limits.window_bytes
+        challenge = Challenge(echo, challenged.nonce, *windows, identity, limits.message_bytes_max)
         link.send_frames(routing_id, [encode_challenge(challenged.incarnation, dest_incarnation, challenge)])
 
     def _establish(
@@ -370,6 +378,7 @@ class Handshake:
         session.peer, session.process = hello.identity, hello.process
         session.has_workers, session.hears_responses = link.has_workers, link.hears_responses
         session.establish(peer_incarnation, hello.window_msgs, hello.window_bytes, now)
+        session.contents_max = hello.message_bytes_max
         session.attach(link, routing_id)
         self.sessions[session] = None
         self._by_incarnation[peer_incarnation] = session

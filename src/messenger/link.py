@@ -37,6 +37,7 @@ class Outlet:
         is_dirty: Whether it is to be flushed at the end of the turn.
         has_workers: Whether `callback` only hands messages to threads, so that its return does not mean that they ran.
         peer_incarnation: Of the other end of a session, 0 in the basic dialect.
+        contents_max: What the other end of a session takes in one message, as far as it has said so.
         cancelled: The messages of a session's other end that it has given up, by `source_callback_id`, oldest first.
         is_shared: Whether several peers are reached by it, so that a message needs its peer's routing id.
     """
@@ -55,6 +56,7 @@ class Outlet:
         self.has_workers = False
         self.is_shared = False
         self.peer_incarnation = 0
+        self.contents_max: float = FOREVER
 
     @property
     def is_quiet(self) -> bool:

@@ -320,6 +320,16 @@ class Outcomes:
             self.drop("refused")
             self.abandon(link, f"refused: {text}")
 
+    def refuse_too_large(self, session: Session) -> None:
+        """End what waits for the other end of a session, and is larger than what that takes."""
+        most = session.contents_max
+        refused = [outgoing for outgoing in session.queue if outgoing.large is not None and len(outgoing.large) > most]
+        if refused:
+            session.queue = deque(outgoing for outgoing in session.queue if outgoing not in refused)
+            why = f"the contents are larger than message_bytes_max of the receiver, {most}"
+            for message_id in self._discard(session, refused, why):
+                self._fail(message_id, NotDelivered, why)
+
     def handle_deserted(self, link: Link) -> None:
         """Nobody listens any more where a connection's link led, so the process there has probably ended.
 

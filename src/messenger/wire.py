@@ -101,8 +101,8 @@ def decode_identity(routing_id: bytes) -> str:
 MAGIC = 0x4D
 VERSION = 1
 _HEADER = struct.Struct("<BBBBQQ")
-_HELLO = struct.Struct("<QQIQ")
-_CHALLENGE = struct.Struct("<QQIQ")
+_HELLO = struct.Struct("<QQIQQ")
+_CHALLENGE = struct.Struct("<QQIQQ")
 _RESPONSE = struct.Struct("<Q")
 _GOODBYE = struct.Struct("<Q")
 # The header and the numbers at once, for the frames that are many.
@@ -160,6 +160,7 @@ class OptionKind(IntEnum):
     REDELIVERED = 3  # An earlier process may have run it.
     MORE = 4  # It is a part of a response; more parts follow.
     STREAM = 5  # Its response may come in parts.
+    TOO_LARGE = 6  # It is an error response: nothing ran, the receiver takes no contents of that size.
 
 
 class Option(msgspec.Struct, array_like=True, frozen=True):
@@ -206,6 +207,10 @@ class Header(NamedTuple):
     dest_incarnation: int
 
 
+# A size that nothing exceeds.
+_ANY_SIZE = 2**64 - 1
+
+
 class Hello(NamedTuple):
     """HELLO: who wants a session."""
 
@@ -214,6 +219,7 @@ class Hello(NamedTuple):
     window_msgs: int
     window_bytes: int
     identity: bytes
+    message_bytes_max: int = _ANY_SIZE
 
 
 class Challenge(NamedTuple):
@@ -224,6 +230,7 @@ class Challenge(NamedTuple):
     window_msgs: int
     window_bytes: int
     identity: bytes
+    message_bytes_max: int = _ANY_SIZE
 
 
 # Of a DATA frame: first, received_through, processed_through, msg_count. That is acknowledgements, and a batch which
@@ -249,25 +256,26 @@ def decode_header(frame: bytes) -> Header:
 
 def encode_hello(source_incarnation: int, dest_incarnation: int, hello: Hello) -> bytes:
     """Return a HELLO frame."""
-    return encode_header(Kind.HELLO, source_incarnation, dest_incarnation) + _HELLO.pack(*hello[:4]) + hello.identity
+    header = encode_header(Kind.HELLO, source_incarnation, dest_incarnation)
+    return header + _HELLO.pack(*hello[:4], hello.message_bytes_max) + hello.identity
 
 
 def decode_hello(frame: bytes) -> Hello:
     """Return the body of a HELLO frame."""
-    nonce, process, window_msgs, window_bytes = _unpack(_HELLO, frame)
-    return Hello(nonce, process, window_msgs, window_bytes, frame[_HEADER.size + _HELLO.size :])
+    nonce, process, window_msgs, window_bytes, most = _unpack(_HELLO, frame)
+    return Hello(nonce, process, window_msgs, window_bytes, frame[_HEADER.size + _HELLO.size :], most)
 
 
 def encode_challenge(source_incarnation: int, dest_incarnation: int, challenge: Challenge) -> bytes:
     """Return a CHALLENGE frame."""
     header = encode_header(Kind.CHALLENGE, source_incarnation, dest_incarnation)
-    return header + _CHALLENGE.pack(*challenge[:4]) + challenge.identity
+    return header + _CHALLENGE.pack(*challenge[:4], challenge.message_bytes_max) + challenge.identity
 
 
 def decode_challenge(frame: bytes) -> Challenge:
     """Return the body of a CHALLENGE frame."""
-    echo, nonce, window_msgs, window_bytes = _unpack(_CHALLENGE, frame)
-    return Challenge(echo, nonce, window_msgs, window_bytes, frame[_HEADER.size + _CHALLENGE.size :])
+    echo, nonce, window_msgs, window_bytes, most = _unpack(_CHALLENGE, frame)
+    return Challenge(echo, nonce, window_msgs, window_bytes, frame[_HEADER.size + _CHALLENGE.size :], most)
 
 
 def encode_response(source_incarnation: int, dest_incarnation: int, echo: int) -> bytes:

@@ -476,7 +476,7 @@ class RawSession:
         return pack_header(kind, self.incarnation, self.peer_incarnation, flags) + body
 
     def send_hello(self) -> None:
-        body = struct.pack("<QQIQ", self.nonce, self.process, self.window_msgs, MIB) + self.identity
+        body = struct.pack("<QQIQQ", self.nonce, self.process, self.window_msgs, MIB, MAX_64) + self.identity
         self.dealer.send(pack_header(HELLO, self.incarnation, 0) + body)
 
     def hear_challenge(self) -> None:
@@ -484,8 +484,8 @@ class RawSession:
         [frame] = self.dealer.receive()
         magic, version, kind, _, source, dest = struct.unpack_from("<BBBBQQ", frame)
         assert (magic, version, kind, dest) == (MAGIC, 1, CHALLENGE, self.incarnation)
-        echo, self.peer_nonce, _, _ = struct.unpack_from("<QQIQ", frame, 20)
-        assert (echo, frame[48:]) == (self.nonce, b"server")
+        echo, self.peer_nonce, *_ = struct.unpack_from("<QQIQQ", frame, 20)
+        assert (echo, frame[56:]) == (self.nonce, b"server")
         self.peer_incarnation = source
 
     def join(self) -> None:
@@ -546,7 +546,7 @@ def wait_processed(server: Server, bad: PlainPeer) -> None:
 
 def test_every_truncation_of_a_handshake(server: Server, bad: PlainPeer) -> None:
     raw = RawSession(bad)
-    hello = raw.pack(HELLO, struct.pack("<QQIQ", raw.nonce, raw.process, 100, MIB))
+    hello = raw.pack(HELLO, struct.pack("<QQIQQ", raw.nonce, raw.process, 100, MIB, MAX_64))
     for length in range(1, len(hello) + 1):  # The whole is one without an identity.
         bad.send(hello[:length])
     wait_dropped(server.messenger, "malformed_frames", len(hello))
@@ -707,7 +707,7 @@ def test_peer_that_exceeds_the_window(messenger: MessengerFactory, plain: PlainP
 @pytest.mark.parametrize(("window_msgs", "window_bytes"), [(MAX_32, MAX_64), (0, 0), (1, 1)])
 def test_absurd_windows(server: Server, bad: PlainPeer, window_msgs: int, window_bytes: int) -> None:
     raw = RawSession(bad)
-    body = struct.pack("<QQIQ", raw.nonce, raw.process, window_msgs, window_bytes) + b"raw"
+    body = struct.pack("<QQIQQ", raw.nonce, raw.process, window_msgs, window_bytes, window_bytes) + b"raw"
     bad.send(raw.pack(HELLO, body))
     raw.hear_challenge()
     raw.join()
@@ -857,12 +857,14 @@ def test_connection_to_a_hostile_server(
     router.send(routing_id, pack_header(CHALLENGE, 5, incarnation + 1) + bytes(100))
     wait_dropped(client, "stale_session", 6)
     # A CHALLENGE with a wrong echo establishes nothing, nor does one without an identity.
-    router.send(routing_id, pack_header(CHALLENGE, 5, incarnation) + struct.pack("<QQIQ", nonce ^ 1, 1, 9, 9) + b"id")
-    router.send(routing_id, pack_header(CHALLENGE, 5, incarnation) + struct.pack("<QQIQ", nonce, 1, 9, 9))
+    router.send(
+        routing_id, pack_header(CHALLENGE, 5, incarnation) + struct.pack("<QQIQQ", nonce ^ 1, 1, 9, 9, 9) + b"id"
+    )
+    router.send(routing_id, pack_header(CHALLENGE, 5, incarnation) + struct.pack("<QQIQQ", nonce, 1, 9, 9, 9))
     wait_dropped(client, "malformed_frames", 2)
     assert client.request(good_destination, b"y").contents == b"answer to y"
     # The right one does, and the message comes.
-    router.send(routing_id, pack_header(CHALLENGE, 5, incarnation) + struct.pack("<QQIQ", nonce, 1, 9, 999) + b"id")
+    router.send(routing_id, pack_header(CHALLENGE, 5, incarnation) + struct.pack("<QQIQQ", nonce, 1, 9, 999, 9) + b"id")
     frame = hello
     while frame[2] != DATA:
         _, frame = router.receive()

@@ -286,6 +286,33 @@ def test_message_too_large(messenger: MessengerFactory, destination: To, never: 
     assert client.request(destination, bytes(990), remote_callback=ECHO).contents == bytes(990)
 
 
+def test_message_too_large_for_its_receiver(messenger: MessengerFactory, destination: To) -> None:
+    """Each is told of, and what follows arrives: ZeroMQ cut the link for the first one, again and again."""
+    client = messenger()
+    large = bytes(5_000_000)
+    errors: Inbox[DeliveryError] = Inbox()
+    connection = client.make_connection(destination)
+    client.send_message(connection, large, lambda _: None, on_error=errors)
+    messenger(limits=Limits(message_bytes_max=1_000_000)).listen_for_connection(destination, answer)
+    [error] = errors.wait()
+    assert isinstance(error, NotDelivered)
+    assert "larger than message_bytes_max of the receiver, 1000000" in str(error)
+    assert client.request(connection, b"small").contents == b"answer to small"
+    with pytest.raises(MessageTooLarge, match=r"5000000 bytes, message_bytes_max of .* is 1000000"):
+        client.request(connection, large)
+    assert client.request(connection, b"small").contents == b"answer to small"
+
+
+def test_response_too_large_for_its_receiver(messenger: MessengerFactory, destination: To) -> None:
+    client = messenger(limits=Limits(message_bytes_max=1_000_000))
+    messenger().listen_for_connection(
+        destination, lambda message: message.reply(bytes(5_000_000) if message.contents == b"large" else b"small")
+    )
+    with pytest.raises(HandlerError, match="raised MessageTooLarge: contents are 5000000 bytes, message_bytes_max of"):
+        client.request(destination, b"large")
+    assert client.request(destination, b"").contents == b"small"
+
+
 def test_batches_larger_than_the_largest_message(messenger: MessengerFactory, destination: To) -> None:
     """A batch is one frame, and libzmq cut off whoever sent one of more than twice `message_bytes_max`, for ever."""
     limits = Limits(message_bytes_max=1_000)
