@@ -96,7 +96,6 @@ class ConnectionLink(SocketLink):
             self._end_inflow(value)
         if event == UP and self.endpoint.startswith("ipc:") and not (is_own := is_own_socket(self.endpoint)):
             self._detach()
-            self._is_broken = False
             if is_own is None:
                 self._exchange.revive_later(self, time.monotonic() + HELLO_S_MIN)
             else:
@@ -172,7 +171,6 @@ class ConnectionLink(SocketLink):
             DestinationInvalid: ZeroMQ cannot use the endpoint.
         """
         self._detach()
-        self._is_broken = False
         self.endpoint = endpoint
         if endpoint.startswith("inproc:"):
             # No monitor tells of inproc; the names that are bound do.
@@ -211,6 +209,7 @@ class ConnectionLink(SocketLink):
                 if error.errno != errno.ENOENT:  # An inproc link is gone already when its listener is.
                     raise
         self._inproc_binding = 0
+        self._is_broken = False
         self._end_inflows()  # libzmq does not tell of an end that we asked for.
         if self.is_up:
             self.note_up(False)
