@@ -267,6 +267,19 @@ def test_a_counter_in_the_entry_of_a_group_waits_for_its_level(cluster: Cluster)
     assert list(map(type, told)) == [NotConfirmed, NotConfirmed]
 
 
+def test_a_counter_that_was_undone_in_a_group_is_compared_anew(cluster: Cluster) -> None:
+    primary, replica = cluster.pair(timeout=20)
+    primary.execute("CREATE TABLE numbers (id INTEGER PRIMARY KEY AUTOINCREMENT, n UNIQUE)")
+    primary.execute("INSERT INTO numbers (n) VALUES (1)")
+    undone, ignored = run_group(
+        primary,
+        "INSERT INTO numbers (n) VALUES (2); INSERT INTO numbers (n) VALUES (1)",
+        "INSERT OR IGNORE INTO numbers (n) VALUES (1)",
+    )
+    assert (type(undone), ignored) == (apsw.ConstraintError, None)
+    assert_equal(primary, replica)
+
+
 def test_a_group_whose_statements_undo_each_other_is_no_entry(cluster: Cluster) -> None:
     primary, _ = cluster.pair(commit="applied", timeout=1)
     before = primary.position

@@ -105,6 +105,18 @@ RECORDED = {
     "name that is not ASCII": ['CREATE TABLE "Ärzte" (k PRIMARY KEY)', 'INSERT INTO "Ärzte" VALUES (1), (2)'],
     "column rowid": ["CREATE TABLE u (rowid, v)", "INSERT INTO u VALUES (7, 1)", "UPDATE u SET v = 2"],
     "counter left behind": [COUNTED[0].replace("t (", "u ("), "INSERT INTO u (v) VALUES (1)", "UPDATE u SET id = 9"],
+    "counters of temporary tables": [
+        COUNTED[0].replace("t (", "u ("),
+        COUNTED[0].replace("t (", "temp.v ("),
+        "INSERT INTO v (v) VALUES (1), (2); INSERT INTO u (v) VALUES (1)",
+        "INSERT OR IGNORE INTO u VALUES (1, 1); UPDATE main.sqlite_sequence SET seq = 7",
+    ],
+    "all rows, behind the schema": [
+        "INSERT INTO t VALUES (1)",
+        "CREATE INDEX i ON t (x); DELETE FROM t",
+        "INSERT INTO t VALUES (1)",
+        "DELETE FROM t",
+    ],
     "counters of any kind": [
         COUNTED[0].replace("t (", "u ("),
         "INSERT INTO u (v) VALUES (1)",

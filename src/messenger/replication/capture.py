@@ -165,6 +165,9 @@ class Schema:
     def __init__(self, connection: apsw.Connection) -> None:
         self._connection = connection
         self.guard = Guard(connection)
+        # While there is no session, SQLite prepares a DELETE without WHERE so that it is never recorded.
+        self._session = apsw.Session(connection, "main")
+        self._session.enabled = False
         self.has_virtual_tables = False
         self.sequences: list[SequenceRow] | None = None
         self.loose_keys: dict[str, bytes] = {}
@@ -188,7 +191,9 @@ class Schema:
         """Return the values of AUTOINCREMENT counters, or None if there are no such tables."""
         if not self._connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'sqlite_sequence'").fetchall():
             return None
-        rows: list[Any] = self._connection.execute("SELECT name, seq FROM sqlite_sequence ORDER BY rowid").fetchall()
+        # Temporary tables can have counters of their own.
+        sql = "SELECT name, seq FROM main.sqlite_sequence ORDER BY rowid"
+        rows: list[Any] = self._connection.execute(sql).fetchall()
         return rows
 
     def _read_counted(self) -> Iterator[tuple[str, str]]:
@@ -319,8 +324,9 @@ class Capture:
 
     def _take_changes(self) -> None:
         if not self._session.is_empty and (changes := self._session.changeset()):
-            if any(name in changes for name in self._schema.loose_keys.values()):
-                _check_keys(changes, self._schema.loose_keys)
+            loose_keys = self._schema.loose_keys
+            if loose_keys and any(name in changes for name in loose_keys.values()):
+                _check_keys(changes, loose_keys)
             self._parts.append(Part(PartKind.CHANGES, changes))
 
     def _take_sequences(self) -> None:

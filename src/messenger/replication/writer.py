@@ -159,7 +159,8 @@ class Writer:
         """
         if self.owner == threading.get_ident():
             raise StatementRefused("a transaction is open in this thread; use its `tx`")
-        if not wait_until(deadline_at, lambda timeout: self.lock.acquire(timeout=timeout)):
+        lock = self.lock
+        if not lock.acquire(False) and not wait_until(deadline_at, lambda timeout: lock.acquire(timeout=timeout)):
             raise WriterBusy(f"{self.path}: other transactions took all the time; nothing of this one was done")
         self.owner = threading.get_ident()
 
@@ -462,7 +463,7 @@ class Writer:
             parts = capture.finish()
             entries = [self.make_entry(self.log.head, parts)] if parts else []
         except BaseException:
-            capture.undo()
+            capture.close()
             raise
         if not entries:
             # What one of them did another has undone.
@@ -494,24 +495,25 @@ class Writer:
         """Run one of several; an error undoes this one only."""
         connection = self.connection
         connection.execute("SAVEPOINT _messenger_operation")
+        capture = self.capture()
         entry = None
         try:
-            entry = self._run(operation, head)
+            entry = self._run(operation, head, capture)
         except Exception as error:
             if not connection.in_transaction:
                 raise  # SQLite undid all, as when the disk is full.
             operation.error = error
             connection.execute("ROLLBACK TO _messenger_operation")
+            capture.undo()
         connection.execute("RELEASE _messenger_operation")
         return entry
 
-    def _run(self, operation: Operation, head: Head) -> Entry | None:
-        capture = self.capture()
+    def _run(self, operation: Operation, head: Head, capture: Capture) -> Entry | None:
         self._cursor.exec_trace = capture.on_statement
         try:
             operation.rows = self._cursor.execute(operation.sql, operation.bindings).fetchall()
             parts = capture.finish()
             return self.make_entry(head, parts) if parts else None
         except BaseException:
-            capture.undo()
+            capture.close()
             raise
