@@ -229,7 +229,7 @@ def test_deadline_cancels_the_task_of_the_callback(run: Run) -> None:
 
 def test_random_cancellation_loses_nothing(run: Run) -> None:
     """A part of what `make cancel` does."""
-    figures = run(cancel_at_random(2_500, seed=int.from_bytes(os.urandom(4))))
+    figures = run(cancel_at_random(1_500, seed=int.from_bytes(os.urandom(4))))
     assert figures.sent == figures.answered + figures.cancelled + figures.failed
     assert figures.left_outstanding == 0
     assert min(figures.answered, figures.cancelled) > 100

@@ -31,8 +31,7 @@ DOCUMENTS = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"
 BLOCK_TIMEOUT_S = 60.0
 SERVER_TIMEOUT_S = 10.0
 
-# The documents use the default ports, so they run one after the other.
-pytestmark = [pytest.mark.usefixtures("fixed_ports"), pytest.mark.timeout(2 * BLOCK_TIMEOUT_S)]
+pytestmark = pytest.mark.timeout(2 * BLOCK_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,11 @@ def is_listening(port: int) -> bool:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts blocks that share a working folder and a runtime folder, and ends them after the test."""
+def start(tmp_path: Path, fixed_ports: None) -> Iterator[Start]:
+    """Starts blocks that share a working folder and a runtime folder, and ends them after the test.
+
+    They use the default ports, so they run one after the other.
+    """
     with contextlib.ExitStack() as stack:
         # The path of an ipc socket has at most 107 bytes, so the runtime folder needs a shorter path than tmp_path.
         runtime = stack.enter_context(tempfile.TemporaryDirectory(prefix="run-"))

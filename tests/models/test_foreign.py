@@ -146,6 +146,7 @@ def test_what_is_no_message_is_dropped(new_manager: NewManager, plain: PlainPeer
 
 def test_a_server_that_hangs_is_told_by_the_deadline(foreign: Callable[..., ModelServerManager]) -> None:
     manager = foreign("None")
+    wait_until(lambda: manager.is_ready)
     started_at = time.monotonic()
     for job in (manager.command("ANY", timeout=0.5), manager.infer("m", [[1]], timeout=0.5)):
         with pytest.raises(OutcomeUnknown):
@@ -155,6 +156,7 @@ def test_a_server_that_hangs_is_told_by_the_deadline(foreign: Callable[..., Mode
 
 def test_an_answer_after_the_deadline_is_dropped(foreign: Callable[..., ModelServerManager]) -> None:
     manager = foreign(f"time.sleep(0.6) or {ECHO_DATA}")
+    wait_until(lambda: manager.is_ready)
     with pytest.raises(OutcomeUnknown):
         manager.command("ANY", 1, timeout=0.3).result(timeout=TIMEOUT_S)
     assert manager.command("ANY", 2).result(timeout=TIMEOUT_S)["result"] == 2
