@@ -18,6 +18,7 @@ from messenger.replication import (
     ReplicationLimits,
     Stale,
 )
+from messenger.replication.database import open_reader
 from messenger.replication.feed import Peer
 from messenger.replication.records import Ack, Entries, Entry, encode
 from tests.conftest import free_port, wait_until
@@ -392,3 +393,27 @@ def test_replicas_that_are_gone_make_room(cluster: Cluster) -> None:
         wait_streaming(primary, replica)
     refused = cluster.replica("r3")
     wait_until(lambda: "2 replicas are there, that is replicas_max" in refused.status().trouble)
+
+
+def test_a_reader_that_cannot_be_closed_hides_no_end(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once ended the thread that feeds a replica before that had told that the replica is down."""
+    closed: list[str] = []
+
+    class Reader:
+        def __init__(self, path: str) -> None:
+            self._inner = open_reader(path)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._inner, name)
+
+        def close(self, force: bool) -> None:
+            self._inner.close(force)
+            closed.append("closed")
+            raise apsw.IOError("planted")
+
+    monkeypatch.setattr("messenger.replication.feed.open_reader", Reader)
+    primary, replica = cluster.pair()
+    replica.close()
+    wait_until(lambda: closed)
+    wait_until(lambda: state_of(primary, "replica") is ReplicaState.DOWN)
+    primary.close()

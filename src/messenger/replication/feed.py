@@ -230,8 +230,12 @@ class Feed:
             why = f"{type(error).__name__}: {error}"
             logger.warning("! replica %s cannot be fed: %s", self.peer.name, why)
         finally:
-            if reader is not None:
-                reader.close(force=True)
+            try:
+                if reader is not None:
+                    reader.close(force=True)
+            except apsw.Error as error:
+                # It only read, so nothing is lost; but the end must be told all the same.
+                logger.warning("! the reader for replica %s is closed, but: %s", self.peer.name, error)
             self.source.handle_down(self, why)
 
     def _judge(self, reader: apsw.Connection) -> Welcome:
