@@ -10,7 +10,7 @@ from typing import Any
 import apsw
 import pytest
 
-from messenger import Message
+from messenger import Limits, Message, Messenger
 from messenger.replication import (
     NotConfirmed,
     Position,
@@ -271,12 +271,13 @@ def test_a_counter_that_was_undone_in_a_group_is_compared_anew(cluster: Cluster)
     primary, replica = cluster.pair(timeout=20)
     primary.execute("CREATE TABLE numbers (id INTEGER PRIMARY KEY AUTOINCREMENT, n UNIQUE)")
     primary.execute("INSERT INTO numbers (n) VALUES (1)")
-    undone, ignored = run_group(
+    first, undone, ignored = run_group(
         primary,
+        "INSERT INTO books VALUES (1, 'a')",
         "INSERT INTO numbers (n) VALUES (2); INSERT INTO numbers (n) VALUES (1)",
         "INSERT OR IGNORE INTO numbers (n) VALUES (1)",
     )
-    assert (type(undone), ignored) == (apsw.ConstraintError, None)
+    assert (first, type(undone), ignored) == (None, apsw.ConstraintError, None)
     assert_equal(primary, replica)
 
 
@@ -324,6 +325,19 @@ def test_a_group_that_is_too_large_together_is_several_entries(cluster: Cluster)
     assert (fitting, type(large)) == ([None, None], StatementRefused)
     assert primary.position.lsn == before + 2
     assert_equal(primary, replica)
+
+
+def test_a_transaction_is_no_larger_than_a_message(cluster: Cluster) -> None:
+    messenger = Messenger("small", limits=Limits(message_bytes_max=300_000))
+    cluster.keep(messenger)
+    primary = Primary(cluster.folder / "small.db", messenger, cluster.port, commit="applied", timeout=20)
+    cluster.keep(primary)
+    primary.execute(BOOKS, commit="local")
+    wait_streaming(primary, cluster.replica())
+    insert = "INSERT INTO books (name) VALUES (zeroblob(?))"
+    with pytest.raises(StatementRefused, match="transaction_bytes_max is 298976"):
+        primary.execute(insert, (299_000,))
+    primary.execute(insert, (298_900,))
 
 
 def test_who_waits_too_long_for_others_has_changed_nothing(cluster: Cluster) -> None:

@@ -179,6 +179,19 @@ def test_what_cannot_be_recorded_is_refused(direct: Direct, before: list[str], s
     direct.assert_equal()
 
 
+@pytest.mark.parametrize("columns", ["name TEXT, id INTEGER PRIMARY KEY", "id INTEGER PRIMARY KEY"])
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_a_table_with_another_key_is_not_passed_over(direct: Direct, columns: str, is_quick: bool) -> None:
+    direct.run("CREATE TABLE books (id INTEGER PRIMARY KEY, name TEXT); CREATE TABLE more (x)")
+    direct.apply()
+    direct.tamper(f"DROP TABLE books; CREATE TABLE books ({columns})")
+    other = "" if is_quick else "INSERT INTO more VALUES (1);"
+    direct.run(f"{other} INSERT INTO books VALUES (1, 'a'); {other}")
+    with pytest.raises(DivergenceFound, match="in table books: its columns are others than at the primary"):
+        direct.apply()
+    assert direct.rows("SELECT * FROM books") == direct.rows("SELECT * FROM more") == []
+
+
 def test_equal_keys_may_come_one_after_the_other(direct: Direct) -> None:
     direct.run(
         *NOCASE, "UPDATE t SET v = 2 WHERE k = 'A'", "DELETE FROM t WHERE k = 'A'", "INSERT INTO t VALUES ('A', 1)"

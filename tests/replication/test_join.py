@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from hashlib import blake2b
 from pathlib import Path
 
 import apsw
@@ -20,8 +21,10 @@ from messenger.replication import (
 )
 from messenger.replication.database import open_reader
 from messenger.replication.feed import Peer
-from messenger.replication.records import Ack, Entries, Entry, encode
+from messenger.replication.records import CHECKSUM_BYTES, Ack, Entries, Entry, SnapshotPart, encode
+from messenger.replication.snapshot import SnapshotFailed
 from tests.conftest import free_port, wait_until
+from tests.replication.direct import Direct
 from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, content_of, state_of, wait_streaming
 
 
@@ -417,3 +420,17 @@ def test_a_reader_that_cannot_be_closed_hides_no_end(cluster: Cluster, monkeypat
     wait_until(lambda: closed)
     wait_until(lambda: state_of(primary, "replica") is ReplicaState.DOWN)
     primary.close()
+
+
+def test_a_snapshot_with_pages_of_another_size_says_what_to_do(direct: Direct, tmp_path: Path) -> None:
+    path = tmp_path / "copy.db"
+    with contextlib.closing(apsw.Connection(str(path))) as copy:
+        with copy.backup("main", direct.writer.connection, "main") as backup:
+            backup.step(-1)
+        copy.execute("PRAGMA journal_mode = delete; PRAGMA page_size = 8192; VACUUM").fetchall()
+    direct.applier.begin_snapshot(path.stat().st_size)
+    assert direct.applier.sink is not None
+    direct.applier.sink.write(SnapshotPart(1, 0, path.read_bytes()))
+    checksum = blake2b(path.read_bytes(), digest_size=CHECKSUM_BYTES).digest()
+    with pytest.raises(SnapshotFailed, match="has pages of 4096 bytes, the primary's file of 8192"):
+        direct.applier.install_snapshot(checksum)

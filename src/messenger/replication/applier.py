@@ -28,7 +28,7 @@ from .limits import BUSY_MS, CATCH_UP_BYTES, CATCH_UP_TRANSACTIONS, ReplicationL
 from .log import Log, begin_term, find_head, read_entries, read_term
 from .lost import save_lost
 from .records import Entry, Head, MalformedRecord, Part, PartKind, decode_parts, decode_sequences, does_follow
-from .snapshot import SnapshotSink, remove_leftovers
+from .snapshot import SnapshotFailed, SnapshotSink, remove_leftovers
 
 logger = logging.getLogger("messenger.replication")
 
@@ -107,6 +107,8 @@ class Applier:
         # Of each table, the statement that inserts a row.
         self._inserts: dict[str, str] = {}
         self._found: Divergence | None = None
+        # The table whose changes are being applied, and how many had been applied before.
+        self._applying = "", 0
         # Off but for statements that change the schema and were run with them at the primary.
         self._has_foreign_keys = False
         self._file_lock = database.FileLock(path)
@@ -262,8 +264,9 @@ class Applier:
             pending.clear()
             return
         flags = _FLAGS_FOREIGN_KEYS if self._has_foreign_keys else _FLAGS
+        self._applying = "", 0
         try:
-            apsw.Changeset.apply(changes, connection, filter=self._is_known, conflict=self._on_conflict, flags=flags)
+            apsw.Changeset.apply(changes, connection, filter=self._begin_table, conflict=self._on_conflict, flags=flags)
         except apsw.Error as error:
             found = self._take_found(entry)
             if found is None and isinstance(error, (apsw.CorruptError, apsw.SchemaChangeError, apsw.MisuseError)):
@@ -271,6 +274,7 @@ class Applier:
             if found is None:
                 raise
             raise DivergenceFound(found) from error
+        self._end_table()
         found = self._take_found(entry)
         if found is not None:
             raise DivergenceFound(found)
@@ -281,22 +285,19 @@ class Applier:
 
         By the statement that `Changeset.apply` would prepare anew each time, with others; here it stays prepared.
         """
-        table, row = "", None
+        table, row, key = "", None, set[int]()
         try:
             for change in apsw.Changeset.iter(changes):
                 if row is not None or change.op != "INSERT":
                     return False
-                table, row = change.name, change.new
+                table, row, key = change.name, change.new, change.pk_columns
             if row is None or not self._is_known(table):
                 return False
             sql = self._inserts.get(table)
             if sql is None:
-                values = ", ".join("?" * len(row))
-                sql = self._inserts[table] = f"INSERT OR ABORT INTO main.{database.quote(table)} VALUES ({values})"  # noqa: S608
+                sql = self._inserts[table] = _make_insert(connection, table, len(row), key)
             if sql:
                 self._require_open()[1].cursor.execute(sql, row)
-        except apsw.SQLError:
-            sql = self._inserts[table] = ""  # Without a key, the first value is the rowid, and they are one too many.
         except (apsw.ConstraintError, apsw.CorruptError, apsw.BindingsError, UnicodeDecodeError):
             return False
         return bool(sql)
@@ -322,6 +323,18 @@ class Applier:
         else:
             return True
         return False
+
+    def _begin_table(self, table: str) -> bool:
+        """The changes of a table begin; return whether they are to be applied."""
+        self._end_table()
+        self._applying = table, self._require_open()[0].total_changes()
+        return self._is_known(table)
+
+    def _end_table(self) -> None:
+        """The changes of a table end: SQLite passes over all of them if the table here has another key, say."""
+        table, before_count = self._applying
+        if table and self._found is None and self._require_open()[0].total_changes() == before_count:
+            self._found = Divergence(0, table, "", "its columns are others than at the primary")
 
     def _on_conflict(self, reason: int, change: apsw.TableChange) -> int:
         values: Any = change.new if change.op == "INSERT" else change.old
@@ -448,11 +461,29 @@ class Applier:
     def _replace_content(self, connection: apsw.Connection, path: str) -> None:
         copy = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
         try:
+            own, other = connection.pragma("page_size"), copy.pragma("page_size")
+            if own != other:
+                raise SnapshotFailed(
+                    f"{self.path} has pages of {own} bytes, the primary's file of {other}, and SQLite cannot change "
+                    "that in place; close the replica, remove the file, and open it again"
+                )
             with connection.backup("main", copy, "main") as backup:
                 backup.step(-1)
             connection.pragma("wal_checkpoint", "passive")
         finally:
             copy.close(force=True)
+
+
+def _make_insert(connection: apsw.Connection, table: str, count: int, key: set[int]) -> str:
+    """Return the statement that inserts so many values, or nothing if the table has not these columns and this key.
+
+    So it is without a primary key, too, as the first value is then the rowid.
+    """
+    sql = "SELECT pk FROM pragma_table_xinfo(?, 'main') WHERE hidden = 0 ORDER BY cid"
+    columns: list[Any] = connection.execute(sql, (table,)).fetchall()
+    if len(columns) != count or {number for number, (pk,) in enumerate(columns) if pk} != key:
+        return ""
+    return f"INSERT OR ABORT INTO main.{database.quote(table)} VALUES ({', '.join('?' * count)})"  # noqa: S608
 
 
 def _entries_after(connection: apsw.Connection, lsn: int) -> Iterator[Entry]:

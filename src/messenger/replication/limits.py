@@ -55,6 +55,8 @@ COMMIT_SAMPLES = 20_000
 CHECK_PINNED_S = 30.0
 # Transactions that wait together are written together, at most so many: the first must not wait long for the last.
 GROUP_MAX = 64
+# What a message has besides the changes of one transaction, at most.
+MESSAGE_ROOM_BYTES = 1 * KIB
 # One message to a replica that catches up holds at most about so much, and so many transactions.
 CATCH_UP_BYTES = 256 * KIB
 CATCH_UP_TRANSACTIONS = 512

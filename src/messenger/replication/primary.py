@@ -29,7 +29,7 @@ from .claims import Claims
 from .confirm import Level, Waiter
 from .errors import DiskFailed, Fenced, NotConfirmed
 from .hub import Hub
-from .limits import ReplicationLimits
+from .limits import MESSAGE_ROOM_BYTES, ReplicationLimits
 from .log import check_in_history
 from .records import Claim, Part, PartKind, Position
 from .rows import Rows
@@ -101,7 +101,7 @@ class Primary:
         self._not_confirmed_count = 0
         self._check_lock = threading.Lock()
         self._is_closed = False
-        limits = limits or ReplicationLimits()
+        limits = _fit(limits or ReplicationLimits(), messenger)
         self._writer = writer = Writer(self.path, limits, self._publish, promote=promote)
         try:
             if writer.state.fenced_term and not promote:
@@ -475,6 +475,12 @@ class Primary:
 
     def __repr__(self) -> str:
         return f"<Primary of {self.path} at {self.position}>"
+
+
+def _fit(limits: ReplicationLimits, messenger: Messenger) -> ReplicationLimits:
+    """Return limits by which each transaction fits into a message."""
+    most_bytes = min(limits.transaction_bytes_max, messenger.limits.message_bytes_max - MESSAGE_ROOM_BYTES)
+    return msgspec.structs.replace(limits, transaction_bytes_max=most_bytes)
 
 
 def _make_fenced(path: str, term: int, destinations: tuple[str, ...]) -> Fenced:
