@@ -227,6 +227,34 @@ def test_deadline_cancels_the_task_of_the_callback(run: Run) -> None:
     run(main())
 
 
+def test_the_sender_s_goodbye_cancels_the_task_of_the_callback(run: Run) -> None:
+    began: list[Message] = []
+    ended: list[tuple[bool, bool]] = []
+
+    async def wait(message: Message) -> None:
+        began.append(message)
+        try:
+            await asyncio.sleep(TIMEOUT_S)
+        except asyncio.CancelledError:
+            ended.append((message.cancelled, message.is_sender_gone))
+            raise
+
+    async def main() -> None:
+        async with Pair(wait) as pair:
+            outcome = pair.client.request(pair.to, b"")
+            await until(lambda: began)
+            closed_at = time.monotonic()
+            await pair.client.close(0)
+            with pytest.raises(OutcomeUnknown):
+                await outcome
+            await until(lambda: ended)
+            assert time.monotonic() - closed_at < 1.0
+            assert ended == [(True, True)]
+            assert pair.server.statistics().callback_error_count == 0
+
+    run(main())
+
+
 def test_random_cancellation_loses_nothing(run: Run) -> None:
     """A part of what `make cancel` does."""
     figures = run(cancel_at_random(1_500, seed=int.from_bytes(os.urandom(4))))

@@ -17,12 +17,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
 
 import messenger
 from messenger.cli import main
+from messenger.cli.messages import _Server
+from messenger.link import Outlet
 
 COMMAND = [sys.executable, "-m", "messenger"]
 TIMEOUT_S = 20.0
@@ -292,6 +295,20 @@ def test_send_no_wait(listen: Listen, run: Run, free_port: str) -> None:
     result = run("send", free_port, "x", "--no-wait", "--timeout", "0.2")
     assert result.returncode == 3
     assert "nobody was there" in error_line(result.stderr)
+
+
+def test_listen_replies_only_to_who_waits() -> None:
+    replies: list[bytes] = []
+
+    class FakeMessage(messenger.Message):
+        def reply(self, contents: Any, *_: Any, **__: Any) -> None:
+            replies.append(contents)
+
+    server = _Server(False, None, lambda contents: b"answer to " + contents)
+    for source_callback_id in (0, 1024):
+        contents = b"%d" % source_callback_id
+        server.take(FakeMessage(None, contents, source_callback_id, 0, Outlet("listener", None), b"client"))
+    assert replies == [b"answer to 1024"]
 
 
 def test_send_speaks_to_a_plain_router(run: Run) -> None:

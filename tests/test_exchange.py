@@ -26,7 +26,7 @@ from messenger import (
 from messenger.errors import Cancelled, HandlerError, IdentityInUse, NoHandler
 from messenger.exchange import BATCH_PROCESSED, Exchange
 from messenger.failures import ERROR_TEXT_MAX
-from messenger.limits import HELLO_S_MAX, LARGE_BYTES_MIN
+from messenger.limits import HELLO_S_MAX, LARGE_BYTES_MIN, SILENT_LOG_S
 from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.message import Waiter
 from messenger.session import Session, State
@@ -355,7 +355,7 @@ def test_the_deadline_of_a_message_that_nobody_took_is_certain_and_frees_the_que
     assert core.link.queue_bytes == 8
     assert core.dropped() == {"not_delivered": 2}
     assert [str(error) for error in core.unheard] == [
-        "2 messages without a callback to owner: nobody was there to take them"
+        "2 messages without a callback, the last to owner: nobody was there to take them"
     ]
     assert core.exchange.next_deadline_at == 6.0
     assert core.statistics.not_delivered_msgs == 1
@@ -1313,7 +1313,10 @@ def test_messages_without_a_callback_to_a_process_that_ended_are_reported_togeth
     assert world.client.dropped() == {"outcome_unknown": 3}
     (error,) = world.client.unheard
     assert isinstance(error, OutcomeUnknown)
-    assert str(error).startswith("3 messages without a callback to connection ('server'): its process has ended")
+    assert str(error).startswith(
+        "3 messages without a callback, the last to connection ('server'): its process has ended"
+    )
+    assert not error.message_id
 
 
 def test_what_was_processed_of_a_batch_is_not_reported_as_unknown() -> None:
@@ -1418,7 +1421,54 @@ def test_an_answer_to_a_peer_whose_session_has_ended_is_certainly_not_delivered(
     assert outcomes(world.server.take()) == {message_id: NotDelivered}
     assert world.server.dropped() == {"peer_gone": 2, "not_delivered": 1}
     (error,) = world.server.unheard
-    assert str(error) == "1 messages without a callback to listener ('client'): the peer is gone"
+    assert str(error) == "1 message without a callback to listener ('client'): the peer is gone"
+
+
+def test_what_cannot_be_delivered_and_nobody_waits_for_is_reported_together_and_not_too_often() -> None:
+    core = Core()
+    core.exchange.handle_deadline(1_000.0)
+    gone = GoneOutlet("listener", None)
+    for number in range(7):
+        core.send(link=gone, deadline_at=5_000.0)
+        core.exchange.flush(0.0)
+        if number == 0:
+            assert core.exchange.next_deadline_at <= 1_000.0
+            core.exchange.handle_deadline(1_000.0)
+            assert core.run() == []
+    assert core.exchange.next_deadline_at == 1_000.0 + SILENT_LOG_S
+    core.exchange.handle_deadline(1_000.0 + SILENT_LOG_S)
+    assert core.run() == []
+    assert core.exchange.next_deadline_at == FOREVER
+    assert [str(error) for error in core.unheard] == [
+        "1 message without a callback to listener: the peer is gone",
+        "6 messages without a callback, the last to listener: the peer is gone",
+    ]
+    assert core.dropped() == {"peer_gone": 7, "not_delivered": 7}
+    core.send(link=gone, deadline_at=5_000.0)
+    core.exchange.flush(1_011.0)
+    core.exchange.close_link(core.link, "it was closed", 1_011.0)
+    core.run()
+    assert len(core.unheard) == 3
+
+
+@pytest.mark.parametrize("is_closed_here", [False, True])
+def test_what_is_asked_by_who_is_gone_is_not_started(is_closed_here: bool) -> None:
+    world = World()
+    world.connect()
+    told: list[object] = []
+    world.server.exchange.on_cancelled = lambda *details: told.append(details)
+    world.ask(b"question")
+    world.send(b"wants no response")
+    world.deliver(runs=False)
+    session = world.server_session
+    if is_closed_here:
+        world.server.exchange.close_link(world.listener_link, "it was closed", world.now)
+    else:
+        world.client.exchange.close_link(world.connection_link, "it was closed", world.now)
+        world.deliver(runs=False)
+        assert told == [(session, NOOP)]
+    assert drop_expired(world.server, world.now) == [b"wants no response"]
+    assert world.server.dropped()["expired"] == 1
 
 
 def test_an_answer_to_who_is_gone_ends_no_message_to_another_peer() -> None:
@@ -1560,6 +1610,7 @@ def test_an_answer_is_not_redelivered_to_another_process_than_the_one_that_asked
     world.link_down()
     world.client.exchange.handle_ended(world.session, "its process has ended")
     assert not world.session.queue
+    world.client.exchange.handle_deadline(world.now)
     assert [type(error) for error in [*world.client.take(), *world.client.unheard]] == [OutcomeUnknown]
 
 
@@ -2102,7 +2153,7 @@ def test_a_deadline_tells_the_receiver_and_so_does_a_waiter_that_is_forgotten() 
     assert world.client.exchange.outstanding_count == 0
 
 
-def test_a_cancelled_id_of_another_incarnation_is_another_message() -> None:
+def test_a_message_is_given_up_if_it_was_cancelled_or_its_sender_is_gone() -> None:
     world = World()
     world.connect()
     world.ask()
@@ -2111,9 +2162,11 @@ def test_a_cancelled_id_of_another_incarnation_is_another_message() -> None:
     assert not message.is_sender_gone
     message.link.cancelled[message.source_callback_id] = None
     assert message.is_given_up(0.0)
+    del message.link.cancelled[message.source_callback_id]
+    assert not message.is_given_up(0.0)
     message.incarnation += 1
     assert message.is_sender_gone
-    assert not message.is_given_up(0.0)
+    assert message.is_given_up(0.0)
     world.send()
     world.deliver()
     (silent,) = world.server.take()

@@ -164,7 +164,8 @@ class BaseMessenger:
             contents: Bytes, text that is sent as UTF-8, or a `msgspec.Struct` that is sent as MessagePack; at most
                 `limits.message_bytes_max` bytes.
             callback: The message-specific callback (MSC), run on the response.
-            on_error: Told what became of the message if no response came; without it, that is logged.
+            on_error: Told what became of the message if no response came; without it, that is logged, and without
+                `callback` too only counted and logged together with others.
             remote_callback: The callback that the receiver is to run; in an answer, by default the one asked for.
             timeout: Seconds, > 0, until the message ends as `NotDelivered` (nobody took it) or `OutcomeUnknown`.
             redeliver: Give it to the receiver's next process too, if the first ends without an answer.
@@ -340,7 +341,7 @@ class BaseMessenger:
         if self._loop.is_own_thread():
             # Nobody else may take the input that would tell.
             self._loop.poll(now)
-        return message.is_given_up(now) or message.is_sender_gone
+        return message.is_given_up(now)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.identity!r}, {self._loop.state.value}>"
@@ -399,8 +400,9 @@ def _check_numbers(timeout: float, remote_callback: int) -> None:
 
 
 def log_unheard(error: DeliveryError) -> None:
-    """Do what is done with an error that no `on_error` was given for."""
-    logger.warning("! %s: %s (give on_error= to handle this)", type(error).__name__, error)
+    """Do what is done with an error that no `on_error` was given for, or with one that stands for many messages."""
+    advice = " (give on_error= to handle this)" if error.message_id else ""
+    logger.warning("! %s: %s%s", type(error).__name__, error, advice)
 
 
 def check_close_timeout(timeout: float) -> None:

@@ -23,6 +23,7 @@ from .message import Message
 from .ordering import KeyOrder
 from .session import Session
 from .transports.wakeup import SLEEP_S_MAX
+from .wire import NOOP
 
 logger = logging.getLogger("messenger")
 
@@ -106,7 +107,7 @@ class Handlers:
         self._on_end = on_end
         # With their arguments; those whose senders wait also by session and id.
         self._tasks: dict[asyncio.Task[None], Any] = {}
-        self._awaited: dict[tuple[Any, int], list[asyncio.Task[None]]] = {}
+        self._awaited: dict[Any, dict[int, list[asyncio.Task[None]]]] = {}
         self._lanes: dict[Any, Lane] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._expiry_at = FOREVER
@@ -198,7 +199,8 @@ class Handlers:
         task = self.event_loop.create_task(self._run(work))
         self._tasks[task] = argument
         if isinstance(argument, Message) and argument.source_callback_id and argument.number:
-            self._awaited.setdefault((argument.link, argument.source_callback_id), []).append(task)
+            awaited = self._awaited.setdefault(argument.link, {})
+            awaited.setdefault(argument.source_callback_id, []).append(task)
             if argument.deadline_at < self._expiry_at:
                 self._plan_expiry(argument.deadline_at)
         task.add_done_callback(partial(self._end_task, work, lane))
@@ -223,7 +225,10 @@ class Handlers:
             task.exception()  # A Ctrl-C, which went to the event loop, is not to be logged again.
         work.coroutine.close()  # If it was cancelled before its first step, it was never started.
         if isinstance(argument, Message):
-            self._awaited.pop((argument.link, argument.source_callback_id), None)
+            awaited = self._awaited.get(argument.link, {})
+            awaited.pop(argument.source_callback_id, None)
+            if not awaited:
+                self._awaited.pop(argument.link, None)
             self._note_ended(argument)
         if lane is not None:
             lane.active_count -= 1
@@ -247,9 +252,11 @@ class Handlers:
                 self._start(work, lane)
 
     def _cancel_tasks(self, session: Any, message_id: int) -> None:
-        """Cancel what runs for a message that was cancelled."""
-        for task in self._awaited.get((session, message_id), ()):
-            task.cancel()
+        """Cancel what runs for a message that was cancelled; an id of 0 stands for all of a session that has ended."""
+        awaited = self._awaited.get(session, {})
+        for tasks in awaited.values() if message_id == NOOP else [awaited.get(message_id, [])]:
+            for task in tasks:
+                task.cancel()
 
     def _plan_expiry(self, deadline_at: float) -> None:
         if self._expiry is not None:
@@ -263,12 +270,11 @@ class Handlers:
         self._expiry, self._expiry_at = None, FOREVER
         now = monotonic()
         earliest = FOREVER
-        for tasks in self._awaited.values():
-            for task in tasks:
-                deadline_at = self._tasks[task].deadline_at
-                if deadline_at > now:
-                    earliest = min(earliest, deadline_at)
-                else:
-                    task.cancel()
+        for task in [task for awaited in self._awaited.values() for tasks in awaited.values() for task in tasks]:
+            deadline_at = self._tasks[task].deadline_at
+            if deadline_at > now:
+                earliest = min(earliest, deadline_at)
+            else:
+                task.cancel()
         if earliest < FOREVER:
             self._plan_expiry(max(earliest, now + EXPIRY_SPACING_S))

@@ -101,6 +101,9 @@ HANDSHAKE_S = 3.0
 
 # A socket that has as many connections as it may have says so, once in so many seconds.
 CROWDED_LOG_S = 60.0
+# Messages that nobody waits for and that could not be delivered, such as answers to a peer that has gone, are counted
+# each, but logged together, once in so many seconds.
+SILENT_LOG_S = 10.0
 
 # Messages without an end, and too many (`transports/inflow.py`).
 

@@ -57,22 +57,26 @@ class Message(msgspec.Struct, eq=False):
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody waits for the response any more: it was cancelled, or is late, or the sender has ended.
+        """Whether nobody waits for the response any more: it was cancelled, or is late, or the sender is gone.
 
-        A long callback asks now and then and stops. False of a message that never wanted a response. Thread: any.
+        A long callback asks now and then and stops. False of a message that never wanted a response. That a sender was
+        killed is as a rule told by its deadline only; see `is_sender_gone`. Thread: any.
         """
         return bool(self.messenger._is_given_up(self))
 
     def is_given_up(self, now: float) -> bool:
-        """Return whether its sender has given it up, as far as the core knows now."""
+        """Return whether its sender has given it up or is gone, as far as the core knows now."""
         if not self.source_callback_id:
             return False
-        is_same = self.incarnation == self.link.peer_incarnation
-        return now >= self.deadline_at or (is_same and self.source_callback_id in self.link.cancelled)
+        return now >= self.deadline_at or self.is_sender_gone or self.source_callback_id in self.link.cancelled
 
     @property
     def is_sender_gone(self) -> bool:
-        """Whether the sender waited for a response, and its process has ended."""
+        """Whether the sender waited for a response, and its session has ended.
+
+        It has closed, or a new process has come with its identity, or nothing was heard of it for
+        `limits.session_idle_s_max`. One that was killed says nothing, so it is not known to be gone before.
+        """
         if not self.source_callback_id:
             return False
         return self.link.is_closed or self.incarnation != self.link.peer_incarnation

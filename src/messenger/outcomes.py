@@ -17,12 +17,12 @@ from typing import Any
 
 from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, OutcomeUnknown
 from .handshake import Handshake
-from .limits import BATCH_MSGS_MAX
+from .limits import BATCH_MSGS_MAX, SILENT_LOG_S
 from .link import FOREVER, Link, Outlet
 from .message import ErrorCallback, Message, Taker
 from .outgoing import Outgoing
 from .session import Session
-from .wire import Control, ControlKind, Option, OptionKind, Reason, decode_identity
+from .wire import NOOP, Control, ControlKind, Option, OptionKind, Reason, decode_identity
 
 # A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.
 SWEEP_SPACING_S_PER_ENTRY = 1e-6
@@ -58,10 +58,15 @@ class Outcomes:
         self._revive_at: dict[Link, float] = {}
         # When `drop_expired` may have something to do.
         self.expires_at = FOREVER
-        # Told, with the lock held, of each message of a peer that was cancelled, by session and source id.
+        # Told, with the lock held, of each message of a peer that was cancelled, by session and source id; 0 stands for
+        # all of them, because the peer is gone.
         self.on_cancelled: Callable[[Session, int], None] | None = None
         self._not_delivered_msgs = 0
         self._outcome_unknown_msgs = 0
+        # Of messages that nobody waits for: how many are to be reported, and of each kind the last; and when.
+        self._silent_counts: Counter[type[DeliveryError]] = Counter()
+        self._silent_last: dict[type[DeliveryError], str] = {}
+        self._silent_at = 0.0
 
     # Queues.
 
@@ -91,8 +96,7 @@ class Outcomes:
                 outlet.is_dirty = False
                 outlet.flush(now)
                 if outlet.queue and outlet.is_closed:
-                    self.dropped["peer_gone"] += len(outlet.queue)
-                    self.abandon(outlet, "the peer is gone")
+                    self._drop_queue(outlet, "the peer is gone")
                 if isinstance(outlet, Session) and outlet.is_overlooked and not outlet.is_closed:
                     self.handshake.plan(outlet)
                     self._sessions_at = min(self._sessions_at, self.handshake.next_deadline_at())
@@ -180,6 +184,8 @@ class Outcomes:
             self.flush(now)
             revive_at = min(self._revive_at.values(), default=FOREVER)
             self._sessions_at = max(min(self.handshake.next_deadline_at(), revive_at), now + SWEEP_SPACING_S)
+        if self._sweep_at <= now:
+            self._sweep(now)  # What ended just now is to be reported.
 
     def _sweep(self, now: float) -> None:
         """End every message whose deadline has passed."""
@@ -191,7 +197,11 @@ class Outcomes:
             else:
                 self._give_up(self._outstanding[message_id])
                 self._fail(message_id, OutcomeUnknown, "no response came before the deadline")
+        if self._silent_at <= now:
+            self._report_silent(now)
         earliest = min((entry.deadline_at for entry in self._outstanding.values()), default=FOREVER)
+        if self._silent_counts:
+            earliest = min(earliest, self._silent_at)
         for outlet in self._outlets():
             earliest = min(earliest, min((outgoing.deadline_at for outgoing in outlet.queue), default=FOREVER))
         spacing_s = SWEEP_SPACING_S + len(self._outstanding) * SWEEP_SPACING_S_PER_ENTRY
@@ -215,6 +225,14 @@ class Outcomes:
             outlet.queue = kept
         return held
 
+    def _drop_queue(self, outlet: Outlet, why: str) -> None:
+        """End what was queued at an outlet where nothing leaves any more: answers to who is gone."""
+        queue, outlet.queue = outlet.queue, deque()
+        self.dropped["peer_gone"] += len(queue)
+        held = self._discard(outlet, queue, why)
+        for outgoing in queue:
+            self._fail(outgoing.message_id, NotDelivered if outgoing.message_id in held else OutcomeUnknown, why)
+
     def _discard(self, outlet: Outlet, queue: Iterable[Outgoing], why: str) -> set[int]:
         """Count what leaves a queue unsent; return its ids, and report those that nobody waits for together."""
         held: set[int] = set()
@@ -227,16 +245,25 @@ class Outcomes:
                 silent_count += is_silent
             else:
                 redelivered_count += is_silent  # It may have run.
-        self._report_silent(NotDelivered, silent_count, max(held, default=0), outlet, why)
-        self._report_silent(OutcomeUnknown, redelivered_count, 0, outlet, why)
+        self._note_silent(NotDelivered, silent_count, outlet, why)
+        self._note_silent(OutcomeUnknown, redelivered_count, outlet, why)
         return held
 
-    def _report_silent(self, kind: type[DeliveryError], count: int, last_id: int, outlet: Outlet, why: str) -> None:
-        """Count messages that nobody waits for, and report them together."""
+    def _note_silent(self, kind: type[DeliveryError], count: int, outlet: Outlet, why: str) -> None:
+        """Count messages that nobody waits for, and have them reported, together and not too often."""
         if count:
             self.dropped["not_delivered" if kind is NotDelivered else "outcome_unknown"] += count
-            text = f"{count} messages without a callback to {outlet}: {why}"
-            self.calls.append((self._on_unheard, kind(text, last_id)))
+            self._silent_counts[kind] += count
+            self._silent_last[kind] = f"to {outlet}: {why}"
+            self._sweep_at = min(self._sweep_at, self._silent_at)
+
+    def _report_silent(self, now: float) -> None:
+        """Report what was noted of messages that nobody waits for; peers can cause it, so they must not fill a log."""
+        for kind, count in self._silent_counts.items():
+            what = "1 message without a callback" if count == 1 else f"{count} messages without a callback, the last"
+            self.calls.append((self._on_unheard, kind(f"{what} {self._silent_last[kind]}", NOOP)))
+            self._silent_at = now + SILENT_LOG_S
+        self._silent_counts.clear()
 
     def abandon(self, outlet: Outlet, why: str, kind: type[DeliveryError] = NotDelivered) -> None:
         """End every message of an outlet, because it is closed for good; what was queued ends as `kind`."""
@@ -256,11 +283,16 @@ class Outcomes:
             self.abandon(session, why)
             self.handshake.discard(session)
         self.abandon(link, why)
+        self.expires_at = -FOREVER
+        self._report_silent(now)
 
     # What the handshake tells.
 
     def handle_ended(self, session: Session, why: str) -> None:
         """The other end's incarnation is gone: what was sent to it and not answered has an unknown outcome."""
+        self.expires_at = -FOREVER  # What it has asked is not started any more.
+        if self.on_cancelled is not None:
+            self.on_cancelled(session, NOOP)
         self._discard_answers(session, why)
         queued = {outgoing.message_id for outgoing in session.queue}
         again: list[Outgoing] = []
@@ -286,7 +318,7 @@ class Outcomes:
         if session.connection_link is None:
             # A peer of a listener; if it comes back, it has another session.
             self.abandon(session, why)
-        self._report_silent(OutcomeUnknown, silent_count, 0, session, why)
+        self._note_silent(OutcomeUnknown, silent_count, session, why)
 
     def _discard_answers(self, session: Session, why: str) -> None:
         """End queued answers: to another incarnation they would be answers to other questions."""

@@ -189,7 +189,7 @@ class Streams(Outcomes):
         credit, session = message.credit, message.link
         if credit is None or not isinstance(session, Session):
             raise ValueError(f"the sender of {message} asked for one response; it must use `stream` to get parts")
-        if message.is_given_up(now) or message.is_sender_gone:
+        if message.is_given_up(now):
             raise Cancelled(f"{message}: nobody reads its response any more", message.source_callback_id)
         if not credit.has_room:
             raise QueueFull(self.why_held_up(session, message))
@@ -205,7 +205,7 @@ class Streams(Outcomes):
     def is_held_up(self, outlet: Outlet, message: Message | None = None) -> bool:
         """Return whether an outlet takes no message now, or no part of the response to one."""
         if message is not None and message.credit is not None:
-            if message.is_given_up(0.0) or message.is_sender_gone:
+            if message.is_given_up(0.0):
                 return False  # That is to be told.
             if not message.credit.has_room:
                 return True

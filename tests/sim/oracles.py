@@ -195,12 +195,13 @@ class Oracles:
         sent.run_keys.add(key)
         sent.runs.append(process)
 
-    def note_expired(self, process: "Process", sent: Sent) -> None:
-        """A message is not started: its sender must have given it up."""
+    def note_expired(self, process: "Process", sent: Sent, is_sender_gone: bool) -> None:
+        """A message is not started: its sender must have given it up, or be gone as far as the receiver can tell."""
         self._note("expired", process, sent)
         self.counts["expired"] += 1
         # Its sender's callback may be told later than the receiver.
-        is_given_up = sent.cancelled or sent.sent_at <= self._deserted_at.get(id(sent.outlet), -1.0)
+        was_deserted = sent.sent_at <= self._deserted_at.get(id(sent.outlet), -1.0)
+        is_given_up = sent.cancelled or was_deserted or is_sender_gone
         if self._clock() < sent.deadline_at and not is_given_up:
             self.fail("dropped before its deadline", f"{sent} at {process}, its deadline is {sent.deadline_at:.3f}")
 

@@ -306,7 +306,8 @@ class Process:
 
     def note_expired(self, message: Message) -> None:
         """A message is not started, because its sender has given it up."""
-        self.simulator.oracles.note_expired(self, self.simulator.oracles.sent[token_of(message)])
+        oracles = self.simulator.oracles
+        oracles.note_expired(self, oracles.sent[token_of(message)], message.is_sender_gone)
 
     def waiting_messages(self) -> Iterator[Message]:
         """Yield the messages whose callbacks have not returned."""

@@ -191,6 +191,26 @@ def test_what_was_cancelled_before_its_turn_is_not_started(
     wait_dropped(server, "expired", 1)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_was_asked_by_who_has_gone_is_not_started(
+    messenger: MessengerFactory, destination: To, workers: int
+) -> None:
+    server, client = messenger(), messenger()
+    blocked = Blocked()
+    server.listen_for_connection(destination, blocked, workers=workers)
+    errors: Inbox[DeliveryError] = Inbox()
+    client.send_message(destination, b"first", on_error=errors)
+    [first] = blocked.began.wait()
+    client.send_message(destination, b"second", on_error=errors)
+    client.send_message(destination, b"wants no response")
+    client.close(0.05)
+    assert {type(error) for error in errors.wait(2)} == {OutcomeUnknown}
+    wait_until(lambda: first.cancelled)
+    blocked.go_on.set()
+    assert contents_of(blocked.began.wait(2)) == [b"first", b"wants no response"]
+    wait_dropped(server, "expired", 1)
+
+
 def test_what_wants_no_response_has_no_deadline(messenger: MessengerFactory, destination: To) -> None:
     server, client = messenger(), messenger()
     blocked = Blocked()

@@ -247,7 +247,8 @@ class _Server:
                 return
         try:
             answer = None if message.dest_callback_id == ECHO else self._answer(message.contents)
-            if answer is not None:
+            # Who wants no response may be gone, and then it could only be counted as lost.
+            if answer is not None and message.source_callback_id:
                 message.reply(answer)
         except (MessengerError, OSError) as error:
             complain(f"message {message.source_callback_id} of {message.sender!r} is not answered: {error}")

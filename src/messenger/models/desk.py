@@ -156,7 +156,7 @@ class Desk:
         self._reply(message, encode_failure(show_error(error), type(error).__name__, retry_after_s))
 
     def _reply(self, message: Message, contents: bytes) -> None:
-        if not message.source_callback_id:
+        if not message.source_callback_id or message.is_sender_gone:
             return
         try:
             message.reply(contents)
