@@ -565,11 +565,15 @@ def test_program_that_does_not_close(uses_uvloop: bool) -> None:
 def test_wrong_thread_no_event_loop_and_fork(run: Run) -> None:
     with pytest.raises(RuntimeError, match="running event loop"):
         AsyncMessenger().make_connection("inproc://a")
+    with pytest.raises(RuntimeError, match="running event loop"):
+        AsyncMessenger().request("inproc://a", b"")
 
     async def main() -> None:
         async with AsyncMessenger() as messenger:
             with pytest.raises(RuntimeError, match="run_coroutine_threadsafe"):
                 await asyncio.to_thread(messenger.statistics)
+            with pytest.raises(RuntimeError, match="run_coroutine_threadsafe"):
+                await asyncio.to_thread(messenger.request, "inproc://a", b"")
             pid = os.fork()
             if pid == 0:
                 try:

@@ -99,7 +99,7 @@ class Core:
         """Run the calls and return what they were told since the last time."""
         while self.exchange.calls:
             callback, argument = self.exchange.calls.popleft()
-            callback(argument)  # type: ignore[misc]
+            callback(argument)
         told, self.told = self.told, []
         return told
 
@@ -750,7 +750,7 @@ def test_a_batch_is_processed_when_the_callbacks_of_all_of_it_have_returned() ->
     while len(calls) > 1:
         assert world.server_session.processed_through == 0
         callback, argument = calls.popleft()
-        callback(argument)  # type: ignore[misc]
+        callback(argument)
     assert world.session.unprocessed_count == 3
     world.run(1.0)
     assert world.server_session.processed_through == 3

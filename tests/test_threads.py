@@ -234,6 +234,22 @@ def test_a_callback_that_raises_where_it_was_waited_for(
     assert "a callback raised" in caplog.text
 
 
+def test_a_coroutine_that_nothing_runs_is_told_where_it_was_waited_for(
+    holding: Holding, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, connection, kept = holding
+
+    async def coroutine_function(_: Message) -> None:
+        raise AssertionError
+
+    message_id = client.send_message(connection, b"", coroutine_function)
+    _, returned = wait_in_thread(client, message_id)
+    wait_until(lambda: is_waited_for(client, message_id) and kept)
+    client.send_message(connection, b"now")
+    assert returned.wait() == [True]
+    assert "returned a coroutine, which nothing runs here; use AsyncMessenger" in caplog.text
+
+
 def test_a_callback_must_not_wait(holding: Holding) -> None:
     client, connection, kept = holding
     raised: Inbox[CalledFromCallback] = Inbox()

@@ -34,7 +34,7 @@ ORDER = (
         "streams",
         "exchange",
     ),
-    *("security", "transports", "endpoint", "waiting", "loop", "base", "threads", "messenger"),
+    *("security", "transports", "endpoint", "waiting", "loop", "arguments", "base", "threads", "messenger"),
     *("futures", "handlers", "tasks", "aio"),
     *("replication", "models", "cli", "dashboard"),
 )
@@ -58,6 +58,7 @@ CORE = {
     "transports",
     "endpoint",
     "loop",
+    "arguments",
     "base",
     "threads",
     "futures",

@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import msgspec
@@ -239,6 +239,14 @@ class Untagged(msgspec.Struct):
 def of_untagged(request: Untagged | Sum) -> None: ...
 
 
+def to_complex(request: Add) -> complex:
+    raise AssertionError
+
+
+def to_complex_or_none(request: Add) -> complex | None:
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("handler", "text"),
     [
@@ -246,11 +254,41 @@ def of_untagged(request: Untagged | Sum) -> None: ...
         (of_annotated, "must be a msgspec.Struct"),
         *((handler, "must take") for handler in (of_nothing, of_three, of_keyword, of_any)),
         (of_untagged, "must be tagged"),
+        (
+            to_complex,
+            "is annotated to return <class 'complex'>, and no complex can be encoded; return a msgspec.Struct",
+        ),
+        (to_complex_or_none, "no complex can be encoded"),
     ],
 )
 def test_what_is_no_typed_handler_is_refused_at_once(handler: Any, text: str) -> None:
     with pytest.raises(TypeError, match=text):
         typed(handler)
+
+
+def to_anything(request: Add) -> Any:
+    raise AssertionError
+
+
+def to_object(request: Add) -> object:
+    raise AssertionError
+
+
+def to_untagged(request: Add) -> Untagged | Sum | None:
+    raise AssertionError
+
+
+def to_iterable(request: Add) -> Iterable[Sum]:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("handler", [to_anything, to_object, to_untagged, to_iterable])
+def test_what_may_be_encoded_is_no_mistake(handler: Any) -> None:
+    typed(handler)
+
+
+def test_a_typed_callback_has_the_name_of_its_handler() -> None:
+    assert "function add at" in repr(typed(add))
 
 
 def test_coroutine_functions_stay_coroutine_functions() -> None:

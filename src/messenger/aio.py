@@ -7,11 +7,12 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from .base import BaseMessenger, Contents, check_close_timeout
+from .arguments import check_close_timeout
+from .base import BaseMessenger
 from .endpoint import Connection, Listener, To
 from .futures import Done, NoRoom, Response, Sent, Steps, TaskParts, TypedResponse
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
-from .message import Callback, ErrorCallback, Message
+from .message import Callback, Contents, ErrorCallback, Message
 from .tasks import TaskLoop
 from .typed import Encoding, codec_of, encode_as
 from .wire import NOOP
@@ -124,8 +125,15 @@ class AsyncMessenger(BaseMessenger):
         Raises:
             MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid. Nothing was sent.
         """
+        codec = None if response_type is None else codec_of(response_type)
         response: Response[Any]
-        response = Response() if response_type is None else TypedResponse(codec_of(response_type), encoding)
+        try:
+            response = Response() if codec is None else TypedResponse(codec, encoding)
+        except RuntimeError:
+            # There is no event loop here. The lock says what to do about that, or starting does.
+            with self._loop.lock:
+                self._require_open()
+            raise
         if encoding != "msgpack":
             contents = encode_as(contents, encoding)
         send = super().send_message

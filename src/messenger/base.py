@@ -12,26 +12,22 @@ from threading import get_ident
 from time import monotonic
 from typing import ClassVar, Literal
 
-import msgspec
-
+from .arguments import as_bytes, check_callable, check_callback_id, check_identity, check_numbers, check_workers, given
 from .destination import Destination
 from .endpoint import Connection, Endpoints, KeyFunction, Listener, To
 from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
-from .limits import IDENTITY_BYTES_MAX, TIMEOUT_S, Limits
-from .link import FOREVER
+from .limits import TIMEOUT_S, Limits
 from .loop import Loop, State
-from .message import Callback, ErrorCallback, Message, Statistics, Taker
+from .message import Callback, Contents, ErrorCallback, Message, Statistics, Taker
 from .security import Security
 from .streams import Parts
-from .typed import encode
-from .wire import ID_MAX, NOOP, Buffer, encode_identity
+from .wire import NOOP, encode_identity
 
 logger = logging.getLogger("messenger")
 # Draws incarnations and nonces, which others must not guess.
 _rng = secrets.SystemRandom()
 
-Contents = Buffer | str | msgspec.Struct
 RUNNING = State.RUNNING
 
 
@@ -43,13 +39,13 @@ class BaseMessenger:
     def __init__(
         self, identity: str | None = None, *, security: Security | None = None, limits: Limits | None = None
     ) -> None:
-        security = security or Security()
+        security = given("security", security, Security, 'Security(key="server.key", allow="allowed")')
         if identity is None:
             name = security.key.name if security.key is not None else ""
             identity = name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        _check_identity(identity)
+        check_identity(identity)
         self.identity = identity
-        self.limits = limits or Limits()
+        self.limits = given("limits", limits, Limits, "Limits(window_msgs=1_000)")
         self._exchange = Exchange(self, self.limits, log_unheard, encode_identity(identity), _rng)
         self._endpoints = Endpoints(self, self.limits, security, self._exchange)
         self._loop = self._loop_class(f"messenger-{identity}", self._exchange, self._endpoints, self._attach_links)
@@ -88,12 +84,11 @@ class BaseMessenger:
 
         Thread: any. Source: docs/protocol.md, "Destinations".
         """
-        _check_callable("callback", callback)
+        self._check_callback("callback", callback)
         if identity is not None:
-            _check_identity(identity)
-        if workers < 0:
-            raise ValueError(f"workers is {workers}, it must be at least 0")
-        _check_callable("order_by", order_by)
+            check_identity(identity)
+        check_workers(workers, self.limits.workers_max if self._loop.uses_threads else None)
+        check_callable("order_by", order_by, may_be_coroutine=False)
         if order_by is not None and not workers:
             raise ValueError("order_by needs workers; without them messages run one after the other anyway")
         if workers and not responses:
@@ -132,7 +127,7 @@ class BaseMessenger:
 
         Thread: any. Source: docs/protocol.md, "Destinations".
         """
-        _check_callable("callback", callback)
+        self._check_callback("callback", callback)
         if dialect not in ("session", "basic"):
             raise ValueError(f"dialect is {dialect!r}, it must be 'session' or 'basic'")
         parsed = Destination.parse(destination)
@@ -177,14 +172,14 @@ class BaseMessenger:
         Thread: any. Source: docs/protocol.md, "Messages".
         """
         if callback is not None and not callable(callback):
-            _check_callable("callback", callback)
+            check_callable("callback", callback)
         if on_error is not None and not callable(on_error):
-            _check_callable("on_error", on_error)
+            check_callable("on_error", on_error)
         if type(contents) is not bytes:
-            contents = _as_bytes(contents)
+            contents = as_bytes(contents)
         is_timed = timeout != TIMEOUT_S
-        if is_timed or remote_callback:
-            _check_numbers(timeout, remote_callback)
+        if is_timed or remote_callback is not NOOP:
+            check_numbers(timeout, remote_callback)
         deadline_at = monotonic() + timeout
         loop, exchange = self._loop, self._exchange
         # Not `with`, which costs twice as much.
@@ -240,10 +235,12 @@ class BaseMessenger:
 
         Raises:
             ValueError: The id is not 64 to 1023, or is taken.
+            TypeError: It is no integer, or the callback cannot be called, or nothing would run it.
 
         Thread: any.
         """
-        _check_callable("callback", callback)
+        check_callback_id(callback_id)
+        self._check_callback("callback", callback, may_be_none=False)
         with self._loop.lock:
             self._exchange.register_callback(callback_id, callback)
 
@@ -276,8 +273,8 @@ class BaseMessenger:
 
     def _reply_part(self, message: Message, contents: Contents, *, timeout: float = TIMEOUT_S) -> int:
         """Do what `message.reply(contents, more=True)` says. Takes the lock; waits, but not in a callback."""
-        _check_numbers(timeout, NOOP)
-        data = _as_bytes(contents)
+        check_numbers(timeout, NOOP)
+        data = as_bytes(contents)
         loop = self._loop
         now = monotonic()
         deadline_at = now + timeout
@@ -297,8 +294,8 @@ class BaseMessenger:
 
     def _open_stream(self, to: To, contents: Contents, parts: Parts, remote_callback: int, timeout: float) -> None:
         """Send the message that `parts` answer. Takes the lock, and waits for room."""
-        _check_numbers(timeout, remote_callback)
-        data = _as_bytes(contents)
+        check_numbers(timeout, remote_callback)
+        data = as_bytes(contents)
         deadline_at = monotonic() + timeout
         with self._loop.lock:
             while not parts.message_id:
@@ -343,6 +340,9 @@ class BaseMessenger:
             self._loop.poll(now)
         return message.is_given_up(now)
 
+    def _check_callback(self, name: str, callback: Callback | None, may_be_none: bool = True) -> None:
+        check_callable(name, callback, may_be_none=may_be_none, may_be_coroutine=not self._loop.uses_threads)
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.identity!r}, {self._loop.state.value}>"
 
@@ -357,6 +357,11 @@ class BaseMessenger:
         elif state is State.FORKED:
             raise ForkedError(f"messenger {self.identity!r} was made before a fork; make a new one in the child")
         # While the messenger closes, callbacks may still send, and workers answer.
+        elif self._loop.failure is not None:
+            raise MessengerClosed(
+                f"messenger {self.identity!r} has ended by an error of its own, {self._loop.failure!r}; the log has "
+                "the traceback, please report it; make a new one"
+            )
         elif state is State.CLOSED or not (is_answer or self._loop.is_own_thread()):
             raise MessengerClosed(f"messenger {self.identity!r} is {state.value}")
 
@@ -384,42 +389,7 @@ class BaseMessenger:
             link.touch(link)
 
 
-def _as_bytes(contents: Contents) -> Buffer:
-    if isinstance(contents, str):
-        return contents.encode()
-    if isinstance(contents, msgspec.Struct):
-        return encode(contents)
-    return contents if isinstance(contents, (bytes, bytearray)) else memoryview(contents).cast("B")
-
-
-def _check_numbers(timeout: float, remote_callback: int) -> None:
-    if not 0 < timeout < FOREVER:
-        raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
-    if not 0 <= remote_callback <= ID_MAX:
-        raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
-
-
 def log_unheard(error: DeliveryError) -> None:
     """Do what is done with an error that no `on_error` was given for, or with one that stands for many messages."""
     advice = " (give on_error= to handle this)" if error.message_id else ""
     logger.warning("! %s: %s%s", type(error).__name__, error, advice)
-
-
-def check_close_timeout(timeout: float) -> None:
-    """Refuse what is no time to wait for."""
-    if not timeout >= 0:
-        raise ValueError(f"timeout is {timeout!r}, it must be a number of seconds of at least 0")
-
-
-def _check_callable(name: str, value: object) -> None:
-    if value is not None and not callable(value):
-        raise TypeError(f"{name} is {value!r}, it must be callable")
-
-
-def _check_identity(identity: str) -> None:
-    try:
-        length = len(encode_identity(identity))
-    except UnicodeEncodeError as error:
-        raise ValueError(f"identity {identity!r} cannot be encoded as UTF-8") from error
-    if not 0 < length <= IDENTITY_BYTES_MAX or "\0" in identity:
-        raise ValueError(f"identity {identity!r} is {length} bytes, it must be 1 to {IDENTITY_BYTES_MAX} without NUL")

@@ -431,7 +431,12 @@ class Endpoints:
             # Whom no session knows may be a plain peer, at any of the sockets.
             route = (endpoint.links[0], identity, True) if session is None else (session, b"", False)
         else:
-            endpoint = self._by_destination.get(to)
+            try:
+                endpoint = self._by_destination.get(to)
+            except TypeError as error:
+                raise TypeError(
+                    f"{to!r} is nothing to send to; give a connection, a message, or a destination"
+                ) from error
             if endpoint is None:
                 destination = Destination.parse(to)
                 endpoint = self._by_destination.get(destination) or self.connect(destination, None, "session", driver)

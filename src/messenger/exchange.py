@@ -12,7 +12,7 @@ Source: docs/protocol.md, "Order of processing".
 
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, OutcomeUnknown, QueueFull
 from .failures import FAILURES, decode_failure, encode_failure
@@ -38,8 +38,9 @@ from .wire import (
     encode_message,
 )
 
-# In `calls` this is no callback: the driver answers it with `note_processed(*argument)`, under its lock.
-BATCH_PROCESSED = None
+# In `calls` this is never called: the driver answers it with `note_processed(*argument)`, under its lock. It is nothing
+# that a user could give as a callback.
+BATCH_PROCESSED: Final[Any] = object()
 
 
 class Exchange(Streams):

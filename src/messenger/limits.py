@@ -28,6 +28,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         listeners_max: Listeners of one messenger. Each holds up to three sockets.
         worker_backlog_max: Messages that wait for a free thread at a listener with `workers`. Beyond it they are
             dropped and counted, because a plain peer cannot be told to slow down.
+        workers_max: Workers of one listener of a `Messenger`. Each is a thread, and all are started at once.
         window_msgs: Messages of one session that were sent and whose callbacks have not returned. Both ends keep it, so
             the smaller one counts.
         window_bytes: The same in bytes, at least one message.
@@ -47,6 +48,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     connections_max: int = 4_096
     listeners_max: int = 1_024
     worker_backlog_max: int = 100_000
+    workers_max: int = 1_000
     window_msgs: int = 8_192
     window_bytes: int = 64 * MIB
     peer_connections_max: int = 4_096

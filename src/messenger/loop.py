@@ -4,8 +4,11 @@ A loop repeats: receive what is there, process, flush, run callbacks with no loc
 wake-up. The drivers say what it sleeps on and who wakes it: a thread of its own (`threads.py`) or an asyncio event loop
 (`tasks.py`).
 
+An error in the loop itself, which is a mistake in this library, ends the messenger: the core may not be whole any more,
+and one that looks alive and does nothing would be worse. What is open ends with an error, and later calls say why.
+
 What must never happen here: a callback that runs with the lock held; a sleep with a touched link whose events were
-not read again; a callback whose exception ends the loop.
+not read again; a callback whose exception ends the loop; a loop that has ended, of a messenger that is running.
 """
 
 import atexit
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from enum import Enum
 from time import monotonic
+from types import CoroutineType
 from typing import Any
 
 from .endpoint import Endpoints
@@ -54,6 +58,7 @@ class Loop:
         lock: Guards the core and all sockets; `acquire` and `release` are its own.
         thread_id: Of the thread that sends what callbacks sent at the end of its turn.
         uses_threads: Whether a listener may have worker threads.
+        failure: The error of its own that has ended it, if one has.
     """
 
     lock: AbstractContextManager[object]
@@ -61,8 +66,7 @@ class Loop:
     release: Callable[[], object]
     thread_id = 0
     uses_threads = False
-    # Called with (callback, argument, result) for results of callbacks that are not None.
-    _take_result: Callable[[Any, Any, Any], None] | None = None
+    failure: BaseException | None = None
 
     def __init__(self, name: str, exchange: Exchange, endpoints: Endpoints, attach_links: Callable[[], None]) -> None:
         self._name = name
@@ -174,6 +178,12 @@ class Loop:
             return True
         return self._endpoints.are_idle() and self._exchange.is_settled
 
+    def _note_failure(self, error: BaseException) -> None:
+        """Tell of an error in the loop itself; the driver ends it now."""
+        self.failure = error
+        self.close_at = monotonic()
+        logger.critical("! %s has ended by an error of its own, please report it", self._name, exc_info=error)
+
     # Links.
 
     def add(self, link: SocketLink) -> None:
@@ -191,22 +201,30 @@ class Loop:
 
     def remove(self, link: SocketLink, why: str) -> None:
         """Forget a link, before it is closed, and end its messages."""
-        self._exchange.close_link(link, why, monotonic())
-        self._unwatch(link.descriptor)
-        if link not in self._unwatched:
-            self._unwatch(link.monitor_descriptor)
-        self._unwatched.discard(link)
-        del self._links[link.descriptor]
-        del self._monitored[link.monitor_descriptor]
-        self._touched.discard(link)
-        self._readable.discard(link)
-        link.inflows.clear()
-        self.announce_calls()
-        self._announce_room()
+        try:
+            self._exchange.close_link(link, why, monotonic())
+        finally:
+            self._unwatch(link.descriptor)
+            if link not in self._unwatched:
+                self._unwatch(link.monitor_descriptor)
+            self._unwatched.discard(link)
+            del self._links[link.descriptor]
+            del self._monitored[link.monitor_descriptor]
+            self._touched.discard(link)
+            self._readable.discard(link)
+            link.inflows.clear()
+            self.announce_calls()
+            self._announce_room()
 
     def _remove_all(self) -> None:
+        """Forget all links and end all messages, also if the core is not whole."""
+        why = "the messenger was closed" if self.failure is None else f"the messenger has ended by {self.failure!r}"
         for link in list(self._links.values()):
-            self.remove(link, "the messenger was closed")
+            try:
+                self.remove(link, why)
+            except Exception as error:
+                self._note_failure(error)
+        self._exchange.end_all(why)
 
     def notice_change(self) -> None:
         """Look again which inproc endpoints have a listener. For the transports; any thread, no lock held or taken."""
@@ -294,7 +312,8 @@ class Loop:
                 continue
             try:
                 result = callback(argument)
-                if take_result is not None and result is not None:
+                # What most callbacks return, an id as `reply` does among it, is of no interest.
+                if result is not None and type(result) is not int:
                     take_result(callback, argument, result)
             except BaseException as error:
                 self._report(callback, argument, error)
@@ -308,6 +327,14 @@ class Loop:
                     break
                 flush_at = now + FLUSH_S
         self._callback_at = FOREVER
+
+    def _take_result(self, callback: Any, argument: Any, result: Any) -> None:
+        """Do something with what a callback has returned. A coroutine is work that nothing here would do."""
+        if type(result) is CoroutineType:
+            result.close()
+            raise TypeError(
+                f"{callback!r} returned a coroutine, which nothing runs here; use AsyncMessenger, or a plain function"
+            )
 
     def _note_processed(self) -> None:
         """Have acknowledged what was run; with the lock, which is taken only once for all that a turn has to do."""
@@ -323,7 +350,10 @@ class Loop:
             # The sender's mistake, who is told of it; one that makes it all the time must not fill the log.
             logger.debug("! %r: %s", argument, error)
         else:
-            logger.error("! a callback raised: %r on %r", callback, argument, exc_info=error)
+            try:
+                logger.error("! a callback raised: %r on %r", callback, argument, exc_info=error)
+            except Exception as log_error:  # A user's filter or handler, which must not end the loop either.
+                error.add_note(f"It could not be logged: {log_error!r}")
         with self.lock:
             self._exchange.report_raised(argument, error)
 

@@ -1,14 +1,26 @@
 """What users are given: messages that arrived, and counts; and who takes an outcome."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import msgspec
 
 from .control import Credit
 from .errors import DeliveryError
 from .link import FOREVER, Outlet
-from .wire import MSC_ID_MIN, decode_identity
+from .wire import MSC_ID_MIN, Buffer, decode_identity
+
+Contents = Buffer | str | msgspec.Struct
+
+
+class ReplyOptions(TypedDict, total=False):
+    """What `Message.reply` takes beside the contents and the callback: `more`, and what `send_message` takes."""
+
+    more: bool
+    on_error: "ErrorCallback | None"
+    remote_callback: int
+    timeout: float
+    redeliver: bool
 
 
 class Message(msgspec.Struct, eq=False):
@@ -86,8 +98,12 @@ class Message(msgspec.Struct, eq=False):
         """Whether it answers a message of ours; such a one is processed however late it is."""
         return self.dest_callback_id >= MSC_ID_MIN
 
-    def reply(self, contents: Any, callback: "Callback | None" = None, **options: Any) -> Any:
+    # `options` are not named each: a call that gives none, as most, then costs nothing for them.
+    def reply(self, contents: Contents, callback: "Callback | None" = None, **options: Unpack[ReplyOptions]) -> Any:
         """Answer this message, on the link that it came by; takes and returns what `send_message` does.
+
+        The first answer is the response. A second one is sent too, but the sender waits no more: it is dropped there
+        and counted as `late_response`, and runs nothing but an SLC of the connection that the message was sent on.
 
         With `more=True`, more parts of the response follow, and the last is a `reply` without; the sender reads them
         with `stream`. A part waits for room, at most `timeout` seconds, while the reader has not taken what was sent

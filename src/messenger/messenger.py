@@ -4,13 +4,14 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from .base import RUNNING, BaseMessenger, Contents, check_close_timeout, log_unheard
+from .arguments import check_close_timeout
+from .base import RUNNING, BaseMessenger, log_unheard
 from .endpoint import Connection, Listener, To
 from .errors import CalledFromCallback
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .link import FOREVER
 from .loop import State
-from .message import Message
+from .message import Contents, Message
 from .threads import ThreadLoop
 from .typed import Encoding, codec_of, encode_as
 from .waiting import ThreadParts, ThreadWaiter

@@ -41,7 +41,7 @@ class Outcomes:
     handshake: Handshake
 
     def __init__(self, on_unheard: ErrorCallback) -> None:
-        self.calls: deque[tuple[Callable[[Any], object] | None, Any]] = deque()
+        self.calls: deque[tuple[Callable[[Any], object], Any]] = deque()
         self.links: set[Link] = set()
         self.dropped: Counter[str] = Counter()
         self._on_unheard = on_unheard
@@ -285,6 +285,11 @@ class Outcomes:
         self.abandon(link, why)
         self.expires_at = -FOREVER
         self._report_silent(now)
+
+    def end_all(self, why: str) -> None:
+        """End every message that is still open, whatever has become of its outlet."""
+        for message_id in list(self._outstanding):
+            self._fail(message_id, OutcomeUnknown, why)
 
     # What the handshake tells.
 

@@ -182,7 +182,9 @@ class Security:
         if key is not None and allow is None and servers is None:
             raise SecurityError("a key alone lets nobody in and knows no server: give allow=…, servers=… or both")
         self.insecure = insecure
-        self.key = key if key is None or isinstance(key, KeyPair) else KeyPair.load(key)
+        if key is not None and not isinstance(key, (KeyPair, str, os.PathLike)):
+            raise TypeError(f"key is of type {type(key).__name__}, it must be a KeyPair or the path of a secret file")
+        self.key = KeyPair.load(key) if isinstance(key, (str, os.PathLike)) else key
         self._allow = allow
         self._lock = threading.Lock()
         self._on_reload: list[Callable[[], None]] = []
@@ -233,6 +235,11 @@ class Security:
 
 
 def _load_allowed(allow: Mapping[str, str] | Place) -> Mapping[str, str]:
+    if not isinstance(allow, (Mapping, str, os.PathLike)):
+        raise TypeError(
+            f"allow is {allow!r}, it must be the path of one file with a line `KEY NAME` for each peer, as .pub files "
+            "have it, or a mapping from public keys to identities"
+        )
     if isinstance(allow, Mapping):
         source, allowed = "the allow-list", dict(allow)
     else:
@@ -252,8 +259,13 @@ def _load_allowed(allow: Mapping[str, str] | Place) -> Mapping[str, str]:
 def _load_servers(servers: Mapping[str, Place] | Place | None) -> dict[Destination | None, ServerKey]:
     if servers is None:
         return {}
-    if not isinstance(servers, Mapping):
+    if isinstance(servers, (str, os.PathLike)):
         return {None: ServerKey(servers)}
+    if not isinstance(servers, Mapping):
+        raise TypeError(
+            f"servers is {servers!r}, it must be a public key, the path of a file with one, or a mapping from "
+            "destinations to such"
+        )
     if not servers:
         raise SecurityError("servers is empty; give the key of each server, or leave it out")
     return {None if at == "*" else Destination.parse(at): ServerKey(key) for at, key in servers.items()}

@@ -85,7 +85,6 @@ class TaskLoop(Loop):
         self._timer_at = FOREVER
         backlog_max = endpoints.limits.worker_backlog_max
         self._handlers = Handlers(exchange, backlog_max, self._report, self._plan_last_turn)
-        self._take_result = self._handlers.take_result
         # Of sockets that are being closed.
         self._closing_sockets: set[asyncio.Task[None]] = set()
         # By outlet, and message whose response comes in parts: who waits for room, and how to send then.
@@ -167,6 +166,15 @@ class TaskLoop(Loop):
     def _is_over(self) -> bool:
         return monotonic() >= self.close_at or (not self._handlers and super()._is_over())
 
+    def _fail(self, error: Exception) -> None:
+        """End the messenger, because of an error in the loop itself."""
+        if self.state is not State.CLOSED:
+            self._note_failure(error)
+            self._stop()
+            if self._closer is None:
+                self._closer = self._event_loop.create_task(self._close(), name=f"{self._name} closes")
+            self._turned.set()
+
     def _stop(self) -> None:
         """End every message and give up all links."""
         self.state = State.CLOSED
@@ -240,32 +248,43 @@ class TaskLoop(Loop):
 
     def _turn(self) -> None:
         self._is_turn_planned = False
-        self._take_input(())
-        self._finish_turn()
+        self._have_turn(())
+
+    def _have_turn(self, descriptors: Iterable[int]) -> None:
+        try:
+            self._take_input(descriptors)
+            self._finish_turn()
+        except Exception as error:
+            self._fail(error)
 
     def _handle_news(self, descriptor: int) -> None:
-        self._take_input((descriptor,))
-        self._finish_turn()
+        self._have_turn((descriptor,))
 
     def _handle_input(self, link: SocketLink) -> None:
         # Deadlines have the timer, and what else a turn looks after plans one; so this need not do all that they do.
         exchange = self._exchange
-        link.receive()
-        self._touched.add(link)
-        if exchange.is_urgent:
-            exchange.flush(monotonic())
-        if exchange.calls or self.state is not State.RUNNING:
-            self._finish_turn()
-        elif not (self._is_look_planned or self._is_turn_planned):
-            # What came has settled futures, and the tasks that await them run before this does. If they send, that
-            # answers what came, and the events are read once for both.
-            self._is_look_planned = True
-            self._event_loop.call_soon(self._look)
+        try:
+            link.receive()
+            self._touched.add(link)
+            if exchange.is_urgent:
+                exchange.flush(monotonic())
+            if exchange.calls or self.state is not State.RUNNING:
+                self._finish_turn()
+            elif not (self._is_look_planned or self._is_turn_planned):
+                # What came has settled futures, and the tasks that await them run before this does. If they send, that
+                # answers what came, and the events are read once for both.
+                self._is_look_planned = True
+                self._event_loop.call_soon(self._look)
+        except Exception as error:
+            self._fail(error)
 
     def _look(self) -> None:
         self._is_look_planned = False
         if self.state is not State.CLOSED:
-            self._look_again()
+            try:
+                self._look_again()
+            except Exception as error:
+                self._fail(error)
 
     def _handle_timer(self) -> None:
         self._timer = None
@@ -413,6 +432,10 @@ class TaskLoop(Loop):
             if not waiting:
                 del self._room_wanted[place]
         self._room_wanted_count = sum(map(len, self._room_wanted.values()))
+
+    def _take_result(self, callback: Any, argument: Any, result: Any) -> None:
+        """Run a coroutine that a callback has returned."""
+        self._handlers.take_result(callback, argument, result)
 
     def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
         """Tell of a callback that raised. A Ctrl-C goes on to the event loop, whose it is."""

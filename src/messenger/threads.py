@@ -262,7 +262,7 @@ class ThreadLoop(Loop):
         Called without the lock.
         """
         try:
-            callback(argument)
+            self._take_result(callback, argument, callback(argument))
         except BaseException as error:
             self._report(callback, argument, error)
 
@@ -320,6 +320,13 @@ class ThreadLoop(Loop):
     # The loop's own thread; called without the lock.
 
     def _serve(self) -> None:
+        try:
+            self._serve_turns()
+        except BaseException as error:
+            self._note_failure(error)
+        self._stop()
+
+    def _serve_turns(self) -> None:
         wake_at: float | None = 0.0
         while wake_at is not None:
             with self._lock:
@@ -332,7 +339,6 @@ class ThreadLoop(Loop):
                 wake_at = self._plan_sleep()
             if wake_at:
                 self._wakeup.sleep(max(0.0, wake_at - monotonic()))
-        self._stop()
 
     def _plan_sleep(self) -> float | None:
         """Return until when the thread may sleep, 0 if there is something to do, None if all is over."""
@@ -364,7 +370,7 @@ class ThreadLoop(Loop):
             self.count_drop("expired")
         else:
             try:
-                callback(message)
+                self._take_result(callback, message, callback(message))
             except BaseException as error:
                 self._report(callback, message, error)
         with self._lock:

@@ -11,10 +11,11 @@ Source: docs/typed.md.
 import inspect
 import types
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 import msgspec
+import msgspec.inspect
 
 from .errors import ContentsInvalid
 from .message import Message
@@ -80,7 +81,18 @@ class Codec:
             return (self._msgpack if encoding == "msgpack" else self._json).decode(contents)
         except _DECODE_ERRORS as error:
             name = self._type.__name__ if type(self._type) is type(msgspec.Struct) else self._type
-            raise ContentsInvalid(f"contents of {len(contents)} bytes do not decode as {name}: {error}") from error
+            text = f"contents of {len(contents)} bytes do not decode as {name}: {error}{_hint(contents, encoding)}"
+            raise ContentsInvalid(text) from error
+
+
+def _hint(contents: bytes, encoding: Encoding) -> str:
+    """Return what to do about contents that seem to have another encoding."""
+    is_json = contents[:1] in (b"{", b"[", b'"')
+    if encoding == "msgpack" and is_json:
+        return '; they look like JSON, for which encoding="json" must be given'
+    if encoding == "json" and contents and encoding_of(contents) == "msgpack":
+        return '; they look like MessagePack, for which encoding="msgpack" must be given'
+    return ""
 
 
 @lru_cache(maxsize=CODECS_MAX)
@@ -114,11 +126,13 @@ def typed(handler: Callable[..., Any]) -> Callable[[Message], Any]:
             parameter is the type: a `msgspec.Struct`, or a union of tagged ones, each told by its tag.
 
     Raises:
-        TypeError: It takes something else, or the parameter has no such annotation.
+        TypeError: It takes something else, the parameter has no such annotation, or what it is annotated to return
+            cannot be encoded.
 
     Source: docs/typed.md.
     """
-    input_type, takes_message = _inspect(handler)
+    input_type, output_type, takes_message = _inspect(handler)
+    _check_output(handler, output_type)
     codec = Codec(input_type)
 
     def call(message: Message) -> tuple[Any, Encoding]:
@@ -133,6 +147,7 @@ def typed(handler: Callable[..., Any]) -> Callable[[Message], Any]:
 
     if inspect.iscoroutinefunction(handler):
 
+        @wraps(handler)
         async def run_async(message: Message) -> None:
             result, encoding = call(message)
             sent = reply(message, await result, encoding)
@@ -141,26 +156,47 @@ def typed(handler: Callable[..., Any]) -> Callable[[Message], Any]:
 
         return run_async
 
+    @wraps(handler)
     def run(message: Message) -> Any:
         return reply(message, *call(message))
 
     return run
 
 
-def _inspect(handler: Callable[..., Any]) -> tuple[Any, bool]:
-    """Return the type of a handler's first parameter, and whether it takes the message too."""
+def _inspect(handler: Callable[..., Any]) -> tuple[Any, Any, bool]:
+    """Return the type of a handler's first parameter, what it returns, and whether it takes the message too."""
     parameters = list(inspect.signature(handler).parameters.values())
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if not 1 <= len(parameters) <= 2 or any(parameter.kind not in kinds for parameter in parameters):
         raise TypeError(f"{handler!r} must take (struct) or (struct, message)")
     function: Any = handler if inspect.isroutine(handler) else type(handler).__call__
-    annotation = get_type_hints(function, include_extras=True).get(parameters[0].name)
-    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    for member in members:
+    hints = get_type_hints(function, include_extras=True)
+    annotation = hints.get(parameters[0].name)
+    for member in _members(annotation):
         kind = get_origin(member) or member
         if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
             raise TypeError(
                 f"the first parameter of {handler!r} is annotated {annotation!r}, it must be a msgspec.Struct or a "
                 "union of them"
             )
-    return annotation, len(parameters) == 2
+    return annotation, hints.get("return", Any), len(parameters) == 2
+
+
+def _check_output(handler: Callable[..., Any], annotation: Any) -> None:
+    """Refuse what a function says that it returns if no value of it can be encoded."""
+    for member in _members(annotation):
+        try:
+            info = msgspec.inspect.type_info(member)
+        except TypeError:
+            continue  # Nothing is known of it.
+        # An abstract type, such as `Iterable`, may be that of something that can be encoded.
+        if isinstance(info, msgspec.inspect.CustomType) and info.cls is not object and not inspect.isabstract(info.cls):
+            raise TypeError(
+                f"{handler!r} is annotated to return {annotation!r}, and no {info.cls.__qualname__} can be encoded; "
+                "return a msgspec.Struct, or what msgspec encodes"
+            )
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the one type."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
