@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from messenger.cli import main
 from messenger.cli.sql import split_statements
 from tests.conftest import free_port
 
@@ -385,3 +386,27 @@ def test_terminal_shows_bars(start: Start, run: Run) -> None:
     assert "snapshot" in shown
     assert replica.wait(TIMEOUT_S) == 0
     os.close(master)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("replication verify no.db no.db", "no.db: unable to open database file"),
+        ("replication verify table.csv table.csv", "table.csv: file is not a database"),
+        ("replication primary table.csv --at 0 --once", "table.csv: file is not a database"),
+        ("models infer m no.csv", "no.csv: No such file or directory"),
+    ],
+)
+def test_an_error_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("table.csv").write_text("a,b\n1,2\n")
+    assert main(words.split()) == 4
+    assert capsys.readouterr().err == f"messenger: {text}\n"
+
+
+def test_a_new_replica_that_finds_no_primary_says_so(run: Run) -> None:
+    result = run("replica", "new.db", "--from", free_port(), "--once")
+    assert result.returncode == 3
+    assert "no primary answered at " in result.stderr.splitlines()[-1]

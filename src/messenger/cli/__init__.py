@@ -71,8 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE  # Whoever read our output has gone, as `head` does. That is no news to the user.
     except (MessengerError, ValueError, OSError) as error:
         status, hint = next((status, hint) for kind, status, hint in OUTCOMES if isinstance(error, kind))
-        complain(f"{(isinstance(error, OSError) and error.strerror) or error}{hint}")
+        complain(f"{_text(error)}{hint}")
         return status
+
+
+def _text(error: Exception) -> str:
+    """Return what an error says, without the number of one of the system, but with the name of its file."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _run(words: list[str]) -> int:

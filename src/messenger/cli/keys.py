@@ -58,13 +58,16 @@ def secure(command: "click.Command", *, listens: bool = False, connects: bool | 
         text = "The server's public key, or a file with it."
         command.params.append(option("--server-key", metavar="KEY", help=text))
     run: Callable[..., int] = command.callback  # type: ignore[assignment]
+    names = {name for option in command.params for name in option.opts}
+    partners: list[str] = [name for name in ("--allow", "--server-key") if name in names]
 
     def run_secured(
         key: str | None, allow: str | None = None, server_key: str | None = None, insecure: bool = False, **others: Any
     ) -> int:
         if key is None and allow is None and server_key is None and not insecure:
             return run(**others)
-        security = Security(key=key, allow=allow, servers=server_key, insecure=insecure)
+        wanted = [] if allow is not None or server_key is not None else partners
+        security = Security(key=_load_key(key, insecure, wanted), allow=allow, servers=server_key, insecure=insecure)
         if allow is not None:
             _reload_on_hangup(security, Path(allow))
         token = _security.set(security)
@@ -75,6 +78,24 @@ def secure(command: "click.Command", *, listens: bool = False, connects: bool | 
 
     command.callback = run_secured
     return command
+
+
+def _load_key(path: str | None, insecure: bool, wanted: list[str]) -> KeyPair | None:
+    """Return the key of a command; refuse options that do not go together, in the words of the command line.
+
+    Args:
+        wanted: The options of which one must be given beside a key, if none is.
+    """
+    if path is None:
+        if not wanted:
+            raise ValueError("--allow and --server-key need a key of our own: give --key FILE, which keygen makes")
+        return None
+    if insecure:
+        raise ValueError("--insecure is for doing without keys, and --key is given: leave one of the two out")
+    key = KeyPair.load(path)
+    if wanted:
+        raise ValueError(f"--key needs {' or '.join(wanted)} beside it, to say whom to trust")
+    return key
 
 
 def security() -> Security | None:

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import json
-import logging
 import math
 import os
 import platform
@@ -34,7 +33,18 @@ from messenger import (
 )
 
 from .keys import new_messenger, secure, security
-from .terminal import INTERRUPTED, complain, end_on, option, parse_place, printable, show_progress, wait, write
+from .terminal import (
+    INTERRUPTED,
+    complain,
+    end_on,
+    option,
+    parse_place,
+    printable,
+    show_progress,
+    told_once,
+    wait,
+    write,
+)
 
 if TYPE_CHECKING:
     import click
@@ -150,11 +160,10 @@ def _send(
     place = parse_place(destination)
     remote_callback = _parse_callback(callback)
     data = sys.stdin.buffer.read() if contents == "-" else os.fsencode(contents)
-    with new_messenger(identity) as messenger:
+    with told_once(), new_messenger(identity) as messenger:
         connection = messenger.make_connection(place, dialect=dialect)
         if no_wait:
-            # What never left is counted, and logged, which we do ourselves.
-            logging.getLogger("messenger").setLevel(logging.ERROR)
+            # What never left is counted, which we tell ourselves.
             message_id = messenger.send_message(connection, data, remote_callback=remote_callback, timeout=timeout)
             messenger.close(timeout)
             if messenger.statistics().dropped.get("not_delivered"):

@@ -34,6 +34,7 @@ from .terminal import (
     option,
     parse_place,
     printable,
+    told_once,
     wait,
     write,
 )
@@ -146,7 +147,7 @@ def _guard(command: Callable[..., int]) -> Callable[..., int]:
 def _connect(at: str) -> "Iterator[ModelClient]":
     from messenger.models import ModelClient
 
-    with new_messenger() as messenger:
+    with told_once(), new_messenger() as messenger:
         yield ModelClient(messenger, parse_place(at))
 
 

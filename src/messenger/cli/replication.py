@@ -35,7 +35,20 @@ from messenger.replication import (
 
 from .keys import new_messenger, secure
 from .sql import Statement, show_row, split_statements
-from .terminal import FAILED, UNKNOWN, complain, end_on, option, parse_place, printable, show_amount, wait, write
+from .terminal import (
+    FAILED,
+    NOT_DELIVERED,
+    UNKNOWN,
+    complain,
+    end_on,
+    option,
+    parse_place,
+    printable,
+    show_amount,
+    told_once,
+    wait,
+    write,
+)
 
 if TYPE_CHECKING:
     import click
@@ -124,7 +137,7 @@ def _primary(
     end_on(signal.SIGTERM)
     with (
         contextlib.suppress(KeyboardInterrupt),
-        _told(),
+        _told(path),
         new_messenger(identity) as messenger,
         Primary(path, messenger, place, commit=commit, acknowledgements=acknowledgements, timeout=timeout) as primary,
     ):
@@ -152,7 +165,7 @@ def _replica(
     """
     places = [parse_place(text) for text in destination]
     end_on(signal.SIGTERM)
-    with contextlib.suppress(KeyboardInterrupt), _told(), new_messenger(identity) as messenger:
+    with contextlib.suppress(KeyboardInterrupt), _told(path), new_messenger(identity) as messenger:
         node = _Node()
         replica = Replica(
             path,
@@ -167,8 +180,20 @@ def _replica(
             watch = _Watch(node)
             watch.wait_ready(replica)
             threading.Thread(target=watch.run, daemon=True).start()
-            return _serve(lambda: node.database, as_json, once)
+            status = _serve(lambda: node.database, as_json, once)
+            if once and not status and _has_nothing(node.database):
+                complain(f"no primary answered at {', '.join(map(str, places))}, so {path} holds nothing yet")
+                return NOT_DELIVERED
+            return status
     return 0
+
+
+def _has_nothing(database: Primary | Replica) -> bool:
+    """Return whether a replica has never had anything of a primary."""
+    if isinstance(database, Primary):
+        return False
+    now = database.status()
+    return now.state is ReplicaState.CONNECTING and not now.lsn
 
 
 def _serve(database: Callable[[], Primary | Replica], as_json: bool, once: bool) -> int:
@@ -205,7 +230,7 @@ def _status(destination: str, as_json: bool, timeout: float) -> int:
 
     Exit status: 0 if it answered, 1, 3 and 4 as for send.
     """
-    with _told(), new_messenger() as messenger:
+    with told_once(), new_messenger() as messenger:
         told = query_status(messenger, parse_place(destination), timeout=timeout)
     if as_json:
         write(msgspec.json.encode(told) + b"\n")
@@ -225,7 +250,7 @@ def _promote(destination: str, as_json: bool, timeout: float) -> int:
     What the old primary committed and this replica has not is lost to the database; the old primary saves it to a file
     when it joins as a replica.
     """
-    with _told(), new_messenger() as messenger:
+    with told_once(), new_messenger() as messenger:
         told = request_promotion(messenger, parse_place(destination), timeout=timeout)
     if as_json:
         write(msgspec.json.encode(told) + b"\n")
@@ -239,6 +264,9 @@ def _verify(a: str, b: str, as_json: bool) -> int:
 
     Exit status: 0 if they are equal, 1 if not, 4 if one cannot be read.
     """
+    for path in (a, b):
+        with _told(path), contextlib.closing(apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)) as file:
+            file.execute("SELECT count(*) FROM sqlite_schema").fetchall()
     with _told():
         verdict = verify(a, b)
     if as_json:
@@ -433,13 +461,13 @@ class _Told(logging.Handler):
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Tell warnings, and make errors of SQLite errors that the command line tells in one line."""
+def _told(path: str = "") -> Iterator[None]:
+    """Tell warnings, and make errors of SQLite, about a file, errors that the command line tells in one line."""
     logger, handler = logging.getLogger("messenger"), _Told(logging.WARNING)
     logger.addHandler(handler)
     try:
         yield
     except apsw.Error as error:
-        raise Failed(str(error)) from error
+        raise Failed(f"{path}: {error}" if path else str(error)) from error
     finally:
         logger.removeHandler(handler)

@@ -8,6 +8,7 @@ on a queue of its own, not inside the library. Later signals are ignored, and `E
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -98,6 +99,18 @@ def complain(text: str) -> None:
     if sys.stderr is not None:
         sys.stderr.write(f"messenger: {printable(text)}\n")
         sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Leave out warnings of the library about what ends the command with an error that says the same."""
+    logger = logging.getLogger("messenger")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def wait(items: SimpleQueue[T]) -> T:
