@@ -131,6 +131,8 @@ def read_lines(path: Path) -> list[bytes]:
 def largest_document() -> Path:
     """Return the largest document of the repository."""
     documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    if not documents:
+        raise SystemExit(f"{ROOT} is no clone of the repository, so name a text: every_line.py FILE")
     return max(documents, key=lambda path: path.stat().st_size)
 
 

@@ -4,6 +4,8 @@ import sys
 
 import zmq
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 port, text = sys.argv[1:]
 with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
     dealer.setsockopt(zmq.ROUTING_ID, b"plain-dealer")  # Our identity, as the listener sees it.

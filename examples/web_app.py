@@ -32,7 +32,11 @@ async def give_price(message: Message) -> None:
 async def price(request: Request) -> JSONResponse:
     """A page: await the service, and say what became of it."""
     messenger: AsyncMessenger = request.app.state.messenger
-    asked = {"name": request.path_params["name"], "pieces": int(request.query_params.get("pieces", "1"))}
+    try:
+        pieces = int(request.query_params.get("pieces", "1"))
+    except ValueError as error:
+        return JSONResponse({"error": f"pieces: {error}"}, 400)
+    asked = {"name": request.path_params["name"], "pieces": pieces}
     try:
         response = await messenger.request(PRICES_PORT, json.dumps(asked), timeout=2)
     except HandlerError as error:

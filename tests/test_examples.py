@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -52,6 +53,17 @@ def test_no_text_says_so(tmp_path: Path, content: bytes | None, reason: str) -> 
     if content is not None:
         (tmp_path / "text").write_bytes(content)
     finished = run(EXAMPLES / "every_line.py", tmp_path / "text")
+    assert finished.returncode == 1
+    assert reason in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(("name", "reason"), [("every_line", "name a text"), ("plain_dealer", "plain_dealer.py 15445")])
+def test_an_example_without_its_arguments_says_what_it_wants(tmp_path: Path, name: str, reason: str) -> None:
+    """Also where it is alone, and not in a clone."""
+    (tmp_path / "examples").mkdir()
+    shutil.copy(EXAMPLES / f"{name}.py", tmp_path / "examples")
+    finished = run(tmp_path / "examples" / f"{name}.py")
     assert finished.returncode == 1
     assert reason in finished.stderr
     assert "Traceback" not in finished.stderr
@@ -127,6 +139,8 @@ def test_a_web_app_awaits_requests() -> None:
             assert answers == [(200, {"price": 3.5 * pieces}) for pieces in range(100)]
             status, answer = get("/price/gold")
             assert (status, "KeyError" in answer["error"]) == (404, True)
+            status, answer = get("/price/tea?pieces=x")
+            assert (status, "'x'" in answer["error"]) == (400, True)
             server.send_signal(signal.SIGTERM)
             assert server.wait(10) in (0, -signal.SIGTERM)
         finally:
