@@ -10,8 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from messenger import Messenger
+from messenger.models.jobs import Training
 from messenger.models.protocol import Answer, decode_answer
 from messenger.models.server import ModelServer
+from messenger.models.table import Request
+from messenger.models.trainer import Task
 from tests.conftest import Inbox, free_port
 from tests.models.conftest import make_linear
 
@@ -86,3 +89,25 @@ def test_quit_is_not_answered(server: ModelServer) -> None:
     server._take(sent)  # type: ignore[arg-type]
     assert server.ended.is_set()
     assert len(sent.reply) == 0
+
+
+@pytest.mark.parametrize("activate", [True, False])
+def test_a_training_is_told_when_its_model_is_loaded(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, activate: bool
+) -> None:
+    """The first model of a kind imports its library, which took the first inference after a training 4 s."""
+    sent: Any = Sent(b"")
+    loaded: list[tuple[str, int, int]] = []
+
+    def load(name: str, version: int) -> None:
+        loaded.append((name, version, len(sent.reply)))
+        raise OSError("planted")
+
+    monkeypatch.setattr(server._loaded, "load", load)
+    training = Training(
+        name="sum", version=1, method="linear", task="regression", metrics={}, rows=9, features=[], elapsed_s=1, job="j"
+    )
+    request = Request(name="sum", method="linear", data="", target="t", activate=activate)
+    server._tell_end(sent, Task(request=request, on_progress=lambda _: None, state="DONE", training=training))
+    assert loaded == ([("sum", 1, 0)] if activate else [])
+    assert len(sent.reply) == 1

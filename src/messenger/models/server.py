@@ -168,10 +168,13 @@ class ModelServer:
         """Load what is served, so that the first callers need not wait for it."""
         for listed in self._store.list_all()[:LOADED_MODELS_MAX]:
             if listed.version:
-                try:
-                    self._loaded.load(listed.name, listed.version)
-                except MessengerError as error:
-                    logger.warning("! model %s version %d is not loaded: %s", listed.name, listed.version, error)
+                self._load_ahead(listed.name, listed.version)
+
+    def _load_ahead(self, name: str, version: int) -> None:
+        try:
+            self._loaded.load(name, version)
+        except Exception as error:  # Whoever asks for it is told.
+            logger.warning("! model %s version %d is not loaded: %s", name, version, error)
 
     # Answers.
 
@@ -311,6 +314,9 @@ class ModelServer:
             logger.warning("! progress is not told: %s", error)
 
     def _tell_end(self, message: Message, task: Task) -> None:
+        if task.training is not None and task.request.activate:
+            # Whoever hears of it asks for predictions at once, and the first model of a kind imports its library.
+            self._load_ahead(task.training.name, task.training.version)
         try:
             if task.training is not None:
                 self._answer(message, msgspec.to_builtins(task.training))
