@@ -107,3 +107,11 @@ def test_a_runtime_folder_that_makes_the_path_too_long_is_named(
 def test_the_runtime_folder_without_one_of_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/nowhere/at/all")
     assert runtime_folder().name.startswith("messenger-")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [("tcp://example.org:5", "example.org"), ("tcp://[::1]:5", ""), ("10.0.0.1:5", ""), ("localhost:5", "")],
+)
+def test_which_hosts_are_names(value: str, name: str) -> None:
+    assert Destination.parse(value).unresolved_name() == name

@@ -355,10 +355,47 @@ def test_the_deadline_of_a_message_that_nobody_took_is_certain_and_frees_the_que
     assert core.link.queue_bytes == 8
     assert core.dropped() == {"not_delivered": 2}
     assert [str(error) for error in core.unheard] == [
-        "2 messages without a callback, the last to owner: nobody was there to take them"
+        "2 messages without a callback, the last to owner: nobody was there to take it"
     ]
     assert core.exchange.next_deadline_at == 6.0
     assert core.statistics.not_delivered_msgs == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "limit"),
+    [(Limits(window_msgs=2), "window_msgs is 2"), (Limits(window_bytes=13), "these fill window_bytes")],
+)
+def test_what_waited_behind_others_for_a_connected_peer_says_so(limits: Limits, limit: str) -> None:
+    world = World(client_limits=limits)
+    world.connect()
+    node = world.client
+    for _ in range(3):
+        node.exchange.send(world.session, b"", b"x" * 6, node.tell, node.tell, NOOP, 5.0)
+    node.exchange.flush(0.0)
+    count = world.session.unprocessed_count
+    node.exchange.handle_deadline(5.0)
+    texts = [str(error) for error in node.take() if type(error) is NotDelivered]
+    assert len(texts) == 3 - count
+    assert texts[0].endswith(
+        "not delivered before its deadline: "
+        f"it waited behind {count} that the peer, which is connected, has not processed; {limit}"
+    )
+
+
+@pytest.mark.parametrize("is_listener", [False, True])
+def test_what_waited_for_a_peer_that_was_gone_says_so(is_listener: bool) -> None:
+    world = World()
+    world.connect()
+    node = world.server if is_listener else world.client
+    session = world.server_session if is_listener else world.session
+    world.link_down()
+    assert not session.is_reachable()
+    node.exchange.send(session, b"", b"x", node.tell, node.tell, NOOP, 5.0)
+    node.exchange.flush(0.0)
+    node.exchange.handle_deadline(5.0)
+    (error,) = node.take()
+    why = "the peer was not connected" if is_listener else "nobody was there to take it"
+    assert str(error).endswith(f"not delivered before its deadline: {why}")
 
 
 def test_after_a_sweep_the_next_deadline_is_later() -> None:

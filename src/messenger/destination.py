@@ -91,6 +91,14 @@ class Destination(msgspec.Struct, frozen=True):
         except ValueError:
             return False
 
+    def unresolved_name(self) -> str:
+        """Return the host if it is a name that the network has to resolve, else an empty text."""
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            return "" if self.is_loopback() else self.host
+        return ""
+
     def __str__(self) -> str:
         if self.transport in ("ipc", "inproc"):
             return f"{self.transport}://{self.name}"

@@ -68,6 +68,10 @@ class Outlet:
         """Whether nothing will ever leave here again."""
         return False
 
+    def why_unsent(self) -> str:
+        """Return what is known of why its queue did not leave, for people."""
+        return "nobody was there to take it"
+
     def flush(self, now: float) -> None:
         """Give the queue to the network, as far as it takes it."""
         raise NotImplementedError

@@ -21,7 +21,7 @@ from .limits import BATCH_MSGS_MAX, SILENT_LOG_S
 from .link import FOREVER, Link, Outlet
 from .message import ErrorCallback, Message, Taker
 from .outgoing import Outgoing
-from .session import Session
+from .session import ESTABLISHED, Session
 from .wire import NOOP, Control, ControlKind, Option, OptionKind, Reason, decode_identity
 
 # A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.
@@ -193,7 +193,7 @@ class Outcomes:
         expired = [message_id for message_id, entry in self._outstanding.items() if entry.deadline_at <= now]
         for message_id in expired:
             if message_id in held:
-                self._fail(message_id, NotDelivered, "nobody was there to take the message before its deadline")
+                self._fail(message_id, NotDelivered, f"not delivered before its deadline: {held[message_id]}")
             else:
                 self._give_up(self._outstanding[message_id])
                 self._fail(message_id, OutcomeUnknown, "no response came before the deadline")
@@ -211,9 +211,9 @@ class Outcomes:
         yield from self.links
         yield from self.handshake.sessions
 
-    def _take_expired(self, now: float) -> set[int]:
-        """Remove what expired from the queues and return its ids."""
-        held: set[int] = set()
+    def _take_expired(self, now: float) -> dict[int, str]:
+        """Remove what expired from the queues and return its ids, with what is known of why it waited there."""
+        held: dict[int, str] = {}
         for outlet in self._outlets():
             if not outlet.queue or min(outgoing.deadline_at for outgoing in outlet.queue) > now:
                 continue
@@ -221,7 +221,8 @@ class Outcomes:
             expired: list[Outgoing] = []
             for outgoing in outlet.queue:
                 (kept if outgoing.deadline_at > now else expired).append(outgoing)
-            held |= self._discard(outlet, expired, "nobody was there to take them")
+            why = _why_unsent(outlet)
+            held |= dict.fromkeys(self._discard(outlet, expired, why), why)
             outlet.queue = kept
         return held
 
@@ -443,3 +444,14 @@ class Outcomes:
             for session in self.handshake.sessions
         )
         return not (is_under_way or self._outstanding or self.queued_count or self.calls)
+
+
+def _why_unsent(outlet: Outlet) -> str:
+    """Return what is known of why a queue did not leave, for people."""
+    if not isinstance(outlet, Session):
+        return outlet.why_unsent()
+    count = outlet.unprocessed_count
+    if outlet.link is not None and outlet.state is ESTABLISHED and count:
+        limit = f"window_msgs is {outlet.window_msgs}" if count >= outlet.window_msgs else "these fill window_bytes"
+        return f"it waited behind {count} that the peer, which is connected, has not processed; {limit}"
+    return "the peer was not connected" if outlet.connection_link is None else outlet.connection_link.why_unsent()

@@ -95,6 +95,7 @@ class Session(Outlet):
         link: The link that leads to the other end now, None if there is none.
         routing_id: The other end's label at that link.
         connection_link: Of a connection, the link that it was made with, up or not.
+        window_msgs: The most that may be sent and not processed: the smaller of what both ends allow.
         must_answer: Whether the other end is to get acknowledgements at the next flush.
         nonce: Of the HELLO that waits for its echo, 0 if none does.
         due_at: When it gets attention (`timers.py`), no later than it wants it; infinite if that was not planned.
@@ -129,7 +130,7 @@ class Session(Outlet):
     def _reset(self, window_msgs: int, window_bytes: int, now: float) -> None:
         """Begin the numbering anew."""
         # Sending.
-        self._window_msgs = min(window_msgs, self._limits.window_msgs)
+        self.window_msgs = min(window_msgs, self._limits.window_msgs)
         self._window_bytes = min(window_bytes, self._limits.window_bytes)
         self.next_number = 1
         self.peer_received_through = 0
@@ -150,7 +151,7 @@ class Session(Outlet):
         self._held: deque[tuple[int, int]] = deque()
         self._held_bytes = 0
         self._resends, self._attached_after = Resends(), -1
-        self.controls = Controls(self._window_msgs, self._window_bytes)
+        self.controls = Controls(self.window_msgs, self._window_bytes)
         self.cancelled = self.controls.cancelled
         self.must_answer = False
         self._must_ask_resend = False
@@ -290,7 +291,7 @@ class Session(Outlet):
         count = len(queue)
         if count > BATCH_MSGS_MAX:
             count = BATCH_MSGS_MAX
-        room_msgs = self._window_msgs - (self.next_number - 1 - self.peer_processed_through)
+        room_msgs = self.window_msgs - (self.next_number - 1 - self.peer_processed_through)
         if count > room_msgs:
             count = room_msgs
             if count <= 0:
@@ -372,7 +373,7 @@ class Session(Outlet):
     def _owes_much(self) -> bool:
         """Return whether the other end may soon wait for acknowledgements."""
         owed_count = self.processed_through - self._told_processed_through
-        return owed_count > 0 and owed_count >= self._window_msgs // 8
+        return owed_count > 0 and owed_count >= self.window_msgs // 8
 
     def is_reachable(self) -> bool:
         """Return whether a link leads to the other end, as far as can be told by using it."""

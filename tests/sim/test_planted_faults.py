@@ -147,7 +147,7 @@ def gap_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
 def window_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     def reset(real: Any, session: Session, *arguments: Any) -> None:
         real(session, *arguments)
-        session._window_msgs = 1_000_000
+        session.window_msgs = 1_000_000
 
     wrap(monkeypatch, Session, "_reset", reset)
 

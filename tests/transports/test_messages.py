@@ -1,11 +1,13 @@
 """Messages and their outcomes: one body, run over tcp, ipc, inproc and a bare port."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import zmq
 
 from messenger import (
     ECHO,
@@ -365,6 +367,31 @@ def test_message_without_callback_that_nobody_takes_is_counted(messenger: Messen
     client.send_message(destination, b"", timeout=0.02)
     wait_dropped(client, "not_delivered")
     assert client.statistics().queued_msgs == 0
+
+
+@pytest.mark.threads_only
+def test_the_deadline_s_error_says_what_is_known(messenger: MessengerFactory) -> None:
+    with (
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as router,
+        socket.create_server(("127.0.0.1", 0)) as mute,
+        socket.socket() as nobody,
+    ):
+        nobody.bind(("127.0.0.1", 0))
+        places = {
+            f"127.0.0.1:{mute.getsockname()[1]}": "did not answer as ZeroMQ does, or is a stopped process",
+            f"127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}": "did not answer as a messenger does",
+            f"127.0.0.1:{nobody.getsockname()[1]}": "nobody was there to take it",
+            "no-such-host.invalid:5": "to take it, or the name 'no-such-host.invalid' does not resolve",
+        }
+        errors: Inbox[DeliveryError] = Inbox()
+        client = messenger()
+        for place in places:
+            client.send_message(f"tcp://{place}", b"", on_error=errors, timeout=0.3)
+        texts = sorted(str(error).partition(" to tcp://")[2] for error in errors.wait(len(places)))
+    for text, place in zip(texts, sorted(places), strict=True):
+        assert text.startswith(f"{place}: not delivered before its deadline: ")
+        assert places[place] in text
 
 
 def test_expired_message_is_not_delivered_later(messenger: MessengerFactory, destination: To) -> None:

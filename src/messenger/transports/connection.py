@@ -16,6 +16,7 @@ import time
 
 import zmq
 
+from ..destination import Destination
 from ..errors import DestinationInvalid
 from ..exchange import Exchange
 from ..limits import (
@@ -82,12 +83,15 @@ class ConnectionLink(SocketLink):
         self._failure_count = 0
         self._hung_up_at = 0.0
         self._has_been_up = False
+        # Whether somebody took a connection and did not say then that it speaks ZeroMQ.
+        self._is_mute = False
         self._is_refused = False
         # Whether the link broke and libzmq connects again by itself.
         self._is_broken = False
 
     def _handle_news(self, event: int, value: int) -> None:
         if event == CONNECTED:
+            self._is_mute = True
             self._end_inflows()
             if self.endpoint.startswith("tcp:"):
                 self._begin_inflow(value)
@@ -103,7 +107,7 @@ class ConnectionLink(SocketLink):
         elif event in (UP, DOWN):
             if event == UP:
                 self._failure_count, self._hung_up_at, self._is_refused = 0, 0.0, False
-                self._has_been_up = True
+                self._has_been_up, self._is_mute = True, False
             was_up = self.is_up
             self.note_up(event == UP)
             if event == UP:
@@ -153,6 +157,18 @@ class ConnectionLink(SocketLink):
             self._exchange.handle_deserted(self)
         elif not (self.is_up or self._is_broken):
             self.attach(self.endpoint)
+
+    def why_unsent(self) -> str:
+        """Return what is known of why its queue, or that of its session, did not leave, for people."""
+        if self.is_up and self.session is None:
+            return "who is there does not read what it is sent"
+        if self.is_up:
+            return "who is there did not answer as a messenger does: it is another program, or busy in a callback"
+        if self._is_mute:
+            return f"what takes connections at {self.endpoint} did not answer as ZeroMQ does, or is a stopped process"
+        if self.endpoint.startswith("tcp:") and (name := Destination.parse(self.endpoint).unresolved_name()):
+            return f"nobody was there to take it, or the name {name!r} does not resolve"
+        return super().why_unsent()
 
     def may_speak_for(self, routing_id: bytes, identity: bytes) -> bool:
         """Return whether the server may have an identity: that which its key was given with, if there was one."""
