@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ class FakeWakeup:
 def test_a_leader_sends_what_input_made_ready_before_it_sleeps() -> None:
     """It once went to sleep on it, so that a first request on a new connection could wait for the next deadline."""
     exchange = Exchange("messenger", Limits(), lambda error: None, b"me", FakeRandom())
-    endpoints: Any = None  # It has none.
+    endpoints: Any = SimpleNamespace(limits=Limits())  # It has none.
     loop = ThreadLoop("loop", exchange, endpoints, lambda: None)
     waiter = ThreadWaiter()
     wakeup: Any = FakeWakeup(exchange, waiter)

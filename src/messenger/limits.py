@@ -93,6 +93,8 @@ POLL_S = 0.01
 SPIN_S = 0.0003
 # A close waits so long for what was queued to leave the process.
 CLOSE_TIMEOUT_S = 1.0
+# And so much longer for a callback that runs when its time is over; others may run as long as they like.
+HELD_UP_S = 0.1
 # Descriptors and sockets of all messengers of a process; ZeroMQ's own default of 1,023 is too small for 1,000 peers.
 SOCKETS_MAX = 65_535
 # So many must be free before anything is opened: a ZeroMQ socket with its monitor takes 3, a context 7, and links more.

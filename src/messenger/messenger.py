@@ -182,7 +182,8 @@ class Messenger(BaseMessenger):
         """Wait until every message has its outcome, for at most `timeout` seconds, then stop. Twice is fine.
 
         What is still open then ends as `NotDelivered` or `OutcomeUnknown`. In a callback it returns at once and the
-        messenger stops after it. In the child of a fork it does nothing.
+        messenger stops after it; if another callback still runs then, it says so in the log, returns, and the messenger
+        stops when that has returned. In the child of a fork it does nothing.
 
         Thread: any.
         """

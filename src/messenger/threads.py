@@ -20,7 +20,7 @@ from . import interrupts
 from .endpoint import Endpoints
 from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
-from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S, POLL_S
+from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S, HELD_UP_S, POLL_S
 from .link import FOREVER, Outlet
 from .loop import Loop, State, started
 from .message import Message
@@ -54,6 +54,8 @@ class ThreadLoop(Loop):
         self._own_thread = threading.Thread(target=self._serve, name=name, daemon=True)
         # Of threads that sleep until a full queue gets room, or a leader has left while the messenger closes.
         self._sleepers: list[threading.Lock] = []
+        # Whether a close has not waited for a callback any longer.
+        self._is_left = False
         self._wakeup: Wakeup
         self._leader: ThreadWaiter | ThreadParts | None = None
         self._followers: deque[ThreadWaiter | ThreadParts] = deque()
@@ -97,12 +99,17 @@ class ThreadLoop(Loop):
     def close(self, timeout: float) -> None:
         """Stop when all is settled or `timeout` is over. Called without the lock; waits, except in a callback."""
         self.begin_close(timeout)
-        if self._own_thread.is_alive() and not self.is_own_thread():
-            self._own_thread.join(min(timeout, SLEEP_S_MAX) + CLOSE_TIMEOUT_S)
-            if self._own_thread.is_alive():
-                logger.error(
-                    "! %s: a callback still runs after the close; nothing is sent any more", self._own_thread.name
-                )
+        if self.is_own_thread():
+            return
+        thread = self._own_thread
+        for wait_s in (min(timeout, SLEEP_S_MAX), HELD_UP_S):
+            if thread.is_alive():
+                thread.join(wait_s)
+        if thread.is_alive() and self._callback_at >= self.close_at:
+            thread.join(CLOSE_TIMEOUT_S)  # It has begun to end, with callbacks that are told so.
+        if thread.is_alive() and not self._is_left:
+            self._is_left = True
+            logger.error("! %s: a callback still runs after the close; nothing is sent any more", thread.name)
 
     def begin_close(self, timeout: float) -> None:
         """Close as `close` does, but do not wait. Called without the lock."""
@@ -122,8 +129,9 @@ class ThreadLoop(Loop):
         return self.thread_id == threading.get_ident()
 
     def end_at_exit(self) -> None:
-        """Wait for the thread, for a while."""
-        self.close(CLOSE_TIMEOUT_S)
+        """Wait for the thread, for a while, unless a close has done so in vain."""
+        if not self._is_left:
+            self.close(CLOSE_TIMEOUT_S)
 
     # What the loop sleeps on.
 

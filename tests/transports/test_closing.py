@@ -34,6 +34,30 @@ def is_waiting(thread: threading.Thread) -> bool:
     return frame is not None and frame.f_code.co_name in ("wait", "_await")
 
 
+@pytest.mark.threads_only
+def test_close_waits_for_a_callback_no_longer_than_it_was_told(
+    messenger: MessengerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = messenger()
+    began, go_on, told = threading.Event(), threading.Event(), Inbox[DeliveryError]()
+
+    def block(_: Message) -> None:
+        began.set()
+        wait_event(go_on)
+
+    listener = one.listen_for_connection(0, block)
+    one.send_message(listener.port, b"", on_error=told)
+    wait_event(began)
+    began_at = time.monotonic()
+    one.close(0.1)
+    one._loop.end_at_exit()
+    took_s = time.monotonic() - began_at
+    go_on.set()
+    assert took_s < 0.7
+    assert caplog.text.count("a callback still runs after the close") == 1
+    assert type(told.wait()[0]) is OutcomeUnknown  # Its turn comes when that callback has returned.
+
+
 def test_close_twice(messenger: MessengerFactory, destination: To) -> None:
     one = messenger()
     one.listen_for_connection(destination, answer)
