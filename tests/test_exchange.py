@@ -997,6 +997,26 @@ def test_small_contents_above_the_receivers_limit_are_told_of() -> None:
     assert world.server.dropped() == {"message_too_large": 2}
 
 
+def test_an_echo_that_its_asker_does_not_take_is_told_of() -> None:
+    world = World()
+    world.connect()
+    world.server_session.contents_max = 3
+    too_large = world.ask(b"four", dest=ECHO)
+    world.run(1.0)
+    assert outcomes(world.client.take()) == {too_large: NotDelivered}
+
+
+def test_the_text_of_a_refusal_is_shown_as_it_is_written() -> None:
+    """It is a peer's, and a terminal would obey it."""
+    world = World()
+    message_id = world.ask()
+    world.client.exchange.handle_refused(world.session, Reason.LIMIT, "\x1b[2J" + "x" * 10_000, False)
+    (error,) = world.client.take()
+    assert (type(error), error.message_id) == (NotDelivered, message_id)
+    assert "refused: \\x1b[2Jxxx" in str(error)
+    assert len(str(error)) < 3_000
+
+
 def test_an_answer_is_queued_as_a_message_that_wants_no_answer() -> None:
     world = World(server_limits=Limits(queue_msgs_max=2))
     world.connect()

@@ -19,9 +19,10 @@ from .ordering import KeyOrder
 from .security import KeyPair, Security, ServerKey
 from .transports.connection import ConnectionLink
 from .transports.curve import CurveListenerLink
+from .transports.listener import ListenerLink
 from .transports.local import best_endpoint
 from .transports.zap import Gate
-from .transports.zeromq import ListenerLink, SocketLink
+from .transports.zeromq import SocketLink
 from .wire import encode_identity
 
 logger = logging.getLogger("messenger")
@@ -479,12 +480,12 @@ class Endpoints:
             self._counted_refusals = refused_count
 
     def cut_revoked(self) -> None:
-        """End the sessions of those whose keys are not on the allow-list any more."""
+        """End the sessions of those whose keys are not on the allow-list any more, or under another identity."""
         handshake = self._exchange.handshake
-        links = [link for endpoint in self._open for link in endpoint.links if isinstance(link, CurveListenerLink)]
-        for link in links:
-            for session in [session for session in handshake.sessions if session.link is link]:
-                if link.is_revoked(session.routing_id):
+        for link in [link for endpoint in self._open for link in endpoint.links if isinstance(link, CurveListenerLink)]:
+            link.forget_revoked()
+            for session in list(handshake.sessions):
+                if link.is_revoked(session):
                     handshake.expel(session, "its key was taken off the allow-list")
                     logger.warning("! the session with %r was ended, its key is not allowed any more", session.peer)
 

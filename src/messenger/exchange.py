@@ -415,8 +415,10 @@ class Exchange(Streams):
                 entry.callback.settle(message, None)
             elif entry.callback is not None:
                 self.calls.append((entry.callback, message))
-        elif dest_callback_id == ECHO:
+        elif dest_callback_id == ECHO and len(message.contents) <= message.link.contents_max:
             self._answer(message, message.contents, None)
+        elif dest_callback_id == ECHO:
+            self._answer_failure(message, Option(0, OptionKind.TOO_LARGE))
         elif dest_callback_id in self._registered:
             self.calls.append((self._registered[dest_callback_id], message))
         else:

@@ -25,7 +25,7 @@ def encode_failure(error: BaseException) -> Option:
 def decode_failure(option: Option) -> tuple[type[DeliveryError], str, tuple[str, ...]]:
     """Return the kind of error that an option of `FAILURES` tells, its text, and the name of what was raised."""
     if option.kind == OptionKind.HANDLER_ERROR:
-        name, text = _readable(option.name, ERROR_NAME_MAX), _readable(option.text, ERROR_TEXT_MAX)
+        name, text = readable(option.name, ERROR_NAME_MAX), readable(option.text, ERROR_TEXT_MAX)
         return HandlerError, f"the callback raised {name}: {text}", (name,)
     return *_DID_NOT_RUN[option.kind], ()
 
@@ -44,7 +44,7 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _readable(text: str, length_max: int) -> str:
+def readable(text: str, length_max: int) -> str:
     """Return as much of a peer's text as we would send, without what a terminal would obey."""
     text = text[:length_max]
     if text.isprintable():

@@ -289,7 +289,13 @@ class Handshake:
     ) -> None:
         session = self._by_incarnation.get(header.source_incarnation)
         challenged = self._challenged.get(header.source_incarnation)
-        hello = decode_hello(frame) if header.kind == Kind.HELLO else challenged and challenged.hello
+        hello = challenged and challenged.hello
+        if header.kind == Kind.HELLO:
+            hello = decode_hello(frame)
+            _check_identity(hello.identity)
+            # It names the incarnation of a session, which is a secret, and must be whose that is.
+            if session is not None and not self._may_speak(link, routing_id, header, session.peer):
+                return
         claimed = hello.identity if hello is not None else b"" if session is None else session.peer
         if claimed and not self._may_speak(link, routing_id, header, claimed):
             return

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, OutcomeUnknown
+from .failures import ERROR_TEXT_MAX, readable
 from .handshake import Handshake
 from .limits import BATCH_MSGS_MAX, SILENT_LOG_S
 from .link import FOREVER, Link, Outlet
@@ -347,6 +348,7 @@ class Outcomes:
         if did_not_run:
             session.queue.extendleft(reversed(sent))
             session.queue_bytes += sum(outgoing.size_bytes for outgoing in sent)
+        text = readable(text, ERROR_TEXT_MAX)
         self.abandon(session, f"refused: {text}", IdentityInUse if reason == Reason.IDENTITY_IN_USE else NotDelivered)
 
     def handle_link_refused(self, link: Link, text: str) -> None:
@@ -361,9 +363,12 @@ class Outcomes:
     def refuse_too_large(self, session: Session) -> None:
         """End what waits for the other end of a session, and is larger than what that takes."""
         most = session.contents_max
-        refused = [outgoing for outgoing in session.queue if outgoing.large is not None and len(outgoing.large) > most]
+        kept: deque[Outgoing] = deque()
+        refused: list[Outgoing] = []
+        for outgoing in session.queue:
+            (kept if outgoing.large is None or len(outgoing.large) <= most else refused).append(outgoing)
         if refused:
-            session.queue = deque(outgoing for outgoing in session.queue if outgoing not in refused)
+            session.queue = kept
             why = f"the contents are larger than message_bytes_max of the receiver, {most}"
             for message_id in self._discard(session, refused, why):
                 self._fail(message_id, NotDelivered, why)

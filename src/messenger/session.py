@@ -181,7 +181,7 @@ class Session(Outlet):
         Only once as long as the peer receives nothing, or each frame of one that does not read could have all queued.
         """
         is_same = link is not None and link is self.link and routing_id == self.routing_id
-        self.link, self.routing_id = link, routing_id
+        self.link, self.routing_id = link, routing_id or self.routing_id
         if not is_same and self._attached_after == self.peer_received_through:
             self.probe_at = 0.0  # It says by RESEND that it lacks something.
         elif not is_same:

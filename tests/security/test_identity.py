@@ -203,6 +203,18 @@ def test_a_frame_by_the_routing_id_of_a_session_that_is_away(server: SecuredServ
     ask_raw(back, 1030)
 
 
+def test_a_hello_in_anothers_session(server: SecuredServer, plain: PlainPeers) -> None:
+    """Who knows the incarnation of another's session, which is secret, does not get what is sent there."""
+    server.allow(server.alice, server.bob)
+    raw = join(server, plain, server.alice)
+    thief = stolen(raw, server, plain)
+    thief.identity = b"bob"
+    thief.send_hello()
+    wait_dropped(server.messenger, "foreign_identity")
+    server.messenger.send_message((server.listener, "alice"), b"secret")
+    raw.receive_until(lambda: b"0-0-secret" in raw.messages)
+
+
 def test_a_server_that_calls_itself_as_another(
     server: SecuredServer, tmp_path: Path, messenger: MessengerFactory
 ) -> None:
@@ -241,6 +253,56 @@ def test_revocation_ends_a_session_at_once(server: SecuredServer, warnings: Warn
     assert ask(bob, server.destination) == b"bob said hello"
     server.allow(server.alice, server.bob)
     wait_until(lambda: is_served(victim, connection))
+
+
+def test_a_key_that_is_renamed_is_not_its_old_identity_any_more(server: SecuredServer, plain: PlainPeers) -> None:
+    """What is meant for who has the name now does not go to who had it."""
+    old, dealer = server.client(server.alice), server.dealer(plain, server.alice)
+    connection = old.make_connection(server.destination, callback=lambda _: None)
+    assert ask(old, connection) == b"alice said hello"
+    dealer.send(b"", b"1-0-x")
+    assert dealer.receive() == [b"server", b"", b"0-1-alice said x"]
+    server.security.reload({server.alice.public: "guest", server.bob.public: "alice"})
+    assert_gone(server, "alice")
+    assert dealer.is_silent()
+    dealer.send(b"", b"2-0-x")
+    assert dealer.receive() == [b"server", b"", b"0-2-guest said x"]
+    new = server.client(server.bob, "alice")
+    assert ask(new, server.destination) == b"alice said hello"
+
+
+def test_a_session_without_a_link_is_revoked_too(server: SecuredServer, plain: PlainPeers) -> None:
+    raw = join(server, plain, server.alice)
+    errors: Inbox[Exception] = Inbox()
+    [session] = server.messenger._exchange.handshake.sessions
+    with server.messenger._loop.lock:
+        session.attach(None)
+    server.messenger.send_message((server.listener, "alice"), b"question", lambda _: None, on_error=errors)
+    server.allow(server.bob)
+    [error] = errors.wait()
+    assert "its key was taken off the allow-list" in str(error)
+    raw.dealer.close()
+
+
+def test_who_is_revoked_while_it_waits_for_the_word_is_not_let_in(
+    server: SecuredServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zap, "GIVE_S", 0.5)
+    admitted: Inbox[str] = Inbox()
+    plain_admit = zap.Gate.admit
+
+    def admit(gate: zap.Gate, key: str, address: str) -> str | None:
+        admitted(key)
+        return plain_admit(gate, key, address)
+
+    monkeypatch.setattr(zap.Gate, "admit", admit)
+    alice = server.client(server.alice)
+    connection = alice.make_connection(server.destination)
+    admitted.wait()
+    server.allow(server.bob)
+    with pytest.raises(NotDelivered, match="not on the allow-list"):
+        ask(alice, connection)
+    assert len(server.received) == 0
 
 
 def test_who_goes_on_after_its_key_was_revoked_is_cut_off(server: SecuredServer, plain: PlainPeers) -> None:

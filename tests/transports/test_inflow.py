@@ -27,7 +27,13 @@ class Situation:
         self.dropped: list[str] = []
         self.looked_count = 0
         link: Any = SimpleNamespace(
-            watched={}, taken_count=0, emptied_at=0.0, whole_bytes_max=WHOLE_BYTES_MAX, endpoint="tcp://here:1", port=1
+            watched={},
+            taken_count=0,
+            left_bytes=0,
+            emptied_at=0.0,
+            whole_bytes_max=WHOLE_BYTES_MAX,
+            endpoint="tcp://here:1",
+            port=1,
         )
         link.held_bytes_max = HELD_BYTES_MAX
         self.link = link
@@ -201,6 +207,18 @@ def test_what_waits_of_all_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
         "! tcp://here:1: a peer was cut that sent more than others, before they could be taken: of all there were more "
         "than 67108864 bytes"
     ]
+
+
+def test_what_ended_connections_have_left_counts() -> None:
+    several = Situation(2, unread_bytes_max=8 * MIB)
+    several.look(2)
+    for _ in range(4):
+        several.received[0] += 2 * MIB
+        several.look(2)
+    assert several.cut == []
+    several.link.left_bytes = 4 * MIB
+    several.look(4)
+    assert several.cut == [0]
 
 
 def test_many_that_are_busy_and_heard_are_not_cut() -> None:

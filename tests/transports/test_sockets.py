@@ -1,10 +1,12 @@
 """`transports/sockets.py`: what is cut is a connection of ours to the right port, and nothing else."""
 
 import os
+import resource
 import socket
 import sys
+from contextlib import suppress
 
-from messenger.transports.sockets import Kernel, cut
+from messenger.transports.sockets import Kernel, context, cut
 
 
 def test_a_connection_is_cut_by_its_descriptor() -> None:
@@ -48,6 +50,7 @@ def test_what_the_kernel_knows_of_a_connection() -> None:
 
 def test_what_the_kernel_does_not_tell() -> None:
     kernel = Kernel()
+    context()
     with open(os.devnull) as file, socket.socket(socket.AF_UNIX) as unix:
         for descriptor in (file.fileno(), unix.fileno(), 1_000_000):
             assert kernel.received_bytes(descriptor) == 0
@@ -74,3 +77,25 @@ def test_what_is_looked_at_is_let_go_of() -> None:
         for descriptor in (file.fileno(), server.fileno(), 1_000_000):
             assert not cut(descriptor, server.getsockname()[1])
         assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_connection_is_cut_when_there_are_no_more_descriptors() -> None:
+    """Else those that are too many would keep them all."""
+    context()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client, server.accept()[0] as accepted:
+            taken: list[int] = []
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, limits[1]))
+            try:
+                with suppress(OSError):
+                    while True:
+                        taken.append(os.dup(0))
+                is_cut = cut(accepted.fileno(), port)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                for descriptor in taken:
+                    os.close(descriptor)
+            assert is_cut
+            assert client.recv(1) == b""

@@ -16,10 +16,12 @@ from typing import Any
 import zmq
 
 from ..limits import NAMES_PER_KEY_MAX
-from ..wire import encode_identity
-from .sockets import CURVE_WRAP_BYTES, cut
-from .zap import Gate, key_in
-from .zeromq import BAD_PROTOCOL, NOBLOCK, ListenerLink
+from ..session import Session
+from ..wire import decode_identity, encode_identity
+from .listener import ListenerLink
+from .sockets import CURVE_WRAP_BYTES
+from .zap import NAME_CHARS, Gate, key_in
+from .zeromq import BAD_PROTOCOL, NOBLOCK
 
 
 class CurveListenerLink(ListenerLink):
@@ -34,9 +36,10 @@ class CurveListenerLink(ListenerLink):
 
     def __init__(self, gate: Gate, *others: Any) -> None:
         self._gate = gate
-        # Of plain peers: who each connection is, and the connection of each descriptor.
+        # Of plain peers: who each connection is, and the connections of each descriptor, which are several if one has
+        # ended and left messages before another got its number.
         self._peers: dict[bytes, bytes] = {}
-        self._plain: dict[int, bytes] = {}
+        self._plain: dict[int, list[bytes]] = {}
         super().__init__(*others)
 
     def _guard(self, endpoint: str) -> None:
@@ -66,10 +69,10 @@ class CurveListenerLink(ListenerLink):
             self._note_taken(first)
         if identity is None:
             self._drop_rest("refused_key")
-            self._cut_off(frame, "the key %s, which is not on the allow-list any more", key_in(name))
+            self._cut_off(label, frame, "the key %s, which is not on the allow-list any more", key_in(name))
         elif label != name.encode():
             self._drop_rest("foreign_identity")
-            self._cut_off(frame, "a routing id that was not given to it, of the key %s", key_in(name))
+            self._cut_off(label, frame, "a routing id that was not given to it, of the key %s", key_in(name))
         elif len(first):
             self._receive_session(label, first)
         elif not first.more:
@@ -91,25 +94,23 @@ class CurveListenerLink(ListenerLink):
         others = (b"%b#%d" % (first, number) for number in range(2, NAMES_PER_KEY_MAX + 1))
         peer = next((peer for peer in (first, *others) if peer not in self._routing_ids), b"")
         if peer and descriptor in self.inflows:
-            # It may be another connection's by now, which ends later than this one; then the name goes with that.
-            self._forget_plain(descriptor)
-            self._plain[descriptor] = label
+            self._plain.setdefault(descriptor, []).append(label)
             self._peers[label] = peer
             self._routing_ids[peer] = label
         return peer
 
-    def _forget_plain(self, descriptor: int) -> None:
-        peer = self._peers.pop(self._plain.pop(descriptor, b""), b"")
-        self._routing_ids.pop(peer, None)
-
     def _end_inflow(self, descriptor: int) -> None:
         super()._end_inflow(descriptor)
-        self._forget_plain(descriptor)
+        for label in self._plain.pop(descriptor, ()):
+            self._forget_plain(label)
 
-    def _cut_off(self, frame: zmq.Frame, text: str, key: str) -> None:
+    def _forget_plain(self, label: bytes) -> None:
+        self._routing_ids.pop(self._peers.pop(label, b""), None)
+
+    def _cut_off(self, label: bytes, frame: zmq.Frame, text: str, key: str) -> None:
         """End the connection of a peer; if that is for its key, it is told when it comes again."""
         self._gate.log_refused(key, text, key)
-        cut(int(frame.get(zmq.SRCFD)), self.port)
+        self._cut_once(label, frame)
 
     # What the core asks.
 
@@ -134,16 +135,25 @@ class CurveListenerLink(ListenerLink):
 
     def _may_get(self, peer: bytes) -> bool:
         label = self._routing_ids.get(peer)
-        return label is not None and not self.is_revoked(label)
+        return label is not None and self._gate.identity_of(key_in(label.decode())) is not None
+
+    def forget_revoked(self) -> None:
+        """Forget the plain peers whose keys are not those of their identities any more."""
+        for label, peer in list(self._peers.items()):
+            identity = self._gate.identity_of(key_in(label.decode()))
+            if identity is None or not f"{decode_identity(peer)}#".startswith(f"{identity}#"):
+                self._forget_plain(label)
 
     def _handle_news(self, event: int, value: int) -> None:
         super()._handle_news(event, value)
         if event == BAD_PROTOCOL:
             self._gate.log_refused("", "somebody who has no key, or knows another key of ours")
 
-    def is_revoked(self, label: bytes) -> bool:
-        """Return whether the key in a label is not on the list any more."""
-        return self._gate.identity_of(key_in(label.decode())) is None
+    def is_revoked(self, session: Session) -> bool:
+        """Return whether a session that came by this link, though it may have none now, has no key of its identity."""
+        if session.handle is not self.handle or len(session.routing_id) != NAME_CHARS:
+            return False
+        return session.link in (self, None) and not self.may_speak_for(session.routing_id, session.peer)
 
 
 def _name_of(frame: zmq.Frame) -> str:

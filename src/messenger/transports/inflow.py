@@ -60,6 +60,7 @@ class Inflow:
         held_base: The same, but of the time when the watch began.
         taken_bytes: What was taken of it since, as it was on the wire.
         held_bytes: What waited at the last look, and may be a part of a message.
+        unseen_bytes: What came just before the watch began, so that nobody knows how much of it was taken.
         has_given: Whether a message came since the last look.
         over_at, over_count: When it was found to have sent too much, and after how many messages of the socket.
     """
@@ -76,6 +77,7 @@ class Inflow:
         "over_at",
         "over_count",
         "taken_bytes",
+        "unseen_bytes",
     )
 
     def __init__(self, link: "SocketLink", descriptor: int, now: float) -> None:
@@ -86,11 +88,12 @@ class Inflow:
         self.looked_at = now
         self.over_at = FOREVER
         self.over_count = 0
-        self.held_base = self.held_bytes = self.taken_bytes = 0
+        self.held_base = self.held_bytes = self.unseen_bytes = self.taken_bytes = 0
         self.has_given = False
 
     def begin_watch(self, received: int, cookie: int) -> None:
         """Have asked of each message whether it came by this connection."""
+        self.unseen_bytes = received - self.base
         self.base = self.held_base = received
         self.cookie = cookie
         self.held_bytes = self.taken_bytes = 0
@@ -99,7 +102,7 @@ class Inflow:
 
     def end_watch(self) -> None:
         """All that it sent was taken, but for a part of a message, or nobody knows by whom a message came."""
-        self.cookie = 0
+        self.cookie = self.held_bytes = self.unseen_bytes = 0
         self.over_at = FOREVER
         self.link.watched.pop(self.descriptor, None)
 
@@ -140,8 +143,8 @@ class Lookout:
         self._links = links
         self._kernel = kernel
         self._unread_bytes_max = unread_bytes_max
-        # What waits of those that are watched, and how many they are.
-        self._unread_bytes = self._watched_count = 0
+        # What waits of those that are watched, how many they are, and what those have left that ended.
+        self._unread_bytes = self._watched_count = self._left_bytes = 0
         self._unwatched_bytes_max = INFLOW_UNWATCHED_BYTES_MAX
         # Whom the present round has still to look at, and the pause before each portion of it.
         self._left: list[Inflow] = []
@@ -168,6 +171,7 @@ class Lookout:
         self._left = [inflow for link in links for inflow in link.inflows.values()]
         held = [inflow.held_bytes for link in links for inflow in link.watched.values()]
         self._unread_bytes, self._watched_count = sum(held), len(held)
+        self._left_bytes = sum(link.left_bytes for link in links)
         if self._left:
             share = int(self._unread_bytes_max * INFLOW_UNWATCHED_SHARE) // len(self._left)
             self._unwatched_bytes_max = min(INFLOW_UNWATCHED_BYTES_MAX, share)
@@ -187,9 +191,11 @@ class Lookout:
             inflow.held_base += forgiven
             self._look_at_watched(inflow, received, now)
         elif received - inflow.base > self._unwatched_bytes_max:
-            inflow.base, cookie = received, kernel.cookie_of(descriptor)
+            cookie = kernel.cookie_of(descriptor)
             if cookie:
                 inflow.begin_watch(received, cookie)
+            else:
+                inflow.base = received
 
     def _look_at_watched(self, inflow: Inflow, received: int, now: float) -> None:
         link = inflow.link
@@ -197,7 +203,8 @@ class Lookout:
         held_bytes = max(0, arrived - inflow.held_base - inflow.taken_bytes)
         self._unread_bytes += held_bytes - inflow.held_bytes
         inflow.held_bytes = held_bytes
-        if self._unread_bytes > self._unread_bytes_max and held_bytes * self._watched_count >= self._unread_bytes:
+        is_too_much = self._unread_bytes + self._left_bytes > self._unread_bytes_max
+        if is_too_much and 0 < held_bytes * self._watched_count >= self._unread_bytes:
             self._unread_bytes -= held_bytes
             text = "others, before they could be taken: of all there were more than %d bytes"
             self._cut(inflow, now, "too_far_ahead", text, self._unread_bytes_max)

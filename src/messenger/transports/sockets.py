@@ -41,6 +41,8 @@ _libc = ctypes.CDLL(None)
 _getsockopt = ctypes.PyDLL(None).getsockopt
 _getsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _monitor_numbers = itertools.count(1)
+# Two that lead nowhere. A connection must be cut also when there are no more; its descriptor is put onto the first one.
+_spares: tuple[int, int] | None = None
 # Of closed sockets that have not stopped yet.
 _untold: "list[Monitor]" = []
 
@@ -50,6 +52,8 @@ def context() -> zmq.Context[zmq.Socket[bytes]]:
     global _context
     with _lock:
         if _context is None:
+            if _spares is None:
+                _open_spares()
             _context = zmq.Context(io_threads=1)
             _context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)
         return _context
@@ -86,21 +90,30 @@ def cut(descriptor: int, port: int) -> bool:
 
 
 def _shut(descriptor: int, is_it: Callable[[socket.socket], bool]) -> bool:
-    duplicate = -1
-    try:
-        duplicate = os.dup(descriptor)
-        with socket.socket(fileno=duplicate) as connection:
-            duplicate = -1  # The socket closes it.
-            is_ours = is_it(connection)
-            if is_ours:
-                connection.getpeername()  # The listening socket has none.
-                connection.shutdown(socket.SHUT_RDWR)
-            return is_ours
-    except OSError:
-        return False
-    finally:
-        if duplicate >= 0:
-            os.close(duplicate)
+    with _lock:
+        spare, nowhere = _spares or _open_spares()
+        try:
+            os.dup2(descriptor, spare, inheritable=False)
+            connection = socket.socket(fileno=spare)
+            try:
+                is_ours = is_it(connection)
+                if is_ours:
+                    connection.getpeername()  # The listening socket has none.
+                    connection.shutdown(socket.SHUT_RDWR)
+                return is_ours
+            finally:
+                connection.detach()
+        except OSError:
+            return False
+        finally:
+            os.dup2(nowhere, spare, inheritable=False)
+
+
+def _open_spares() -> tuple[int, int]:
+    global _spares
+    spare, nowhere = (os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(2))
+    _spares = spare, nowhere
+    return _spares
 
 
 class Kernel:

@@ -32,6 +32,8 @@ from .sockets import Monitor, context
 
 logger = logging.getLogger("messenger")
 KEY_BYTES, KEY_CHARS = 32, 40
+# Of a connection's name: its key, and 8 random bytes.
+NAME_CHARS = KEY_CHARS + 16
 _ENDPOINT = "inproc://zeromq.zap.01"
 _gates: dict[bytes, "Gate"] = {}
 _domains = itertools.count(1)
@@ -146,25 +148,27 @@ def key_in(name: str) -> str:
 
 
 def _serve(server: "zmq.Socket[bytes]") -> None:
-    # Who may come in, and when to say so.
-    waiting: deque[tuple[float, list[bytes]]] = deque()
+    # Who asked and may come in, and when to say so; the list may be another one by then.
+    waiting: deque[tuple[float, bytes, list[bytes]]] = deque()
+
+    def answer(asker: bytes, question: list[bytes], is_due: bool) -> None:
+        try:
+            words = _answer(question)
+        except Exception:
+            logger.exception("! the question whether to let somebody in failed, so the answer is no")
+            words = [b"500", b"error", b"", b""]
+        if words[0] == b"200" and not is_due:
+            waiting.append((time.monotonic() + GIVE_S, asker, question))
+        else:
+            server.send_multipart([asker, b"", b"1.0", *question[1:2], *words])
+
     while True:
         now = time.monotonic()
         while waiting and waiting[0][0] <= now:
-            server.send_multipart(waiting.popleft()[1])
-        if not server.poll(int((waiting[0][0] - now) * 1000) + 1 if waiting else None):
-            continue
-        asker, _, *question = server.recv_multipart()
-        try:
-            answer = _answer(question)
-        except Exception:
-            logger.exception("! the question whether to let somebody in failed, so the answer is no")
-            answer = [b"500", b"error", b"", b""]
-        reply = [asker, b"", b"1.0", *question[1:2], *answer]
-        if answer[0] == b"200":
-            waiting.append((time.monotonic() + GIVE_S, reply))
-        else:
-            server.send_multipart(reply)
+            answer(*waiting.popleft()[1:], is_due=True)
+        if server.poll(int((waiting[0][0] - now) * 1000) + 1 if waiting else None):
+            asker, _, *question = server.recv_multipart()
+            answer(asker, question, is_due=False)
 
 
 def _answer(frames: list[bytes]) -> list[bytes]:

@@ -1,7 +1,7 @@
-"""ZeroMQ sockets as links of the core: what they have in common, and those of listeners.
+"""ZeroMQ sockets as links of the core: what those of connections and listeners have in common.
 
-A connection is a DEALER (`connection.py`), a listener a ROUTER for each of its endpoints. All calls are made under the
-messenger's lock, by any thread.
+A connection is a DEALER (`connection.py`), a listener a ROUTER for each of its endpoints (`listener.py`). All calls are
+made under the messenger's lock, by any thread.
 
 The traps of ZeroMQ that this file is about:
 
@@ -16,31 +16,24 @@ The traps of ZeroMQ that this file is about:
 Source: docs/protocol.md, "Basic dialect".
 """
 
-import contextlib
 import errno
 import logging
-import os
-import resource
 import time
 from collections.abc import Callable as Function
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import zmq
 from zmq.backend import zmq_poll
 
-from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
 from ..limits import (
     BATCH_FRAME_BYTES_MAX,
     BATCH_MSGS_MAX,
-    CROWDED_LOG_S,
     HANDSHAKE_S,
     HEADER_BYTES_MAX,
     LARGE_BYTES_MIN,
     LOOK_S,
-    ROUTING_ID_BYTES_MAX,
     TURN_DROPPED_FRAMES_MAX,
     TURN_MSGS_MAX,
     TURN_NEWS_MAX,
@@ -48,11 +41,8 @@ from ..limits import (
 )
 from ..link import FOREVER, Link
 from ..message import Callback
-from ..outgoing import Outgoing
 from .inflow import Inflow
-from .local import IpcLock, inproc_names
-from .outflow import Outflows
-from .sockets import POLLIN, Monitor, context, cut, scramble_routing_ids
+from .sockets import POLLIN, Monitor, context
 from .wakeup import check_descriptors
 
 logger = logging.getLogger("messenger")
@@ -88,6 +78,7 @@ class SocketLink(Link):
         watched: Those of which each message must be noticed.
         taken_count: Messages that were taken while there were any such.
         emptied_at: When there was nothing to take, the last time while there were any such.
+        left_bytes: What waited of connections that have ended since there was nothing to take.
         whole_bytes_max: More than all frames of a message together may have.
         held_bytes_max: More than may wait here of what one connection has sent.
         wrap_bytes: What each frame has on the wire beside its contents and their length.
@@ -118,7 +109,7 @@ class SocketLink(Link):
         self.watched: dict[int, Inflow] = {}
         # Whose frames are being taken, if it is watched.
         self._giver: Inflow | None = None
-        self.taken_count = 0
+        self.taken_count = self.left_bytes = 0
         self.emptied_at = 0.0
         check_descriptors()
         self.socket = context().socket(kind)
@@ -159,7 +150,7 @@ class SocketLink(Link):
         """Read the socket's events, as must be done before anybody sleeps on its descriptor."""
         # As `getsockopt(EVENTS)`, which takes twice as long: pyzmq makes an enumeration of each option asked for.
         self._busy = bool(zmq_poll(self._poll_items, 0))
-        if self.watched and not self._busy:
+        if not self._busy and (self.watched or self.left_bytes):
             self._note_empty()
         return self._busy or self._has_news
 
@@ -187,11 +178,13 @@ class SocketLink(Link):
         """The connection has ended."""
         inflow = self.inflows.pop(descriptor, None)
         if inflow is not None:
+            self.left_bytes += inflow.held_bytes + inflow.unseen_bytes
             inflow.end_watch()
 
     def _note_empty(self) -> None:
         """Nothing is held here any more, of those whose messages come."""
         self.emptied_at = time.monotonic()
+        self.left_bytes = 0
         for inflow in list(self.watched.values()):
             if inflow.taken_bytes:
                 inflow.end_watch()
@@ -332,183 +325,3 @@ class SocketLink(Link):
 
     def _is_up_now(self) -> bool:
         return self.is_up
-
-
-class ListenerLink(SocketLink):
-    """A ROUTER that is bound to one endpoint."""
-
-    def __init__(
-        self,
-        endpoint: str,
-        identity: bytes,
-        handle: object,
-        callback: Callback | None,
-        exchange: Exchange,
-        limits: Limits,
-    ) -> None:
-        """Bind.
-
-        Raises:
-            DestinationInUse, DestinationInvalid: Nothing is left open.
-        """
-        is_tcp = endpoint.startswith("tcp:")
-        scramble_routing_ids()
-        super().__init__(
-            zmq.ROUTER, ACCEPTED | DOWN | BAD_PROTOCOL | HUNG_UP if is_tcp else 0, handle, callback, exchange, limits
-        )
-        self.is_shared = True
-        self._warned_at = -CROWDED_LOG_S
-        self._accepted_max = min(limits.peer_connections_max, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-        self._outflows = Outflows()
-        self._outflow_bytes_max = limits.queue_bytes_max
-        # The routing ids of plain peers that do not have their identity as routing id (transports/curve.py).
-        self._routing_ids: dict[bytes, bytes] = {}
-        self._ipc_lock: IpcLock | None = None
-        try:
-            if endpoint.startswith("ipc:"):
-                self._ipc_lock = IpcLock(Path(endpoint.removeprefix("ipc://")))
-            self.is_up = True
-            self.identity = identity
-            self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            # A heartbeat at a connection that libzmq has stopped to read aborts the process, so only connections send
-            # them, and say how long to wait for the next. The kernel tells of plain peers over tcp that are cut off.
-            self.socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
-            if is_tcp:
-                for option in (zmq.TCP_KEEPALIVE, zmq.TCP_KEEPALIVE_IDLE, zmq.TCP_KEEPALIVE_INTVL):
-                    self.socket.setsockopt(option, 1)
-                self.socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 2)
-                self.socket.setsockopt(zmq.TCP_MAXRT, 2_300)
-            else:
-                # Only this user's processes come here, and a slow listener slows them down.
-                self.socket.setsockopt(zmq.RCVHWM, limits.queue_msgs_max)
-            self._guard(endpoint)
-            # With it, libzmq shows IPv4 addresses in the form of IPv6.
-            self.socket.setsockopt(zmq.IPV6, int("[" in endpoint))
-            self._bind(endpoint)
-        except MessengerError:
-            super().close(0)
-            raise
-        except (zmq.ZMQError, OSError) as error:
-            super().close(0)
-            if self._ipc_lock is not None:
-                self._ipc_lock.release()
-            if error.errno == errno.EADDRINUSE:
-                raise DestinationInUse(f"{endpoint}: another listener has it") from error
-            raise DestinationInvalid(f"cannot listen on {endpoint}: {error}") from error
-        if endpoint.startswith("inproc:"):
-            inproc_names.add(endpoint)
-
-    def _guard(self, endpoint: str) -> None:
-        """Set what says who may connect and be whom, before the socket is bound."""
-        # A plain peer that restarts under its routing id is served at once, even if its old link is not known dead.
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        if endpoint.startswith("ipc:"):
-            # Beside the modes of the folder and of the file, which somebody may change.
-            self.socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-
-    def _handle_news(self, event: int, value: int) -> None:
-        """Count the connections of peers, and cut those that are too many."""
-        if event == DOWN:
-            self._end_inflow(value)
-        elif event == ACCEPTED:
-            self._begin_inflow(value)
-            if len(self.inflows) > self._accepted_max:
-                self._exchange.drop("too_many_connections")
-                cut(value, self.port)
-                self._warn_crowded()
-        else:
-            self._exchange.drop("failed_handshakes")
-
-    def _warn_crowded(self) -> None:
-        """Say once a minute that connections are cut."""
-        now = time.monotonic()
-        if now >= self._warned_at + CROWDED_LOG_S:
-            self._warned_at = now
-            logger.warning(
-                "! %s: more than %d connections, the newest are cut; limits.peer_connections_max and half of ulimit -n "
-                "allow no more",
-                self.endpoint,
-                self._accepted_max,
-            )
-
-    def _bind(self, endpoint: str) -> None:
-        self.socket.bind(endpoint)
-        self.endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT).strip(b"\0").decode()  # type: ignore[union-attr]
-        if self._ipc_lock is not None:
-            # Its folder is ours alone, or the user's own choice; in either case only this user may connect.
-            Path(endpoint.removeprefix("ipc://")).chmod(0o600)
-
-    def siblings(self) -> Iterable[Link]:
-        """Return all links of the listener."""
-        return self.handle.links  # type: ignore[no-any-return]
-
-    def _receive_one(self) -> None:
-        socket = self.socket
-        peer = socket.recv(NOBLOCK)
-        # A frame of pyzmq knows whether more follow, which to ask for costs more than to make one.
-        first = socket.recv(NOBLOCK, copy=False)
-        if self.watched:
-            self._note_taken(first)
-        if len(peer) > ROUTING_ID_BYTES_MAX:
-            self._refuse_routing_id(first)
-        elif len(first):
-            self._receive_session(peer, first)
-        elif not first.more:
-            self._exchange.drop("malformed_frames")
-        else:
-            self._receive_last(peer)
-
-    def _refuse_routing_id(self, first: zmq.Frame) -> None:
-        """Cut a peer whose routing id is longer than ZeroMQ's own sockets allow.
-
-        libzmq takes one of any size, and copies it for each message; so the turn ends here, and others have theirs.
-        """
-        self._exchange.drop("malformed_frames")
-        self._is_dropping = True
-        if self.endpoint.startswith("tcp:"):
-            with contextlib.suppress(zmq.ZMQError):  # Peers older than ZMTP 3, of which it does not tell.
-                cut(int(first.get(zmq.SRCFD)), self.port)
-
-    def flush(self, now: float) -> None:
-        """Give the queue to ZeroMQ; what it refuses goes back to the exchange."""
-        queue = self.queue
-        send, routing_ids = self.socket.send, self._routing_ids
-        if queue:
-            self.touch(self)
-        while queue:
-            outgoing: Outgoing = queue.popleft()
-            self.queue_bytes -= outgoing.size_bytes
-            data = outgoing.whole()
-            peer = outgoing.peer
-            outflow = self._outflows.of(peer)
-            if outflow.held_bytes() >= self._outflow_bytes_max:
-                self._exchange.handle_unsendable(self, outgoing, "peer_full")
-                continue
-            try:
-                send(routing_ids.get(peer, peer), SNDMORE_NOBLOCK)
-            except zmq.Again:
-                self._exchange.handle_unsendable(self, outgoing, "peer_full")
-            except zmq.ZMQError as error:
-                if error.errno != errno.EHOSTUNREACH:
-                    raise
-                self._exchange.handle_unsendable(self, outgoing, "peer_gone")
-            else:
-                send(self.identity, SNDMORE_NOBLOCK)
-                send(b"", SNDMORE_NOBLOCK)
-                given = outflow.add(data)
-                send(given, NOBLOCK, copy=given is data)
-
-    def begin_close(self, linger_s: float) -> float:
-        """Close the socket."""
-        if self.endpoint.startswith("inproc:"):
-            # Frees the name at once; after a close libzmq's own thread would do that some time later.
-            self.socket.unbind(self.endpoint)
-        return super().begin_close(linger_s)
-
-    def end_close(self) -> None:
-        """Free the endpoint for others."""
-        super().end_close()
-        if self.endpoint.startswith("inproc:"):
-            inproc_names.remove(self.endpoint)
-        if self._ipc_lock is not None:
-            self._ipc_lock.release()
