@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from messenger.errors import Cancelled, DeliveryError, LimitReached, MalformedMessage, MessageTooLarge, QueueFull
-from messenger.exchange import Exchange
+from messenger.exchange import BATCH_PROCESSED, Exchange
 from messenger.limits import CHALLENGES_MAX, Limits
 from messenger.link import Link
 from messenger.message import Message
@@ -286,7 +286,7 @@ class _Conversation:
     def run(self) -> None:
         while self.exchange.calls:
             callback, argument = self.exchange.calls.popleft()
-            if callback is None:
+            if callback is BATCH_PROCESSED:
                 self.exchange.note_processed(*argument)
             else:
                 callback(argument)

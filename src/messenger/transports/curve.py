@@ -116,7 +116,7 @@ class CurveListenerLink(ListenerLink):
 
     def may_speak_for(self, routing_id: bytes, identity: bytes) -> bool:
         """Return whether the key in a label is that of an identity; if not, log that."""
-        key = key_in(routing_id.decode())
+        key = key_in(routing_id.decode(errors="replace"))
         own = self._gate.identity_of(key)
         if own is not None and encode_identity(own) == identity:
             return True
