@@ -986,6 +986,20 @@ def test_contents_that_waited_for_a_receiver_that_takes_no_such_are_told_of() ->
     assert world.session.queue_bytes == 0
 
 
+def test_contents_too_large_for_the_next_process_may_have_run_at_the_first() -> None:
+    world = World()
+    world.connect()
+    message_id = world.ask(b"l" * (LARGE_BYTES_MIN + 1), redeliver=True)
+    world.deliver()
+    assert len(world.server.take()) == 1
+    world.limits = (None, LIMITED)
+    world.link_down()
+    world.start_server()
+    world.connect()
+    world.run(1.0)
+    assert outcomes(world.client.take()) == {message_id: OutcomeUnknown}
+
+
 def test_small_contents_above_the_receivers_limit_are_told_of() -> None:
     world = World(server_limits=Limits(message_bytes_max=100))
     world.connect()

@@ -231,6 +231,10 @@ class Outcomes:
         """End what was queued at an outlet where nothing leaves any more: answers to who is gone."""
         queue, outlet.queue = outlet.queue, deque()
         self.dropped["peer_gone"] += len(queue)
+        self._end_queued(outlet, queue, why)
+
+    def _end_queued(self, outlet: Outlet, queue: Iterable[Outgoing], why: str) -> None:
+        """Tell of what leaves a queue unsent; what an earlier process of the peer had may have run there."""
         held = self._discard(outlet, queue, why)
         for outgoing in queue:
             self._fail(outgoing.message_id, NotDelivered if outgoing.message_id in held else OutcomeUnknown, why)
@@ -370,8 +374,7 @@ class Outcomes:
         if refused:
             session.queue = kept
             why = f"the contents are larger than message_bytes_max of the receiver, {most}"
-            for message_id in self._discard(session, refused, why):
-                self._fail(message_id, NotDelivered, why)
+            self._end_queued(session, refused, why)
 
     def handle_deserted(self, link: Link) -> None:
         """Nobody listens any more where a connection's link led, so the process there has probably ended.

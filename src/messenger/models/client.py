@@ -97,7 +97,8 @@ class ModelClient(ModelCalls):
         return job
 
     def _cancel_job(self, job: Job[Any]) -> bool:
-        self._call("CANCEL", {"job": job.id}, lambda answer: bool(answer.result), CALL_TIMEOUT_S)
+        # It wants no response: what does is not started for who has said goodbye, as after a Ctrl-C.
+        self._messenger.send_message(self._connection, encode(Command(cmd="CANCEL", data={"job": job.id})))
         return True
 
     def _send(self, job: Job[Any], contents: bytes, settle: Callable[[Answer, Any], object], timeout: float) -> int:
