@@ -116,6 +116,8 @@ LOOK_S = 0.25
 LOOK_WATCHED_S = 0.1
 # A look at one takes 3 microseconds; many are looked at in portions, so that messages have their turn in between.
 TURN_LOOKS_MAX = 50
+# A cut takes 30; of two thousand that came at once the last is cut 4 s later than the first.
+TURN_CUTS_MAX = 12
 LOOK_S_MIN = 0.025
 # What a connection may receive before it is asked at each message by which connection it came; and that share of
 # `unread_bytes_max` may be received by all before.

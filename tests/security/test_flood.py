@@ -17,6 +17,7 @@ import pytest
 
 from messenger import DeliveryError, HandlerError, KeyPair, Limits, Listener, Message, NotDelivered, Security
 from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, KIB, MIB, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S
+from messenger.transports import inflow as inflow_module
 from messenger.transports import listener as listener_module
 from messenger.transports import zap
 from messenger.transports.sockets import Kernel
@@ -82,6 +83,31 @@ def test_idle_connections_and_garbage_end_by_themselves(server: SecuredServer, s
     # libzmq tells of those that sent at least a greeting.
     assert dropped(server.messenger, "failed_handshakes") >= len(connections) / 2
     assert server.messenger.statistics().dropped.keys() == {"failed_handshakes"}
+
+
+@pytest.mark.parametrize("passed_bytes", [0, 64, 64 + 202, 64 + 202 + 150])
+def test_a_listed_peer_that_stops_in_its_handshake(
+    messenger: MessengerFactory, plain: PlainPeers, monkeypatch: pytest.MonkeyPatch, passed_bytes: int
+) -> None:
+    """It is cut, wherever it stops: before its greeting, HELLO, INITIATE, and within that. Who is let in is not."""
+    monkeypatch.setattr(inflow_module, "HANDSHAKE_S", 0.5)
+    server = SecuredServer(messenger)
+    server.dealer(plain, server.alice)
+    wait_until(lambda: connected_count(server.listener) == 1)
+    inflows = server.listener.links[0].inflows
+    let_in = list(inflows.values())
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        is_over = threading.Event()
+        relay = threading.Thread(target=withhold, args=(listening, server.listener.port, passed_bytes, is_over))
+        relay.start()
+        plain.dealer(f"tcp://127.0.0.1:{listening.getsockname()[1]}", **server.dealer_keys(server.alice))
+        wait_until(lambda: connected_count(server.listener) == 2)
+        relay.join(TIMEOUT_S)
+        is_over.set()
+        assert not relay.is_alive(), "the relay ends only when it is cut"
+    wait_until(lambda: connected_count(server.listener) == 1)
+    time.sleep(1)
+    assert list(inflows.values()) == let_in
 
 
 def test_those_who_come_and_go_do_not_wake_us_each(server: SecuredServer, monkeypatch: pytest.MonkeyPatch) -> None:

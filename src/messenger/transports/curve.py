@@ -45,6 +45,8 @@ class CurveListenerLink(ListenerLink):
     def _guard(self, endpoint: str) -> None:
         # Nobody may take the routing id of a peer that is there.
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+        # The lookout cuts who takes too long (`inflow.py`).
+        self.socket.setsockopt(zmq.HANDSHAKE_IVL, 0)
         self.socket.setsockopt(zmq.CURVE_SERVER, 1)
         self.socket.setsockopt(zmq.CURVE_PUBLICKEY, self._gate.key.public.encode())
         self.socket.setsockopt(zmq.CURVE_SECRETKEY, self._gate.key.reveal())
@@ -98,6 +100,10 @@ class CurveListenerLink(ListenerLink):
             self._peers[label] = peer
             self._routing_ids[peer] = label
         return peer
+
+    def _begin_inflow(self, descriptor: int) -> None:
+        super()._begin_inflow(descriptor)
+        self.inflows[descriptor].is_stranger = True
 
     def _end_inflow(self, descriptor: int) -> None:
         super()._end_inflow(descriptor)

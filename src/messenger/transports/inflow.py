@@ -20,6 +20,10 @@ libzmq. So
 * libzmq may close a descriptor at any time, and another connection may have its number, so the kernel is asked each
   time whether it is still the same, and at last for its port.
 
+It tells, too, how many bytes a peer has acknowledged, and so whether libzmq has let in who has to show a key: a
+**stranger** that is not let in within `HANDSHAKE_S` is cut. libzmq could do that itself, but it looks through the timers
+of all connections whenever a handshake ends, which took a third of its time in a flood.
+
 While a callback holds up the loop nobody looks, because nobody takes messages either.
 """
 
@@ -30,16 +34,18 @@ from typing import TYPE_CHECKING
 from ..exchange import Exchange
 from ..limits import (
     CROWDED_LOG_S,
+    HANDSHAKE_S,
     INFLOW_FORGIVEN_BYTES_PER_S,
     INFLOW_UNWATCHED_BYTES_MAX,
     INFLOW_UNWATCHED_SHARE,
     LOOK_S,
     LOOK_S_MIN,
     LOOK_WATCHED_S,
+    TURN_CUTS_MAX,
     TURN_LOOKS_MAX,
 )
 from ..link import FOREVER
-from .sockets import Kernel
+from .sockets import CURVE_REFUSAL_BYTES, Kernel
 
 if TYPE_CHECKING:
     from .zeromq import SocketLink
@@ -63,6 +69,8 @@ class Inflow:
         unseen_bytes: What came just before the watch began, so that nobody knows how much of it was taken.
         has_given: Whether a message came since the last look.
         over_at, over_count: When it was found to have sent too much, and after how many messages of the socket.
+        is_stranger: Whether it has to show a key, and was not seen to be let in.
+        stranger_cookie, stranger_since: The kernel's name of it until then, and since when it had it.
     """
 
     __slots__ = (
@@ -72,10 +80,13 @@ class Inflow:
         "has_given",
         "held_base",
         "held_bytes",
+        "is_stranger",
         "link",
         "looked_at",
         "over_at",
         "over_count",
+        "stranger_cookie",
+        "stranger_since",
         "taken_bytes",
         "unseen_bytes",
     )
@@ -90,6 +101,9 @@ class Inflow:
         self.over_count = 0
         self.held_base = self.held_bytes = self.unseen_bytes = self.taken_bytes = 0
         self.has_given = False
+        self.is_stranger = False
+        self.stranger_cookie = 0
+        self.stranger_since = now
 
     def begin_watch(self, received: int, cookie: int) -> None:
         """Have asked of each message whether it came by this connection."""
@@ -150,13 +164,18 @@ class Lookout:
         self._left: list[Inflow] = []
         self._pause_s = LOOK_S
         self._next_at = 0.0
+        # Strangers that were cut in this turn.
+        self._turn_cuts_count = 0
         self._warned_at = -CROWDED_LOG_S
 
     def look(self, now: float) -> float:
         """Look at the next ones, if it is time; return when to look again."""
         if now < self._next_at:
             return self._next_at
+        self._turn_cuts_count = 0
         for _ in range(min(TURN_LOOKS_MAX, len(self._left))):
+            if self._turn_cuts_count == TURN_CUTS_MAX:
+                break
             inflow = self._left.pop()
             # Its connection may have ended, or its link, since the round began.
             if inflow.link.inflows.get(inflow.descriptor) is inflow:
@@ -180,6 +199,8 @@ class Lookout:
 
     def _look_at(self, inflow: Inflow, now: float) -> None:
         kernel, descriptor = self._kernel, inflow.descriptor
+        if inflow.is_stranger:
+            self._look_at_stranger(inflow, now)
         received = kernel.received_bytes(descriptor)
         if inflow.cookie and inflow.cookie != kernel.cookie_of(descriptor):
             inflow.end_watch()
@@ -196,6 +217,18 @@ class Lookout:
                 inflow.begin_watch(received, cookie)
             else:
                 inflow.base = received
+
+    def _look_at_stranger(self, inflow: Inflow, now: float) -> None:
+        kernel, descriptor = self._kernel, inflow.descriptor
+        cookie = kernel.cookie_of(descriptor)
+        if kernel.acknowledged_bytes(descriptor) > CURVE_REFUSAL_BYTES:
+            inflow.is_stranger = False
+        elif cookie != inflow.stranger_cookie:
+            inflow.stranger_cookie, inflow.stranger_since = cookie, now
+        elif now >= inflow.stranger_since + HANDSHAKE_S:
+            # libzmq notices, and tells it as it does of whoever hangs up in a handshake.
+            self._turn_cuts_count += 1
+            kernel.cut(descriptor, cookie, inflow.link.port)
 
     def _look_at_watched(self, inflow: Inflow, received: int, now: float) -> None:
         link = inflow.link

@@ -26,14 +26,17 @@ NOBLOCK = int(zmq.NOBLOCK)
 COUNT_MAX = 1_000_000
 # CurveZMQ puts a name of 8 bytes, a nonce of 8, an authenticator of 16 and flags of 1 around each frame.
 CURVE_WRAP_BYTES = 33
+# A listener with keys has sent so much to whom it refuses: greeting, WELCOME, ERROR. READY is longer than ERROR.
+CURVE_REFUSAL_BYTES = 64 + 170 + 12
 _NEWS = struct.Struct("=Hi")
 _INT = struct.Struct("=i")
 _COOKIE = struct.Struct("=Q")
 _SOL_SOCKET, _IPPROTO_TCP, _TCP_INFO = int(socket.SOL_SOCKET), int(socket.IPPROTO_TCP), int(socket.TCP_INFO)
 # Python has no names for these of Linux: a socket's own name, of 8 bytes, and where in `struct tcp_info`, which only
-# ever grew at its end, it stands how many bytes were received.
+# ever grew at its end, it stands how many bytes the peer
+# has acknowledged, and how many were received.
 _SO_COOKIE = 57
-_RECEIVED_OFFSET = 128
+_ACKNOWLEDGED_OFFSET, _RECEIVED_OFFSET = 120, 128
 _context: zmq.Context[zmq.Socket[bytes]] | None = None
 _lock = threading.Lock()
 _libc = ctypes.CDLL(None)
@@ -126,12 +129,17 @@ class Kernel:
         self._buffer = ctypes.create_string_buffer(_RECEIVED_OFFSET + 8)
         self._length = ctypes.c_uint32()
         self._first = ctypes.c_uint64.from_buffer(self._buffer)
+        self._acknowledged = ctypes.c_uint64.from_buffer(self._buffer, _ACKNOWLEDGED_OFFSET)
         self._received = ctypes.c_uint64.from_buffer(self._buffer, _RECEIVED_OFFSET)
         self._where = (ctypes.addressof(self._buffer), ctypes.addressof(self._length))
 
     def received_bytes(self, descriptor: int) -> int:
         """Return what a tcp connection has received, whether or not libzmq has taken it; 0 if that is not told."""
         return self._received.value if self._ask(descriptor, _IPPROTO_TCP, _TCP_INFO, _RECEIVED_OFFSET + 8) else 0
+
+    def acknowledged_bytes(self, descriptor: int) -> int:
+        """Return how much of what was sent by a tcp connection has reached its peer; 0 if that is not told."""
+        return self._acknowledged.value if self._ask(descriptor, _IPPROTO_TCP, _TCP_INFO, _RECEIVED_OFFSET) else 0
 
     def cookie_of(self, descriptor: int) -> int:
         """Return the name of a socket, which no other one ever has; 0 if that is not told."""
