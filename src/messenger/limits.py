@@ -114,6 +114,8 @@ SILENT_LOG_S = 10.0
 # So often each tcp connection is looked at, and those of a messenger that watches one.
 LOOK_S = 0.25
 LOOK_WATCHED_S = 0.1
+# If callbacks hold up the loop of a `Messenger` for longer than this, another thread looks, so often.
+STAND_IN_S = 0.5
 # A look at one takes 3 microseconds; many are looked at in portions, so that messages have their turn in between.
 TURN_LOOKS_MAX = 50
 # A cut takes 30; of two thousand that came at once the last is cut 4 s later than the first.

@@ -89,8 +89,8 @@ class Loop:
         self._readable: set[SocketLink] = set()
         # What `note_processed` is to be called with.
         self._processed: list[Any] = []
-        # When the callback that runs now began.
-        self._callback_at = FOREVER
+        # When the callback that runs now began, and the first of this turn.
+        self._callback_at = self._calls_at = FOREVER
         self._must_attach = False
         self._poll_at = 0.0
         self._room_wanted_count = 0
@@ -299,7 +299,7 @@ class Loop:
         if not calls:
             return
         take_result = self._take_result
-        self._callback_at = now = monotonic()
+        self._calls_at = self._callback_at = now = monotonic()
         if now >= self._exchange.expires_at:
             with self.lock:
                 self._exchange.drop_expired(now)
@@ -326,7 +326,7 @@ class Loop:
                 if now >= self._exchange.expires_at:
                     break
                 flush_at = now + FLUSH_S
-        self._callback_at = FOREVER
+        self._calls_at = self._callback_at = FOREVER
 
     def _take_result(self, callback: Any, argument: Any, result: Any) -> None:
         """Do something with what a callback has returned. A coroutine is work that nothing here would do."""

@@ -4,13 +4,16 @@ One lock guards the core and all sockets; whoever holds it may use them. Any thr
 loop. A thread that waits for an outcome **leads** meanwhile, if nobody else does: it takes the input itself
 (`transports/wakeup.py`), which saves two thread switches. Callbacks run on the loop's own thread, so that what they may
 rely on does not depend on who waits; only that of a message that a thread waits for by `Messenger.wait` runs there.
+While they hold up the loop, one thread of the process looks at what comes by tcp, so that no peer can make use of it.
 
 What must never happen here: a socket that two threads use without the lock.
 """
 
 import logging
+import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -20,12 +23,13 @@ from . import interrupts
 from .endpoint import Endpoints
 from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
-from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S, HELD_UP_S, POLL_S
+from .limits import ACK_DELAY_S, CLOSE_TIMEOUT_S, FLUSH_S, HELD_UP_S, POLL_S, STAND_IN_S
 from .link import FOREVER, Outlet
 from .loop import Loop, State, started
 from .message import Message
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX, Wakeup
+from .transports.zeromq import SocketLink
 from .waiting import ThreadParts, ThreadWaiter
 
 logger = logging.getLogger("messenger")
@@ -132,6 +136,23 @@ class ThreadLoop(Loop):
         """Wait for the thread, for a while, unless a close has done so in vain."""
         if not self._is_left:
             self.close(CLOSE_TIMEOUT_S)
+
+    def add(self, link: SocketLink) -> None:
+        """Receive from a link from now on."""
+        super().add(link)
+        if link.endpoint.startswith("tcp:"):
+            _start_stand_in()
+
+    def look_if_held_up(self) -> None:
+        """Look at the tcp connections, if callbacks have kept the loop from it for long. Called without the lock."""
+        if monotonic() < self._calls_at + STAND_IN_S:
+            return
+        with self.lock:
+            if self.state in (State.RUNNING, State.CLOSING):
+                for link in self._links.values():
+                    if link.is_shared:
+                        link.read_news()
+                self._exchange.look_at = self._look_around(monotonic())
 
     # What the loop sleeps on.
 
@@ -402,6 +423,33 @@ class ThreadLoop(Loop):
         with self._lock:
             self._wakeup.close()
         started.discard(self)
+
+
+_stand_in: threading.Thread | None = None
+
+
+def _start_stand_in() -> None:
+    global _stand_in
+    if _stand_in is None:
+        _stand_in = threading.Thread(target=_stand_in_for_all, name="messenger-stand-in", daemon=True)
+        _stand_in.start()
+
+
+def _stand_in_for_all() -> None:
+    while True:
+        time.sleep(STAND_IN_S)
+        for loop in list(started):
+            if isinstance(loop, ThreadLoop):
+                loop.look_if_held_up()
+
+
+def _forget_stand_in() -> None:
+    """The thread does not exist in the child of a fork."""
+    global _stand_in
+    _stand_in = None
+
+
+os.register_at_fork(after_in_child=_forget_stand_in)
 
 
 def _interrupt_at_release() -> None:

@@ -21,10 +21,10 @@ libzmq. So
   time whether it is still the same, and at last for its port.
 
 It tells, too, how many bytes a peer has acknowledged, and so whether libzmq has let in who has to show a key: a
-**stranger** that is not let in within `HANDSHAKE_S` is cut. libzmq could do that itself, but it looks through the timers
-of all connections whenever a handshake ends, which took a third of its time in a flood.
+**stranger** that is not let in within `HANDSHAKE_S` is cut. libzmq could do that itself, but it looks through the
+timers of all connections whenever a handshake ends, which took a third of its time in a flood.
 
-While a callback holds up the loop nobody looks, because nobody takes messages either.
+While a callback holds up the loop nobody takes messages, but `threads.py` has somebody look.
 """
 
 import logging
