@@ -88,8 +88,8 @@ TIMEOUT_S = 30.0
 TIMEOUT_SLACK_S = 1.0
 # So often a callback that asks whether its message was cancelled looks for input.
 POLL_S = 0.01
-# A thread whose last sleep for an answer was shorter than this looks for so long before it sleeps. An answer of an idle
-# server takes 0.1 to 0.2 ms; who sleeps meanwhile gets it a third later.
+# A thread, or an event loop, whose last wait for an answer was shorter than this looks for so long before it sleeps. An
+# answer of an idle server takes 0.1 to 0.2 ms; who sleeps meanwhile gets it a quarter to a third later.
 SPIN_S = 0.0003
 # A close waits so long for what was queued to leave the process.
 CLOSE_TIMEOUT_S = 1.0

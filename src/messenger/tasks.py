@@ -13,6 +13,7 @@ event loop with a touched link whose events were not read again.
 
 import asyncio
 import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
@@ -30,7 +31,7 @@ from .link import FOREVER, Outlet
 from .loop import Loop, State, started
 from .message import Message
 from .transports.local import inproc_names
-from .transports.wakeup import SLEEP_S_MAX
+from .transports.wakeup import SLEEP_S_MAX, spin_s_max
 from .transports.zeromq import SocketLink
 
 logger = logging.getLogger("messenger")
@@ -71,6 +72,38 @@ class _Guard:
         return
 
 
+class Spin:
+    """Keeps the event loop awake while an answer is likely to come at once; `transports/wakeup.py` says what for."""
+
+    def __init__(self) -> None:
+        self._s_max = spin_s_max()
+        self._asked_at = self._ends_at = 0.0
+        # Whether the last answer came in time.
+        self._is_worth_it = False
+        self._is_planned = False
+
+    def begin(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        """A message has left that is waited for, and nothing else is on its way."""
+        self._asked_at = now = monotonic()
+        if self._is_worth_it:
+            self._ends_at = now + self._s_max
+            if not self._is_planned:
+                self._is_planned = True
+                event_loop.call_soon(self._turn, event_loop)
+
+    def end(self) -> None:
+        """Something has come."""
+        self._ends_at = 0.0
+        self._is_worth_it = monotonic() < self._asked_at + self._s_max
+
+    def _turn(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        if monotonic() < self._ends_at:
+            os.sched_yield()
+            event_loop.call_soon(self._turn, event_loop)
+        else:
+            self._is_planned = False
+
+
 class TaskLoop(Loop):
     """The turns of one messenger on an event loop, and the tasks of its callbacks."""
 
@@ -90,6 +123,7 @@ class TaskLoop(Loop):
         # By outlet, and message whose response comes in parts: who waits for room, and how to send then.
         self._room_wanted: dict[_Place, OrderedDict[asyncio.Future[Any], Callable[[], object]]] = {}
         self._closer: asyncio.Task[None] | None = None
+        self._spin = Spin()
         # Set after each turn while the messenger closes.
         self._turned = asyncio.Event()
 
@@ -263,6 +297,7 @@ class TaskLoop(Loop):
     def _handle_input(self, link: SocketLink) -> None:
         # Deadlines have the timer, and what else a turn looks after plans one; so this need not do all that they do.
         exchange = self._exchange
+        self._spin.end()
         try:
             link.receive()
             self._touched.add(link)
@@ -357,7 +392,10 @@ class TaskLoop(Loop):
         if self._exchange.is_urgent:
             self.flush()
         elif not self._is_turn_planned:
+            is_quiet = outlet.is_quiet
             self.flush_soon(outlet, 0.0)
+            if is_quiet:
+                self._spin.begin(self._event_loop)
 
     def wait_room(self, outlet: Outlet, deadline_at: float, message: Message | None = None) -> None:
         """Tell the caller to wait; a plain function cannot."""

@@ -3,11 +3,15 @@
 import os
 import select
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from messenger import tasks
 from messenger.limits import SPIN_S
+from messenger.tasks import Spin
 from messenger.transports import wakeup
 from messenger.transports.wakeup import Wakeup
 
@@ -60,3 +64,31 @@ def test_it_finds_what_comes_while_it_looks(
     monkeypatch.setattr(os, "sched_yield", lambda: os.eventfd_write(descriptor, 1))
     assert wakeup._poll(each._inner, 0.0, 10.0) == [(descriptor, select.EPOLLIN)]
     os.close(descriptor)
+
+
+@pytest.mark.parametrize(("cpu_count", "turns"), [(1, [0, 0, 0, 0]), (2, [0, 2, 4, 0])])
+def test_an_event_loop_stays_awake_for_an_answer_if_the_last_one_came_soon(
+    monkeypatch: pytest.MonkeyPatch, cpu_count: int, turns: list[int]
+) -> None:
+    """So many turns it has without a sleep until the answer comes, or the time is over."""
+    now = 0.0
+    planned: list[partial[None]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpu_count)))
+    monkeypatch.setattr(tasks, "monotonic", lambda: now)
+    event_loop = Mock(call_soon=lambda *call: planned.append(partial(*call)))
+    spin = Spin()
+    had = []
+    for answer_s in (SPIN_S / 2, SPIN_S / 2, 2 * SPIN_S, SPIN_S / 2):
+        spin.begin(event_loop)
+        ends_at, turn_count = now + answer_s, 0
+        while now < ends_at:
+            now += SPIN_S / 4
+            if now >= ends_at:
+                spin.end()
+            for turn in planned[:]:
+                planned.remove(turn)
+                turn()
+                turn_count += 1
+        had.append(turn_count)
+        assert not planned
+    assert had == turns

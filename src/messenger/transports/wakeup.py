@@ -44,6 +44,11 @@ def check_descriptors() -> None:
             os.close(descriptor)
 
 
+def spin_s_max() -> float:
+    """Return for how long to look before a sleep: `SPIN_S`, or 0 if whoever is to answer would have to wait for it."""
+    return SPIN_S if len(os.sched_getaffinity(0)) > 1 else 0.0
+
+
 class Wakeup:
     """Two nested epolls and two event descriptors. Methods that sleep are called without the messenger's lock."""
 
@@ -56,8 +61,7 @@ class Wakeup:
         self._inner.register(self._attention, select.EPOLLIN)
         self._outer.register(self._calls, select.EPOLLIN)
         self._outer.register(self._inner.fileno(), select.EPOLLIN)
-        # On a single CPU whoever is to answer would have to wait for it.
-        self._spin_s_max = SPIN_S if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._spin_s_max = spin_s_max()
         self._spin_s = 0.0
 
     def add(self, descriptor: int) -> None:
