@@ -1,5 +1,6 @@
 """Commit levels: what a commit waits for, what it says if that does not come, and how many threads share the work."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -435,6 +436,37 @@ def test_a_transaction_inside_another_is_refused(cluster: Cluster) -> None:
     with pytest.raises(StatementRefused, match="has ended"):
         tx.execute(INSERT, ("c",))
     assert primary.execute(SELECT).fetchall() == [(1, "b")]
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_transaction_that_sqlite_rolled_back_commits_nothing_more(cluster: Cluster, goes_on: bool) -> None:
+    primary, replica = cluster.pair()
+    primary.execute("INSERT INTO books VALUES (1, 'Dune')")
+    position = primary.position
+
+    def run() -> None:
+        with primary.transaction() as tx:
+            tx.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY)")
+            with pytest.raises(apsw.ConstraintError):
+                tx.execute("INSERT OR ROLLBACK INTO books VALUES (1, 'Emma')")
+            if goes_on:
+                tx.execute("INSERT INTO books VALUES (2, 'Emma')")
+
+    with pytest.raises(StatementRefused, match="SQLite has rolled it back"):
+        run()
+    assert primary.position == position
+    primary.execute("INSERT INTO books VALUES (3, 'Walden')")
+    assert primary.execute(SELECT).fetchall() == [(1, "Dune"), (3, "Walden")]
+    assert_equal(primary, replica)
+
+
+def test_a_transaction_that_was_rolled_back_runs_nothing_more(cluster: Cluster) -> None:
+    primary, _ = cluster.pair()
+    with contextlib.suppress(LookupError), primary.transaction() as tx:
+        raise LookupError
+    with pytest.raises(StatementRefused, match="has ended"):
+        tx.execute(INSERT, ("late",))
+    assert primary.execute(SELECT).fetchall() == []
 
 
 def test_returning_rows(cluster: Cluster) -> None:

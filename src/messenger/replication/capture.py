@@ -250,6 +250,7 @@ class Capture:
 
     def on_statement(self, cursor: Any, sql: str, bindings: Any) -> bool:
         """Note a statement that is about to run. For `apsw.Cursor.exec_trace`."""
+        check_open(self._connection)
         kind = classify(sql)
         if self._pending is not None:
             self._note_schema_done()
@@ -336,6 +337,19 @@ class Capture:
                 raise StatementRefused("table sqlite_sequence: a blob there cannot be replicated")
             self._parts.append(Part(PartKind.SEQUENCES, encode(now)))
             self._schema.sequences = now
+
+
+def check_open(connection: apsw.Connection) -> None:
+    """Refuse what comes after SQLite has ended a transaction by itself: outside of one, it would be committed at once.
+
+    Raises:
+        StatementRefused.
+    """
+    if not connection.in_transaction:
+        raise StatementRefused(
+            "the transaction is over: SQLite has rolled it back, as after OR ROLLBACK or when the disk is full, and "
+            "the error was passed over; nothing of it was committed"
+        )
 
 
 def _check_keys(changes: bytes, tables: Container[str]) -> None:

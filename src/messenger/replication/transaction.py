@@ -23,6 +23,7 @@ class Transaction:
         self._connection = cursor_of
         self._capture = capture
         self._cursors: list[apsw.Cursor] = []
+        self._has_ended = False
 
     def execute(self, sql: str, bindings: Bindings = None) -> Rows:
         """Run statements within the transaction; take the rows before it ends.
@@ -55,7 +56,7 @@ class Transaction:
         return self._connection.last_insert_rowid()
 
     def _cursor(self) -> apsw.Cursor:
-        if self.position is not None:
+        if self._has_ended:
             raise StatementRefused("the transaction has ended")
         self._cursors = [cursor for cursor in self._cursors if _is_under_way(cursor)]
         cursor = self._connection.cursor()
@@ -70,7 +71,8 @@ class Transaction:
                 pass
 
     def end(self) -> None:
-        """Let go of all statements. For `Primary`."""
+        """Let go of all statements, and run no more. For `Primary`."""
+        self._has_ended = True
         for cursor in self._cursors:
             cursor.close(force=True)
 

@@ -21,7 +21,7 @@ import apsw
 from messenger import interrupts
 
 from . import database
-from .capture import Capture, Schema, check_setting
+from .capture import Capture, Schema, check_open, check_setting
 from .confirm import Level, Waiter
 from .errors import DatabaseRefused, DiskFailed, Fenced, ReplicationError, StatementRefused
 from .limits import GROUP_MAX, INTERRUPTED_S, ReplicationLimits
@@ -216,6 +216,7 @@ class Writer:
     @interrupts.shields
     def commit(self, parts: list[Part], waiter: Waiter, level: Level, count: int) -> None:
         """Write an entry of these parts, if there are any, commit, and publish it."""
+        check_open(self.connection)
         head = self.log.head
         entries = [self.make_entry(head, parts)] if parts else []
         self.log.append(entries)
