@@ -17,6 +17,7 @@ from messenger.replication import (
     Position,
     Primary,
     ReplicaState,
+    ReplicationClosed,
     ReplicationLimits,
     StatementRefused,
     WriterBusy,
@@ -490,6 +491,37 @@ def test_closing_wakes_who_waits(cluster: Cluster) -> None:
         with pytest.raises(NotConfirmed, match="it was closed"):
             waiting.result(20)
     assert time.monotonic() - started_at < 10
+
+
+@pytest.mark.parametrize("role", ["primary", "replica"])
+def test_closing_ends_a_read_that_is_under_way(cluster: Cluster, role: str) -> None:
+    primary, replica = cluster.pair()
+    reader = primary if role == "primary" else replica
+    with ThreadPoolExecutor(1) as pool:
+        started = threading.Event()
+
+        def read() -> None:
+            reader.execute("SELECT 1").fetchall()
+            started.set()
+            reader.execute(
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+            ).fetchall()
+
+        reading = pool.submit(read)
+        assert started.wait(10)
+        time.sleep(0.1)
+        reader.close()
+        with pytest.raises(apsw.InterruptError):
+            reading.result(10)
+    with pytest.raises(ReplicationClosed):
+        reader.execute("SELECT 1")
+    # The file is free.
+    if role == "primary":
+        with pytest.raises(ReplicationClosed):
+            primary.wait_confirmed(primary.position)
+        cluster.primary(destination=free_port())
+    else:
+        cluster.replica()
 
 
 def test_a_write_of_somebody_else_is_noticed(cluster: Cluster) -> None:

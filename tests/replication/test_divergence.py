@@ -217,3 +217,22 @@ def test_sums_tell_rows_apart() -> None:
         "table t, key 77: differs",
         "table t, key 99999: missing here",
     ]
+
+
+def test_a_divergence_that_cannot_be_kept_is_told_all_the_same(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise apsw.FullError("database or disk is full")
+
+    primary, replica = filled(cluster)
+    tamper(replica, "DELETE FROM books WHERE id = 2")
+    with monkeypatch.context() as patch:
+        patch.setattr("messenger.replication.database.write_state", refuse)
+        assert primary.check(10) == {"replica": "table books, key 2: missing here"}
+        wait_until(lambda: state_of(primary, "replica") is ReplicaState.DIVERGED)
+        assert replica.status().state is ReplicaState.DIVERGED
+        assert "will not know that it has diverged: database or disk is full" in caplog.text
+    replica.resync()
+    wait_until(lambda: replica.status().snapshot_count == 2)
+    assert_equal(primary, replica)

@@ -8,6 +8,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from messenger import DestinationInvalid
 from messenger.replication import (
     DatabaseRefused,
     Position,
@@ -359,13 +360,42 @@ def test_a_wal_that_is_left_is_not_played_into_a_new_copy(cluster: Cluster) -> N
 
 
 def test_leftovers_of_killed_processes_are_removed(cluster: Cluster) -> None:
-    leftovers = [cluster.folder / "primary.db-snapshot-1234", cluster.folder / "replica.db-snapshot-5678"]
-    other = cluster.folder / "primary.db.bak-snapshot-9"
-    for path in (*leftovers, other):
+    number = "0123456789abcdef" * 2
+    leftovers = [cluster.folder / f"primary.db-snapshot-{number}", cluster.folder / f"replica.db-snapshot-{number}-wal"]
+    users = [cluster.folder / f"primary.db.bak-snapshot-{number}", cluster.folder / "primary.db-snapshot-20261130"]
+    for path in (*leftovers, *users):
         path.write_bytes(b"half")
     cluster.pair()
     assert [path.exists() for path in leftovers] == [False, False]
-    assert other.exists()
+    assert [path.exists() for path in users] == [True, True]
+
+
+def test_a_file_may_be_a_link(cluster: Cluster) -> None:
+    (cluster.folder / "other").mkdir()
+    for name in ("primary", "replica"):
+        (cluster.folder / f"{name}.db").symlink_to(cluster.folder / "other" / f"{name}.db")
+    primary, replica = cluster.pair()
+    primary.execute(INSERT, ("Dune",))
+    assert_equal(primary, replica)
+    with pytest.raises(DatabaseRefused, match="open as a primary or replica already"):
+        Replica(cluster.folder / "other" / "primary.db", cluster.messenger("x"), cluster.port)
+    replica.close()
+    cluster.replica().wait_for(primary.position)
+    assert (cluster.folder / "replica.db").is_symlink()
+
+
+def test_a_progress_callback_that_raises_holds_up_nothing(cluster: Cluster) -> None:
+    primary = cluster.primary()
+    primary.execute(BOOKS)
+    calls: list[object] = []
+
+    def on_progress(status: object) -> None:
+        calls.append(status)
+        raise ValueError("the user's own")
+
+    replica = cluster.replica(on_progress=on_progress)
+    wait_streaming(primary, replica)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("path", ["", ":memory:", "file:x.db"])
@@ -380,6 +410,9 @@ def test_a_failed_start_gives_everything_back(cluster: Cluster, tmp_path: Path) 
     with contextlib.suppress(Exception):
         Primary(tmp_path / "second.db", messenger, first.destination)
     Primary(tmp_path / "second.db", messenger, free_port()).close()
+    with pytest.raises(DestinationInvalid):
+        Replica(tmp_path / "third.db", messenger, "udp://x:1")
+    Replica(tmp_path / "third.db", messenger, first.destination).close()
 
 
 def test_replicas_that_are_gone_make_room(cluster: Cluster) -> None:

@@ -399,11 +399,14 @@ class Applier:
         return path
 
     def note_diverged(self, divergence: Divergence) -> None:
-        """Take nothing more, also after a restart."""
+        """Take nothing more, also after a restart, unless the file cannot be written to now."""
         connection, _ = self._require_open()
         self.diverged = divergence
-        with database.transaction(connection):
-            database.write_state(connection, diverged=msgspec.json.encode(divergence).decode())
+        try:
+            with database.transaction(connection):
+                database.write_state(connection, diverged=msgspec.json.encode(divergence).decode())
+        except apsw.Error as error:
+            logger.error("! the next start of %s will not know that it has diverged: %s", self.path, error)
 
     def _require_open(self) -> tuple[apsw.Connection, Log]:
         if self._connection is None or self._log is None:

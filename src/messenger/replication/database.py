@@ -15,15 +15,15 @@ import fcntl
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Self
 
 import apsw
 import msgspec
 
 from .errors import DatabaseRefused, DiskFailed, ReplicationClosed
-from .limits import BUSY_MS
+from .limits import BUSY_MS, CLOSE_READER_S
 from .records import NO_CHECKSUM, Head
 
 logger = logging.getLogger("messenger.replication")
@@ -229,35 +229,45 @@ class FileLock:
 
 
 class Readers:
-    """A connection that only reads, for each thread that asks."""
+    """A connection that only reads, for each thread that asks, until `close`."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._local = threading.local()
         self._lock = threading.Lock()
         self._open: dict[int, tuple[threading.Thread, apsw.Connection]] = {}
-        self._generation = 0
+        self._is_closed = False
 
     def get(self) -> apsw.Connection:
-        """Return the calling thread's connection."""
-        if getattr(self._local, "generation", -1) != self._generation:
+        """Return the calling thread's connection.
+
+        Raises:
+            ReplicationClosed.
+        """
+        connection: apsw.Connection | None = getattr(self._local, "connection", None)
+        if self._is_closed:
+            raise closed_error(self._path)
+        if connection is None:
             connection = open_reader(self._path)
             with self._lock:
+                if self._is_closed:
+                    close_connection(connection)
+                    raise closed_error(self._path)
                 # Of threads that have ended, nobody else would close them.
                 for key, (thread, gone) in list(self._open.items()):
                     if not thread.is_alive():
                         close_connection(gone)
                         del self._open[key]
                 self._open[threading.get_ident()] = threading.current_thread(), connection
-                self._local.connection, self._local.generation = connection, self._generation
-        return self._local.connection  # type: ignore[no-any-return]
+                self._local.connection = connection
+        return connection
 
     def close(self) -> None:
-        """Close them all, under whoever still reads."""
+        """Close them all, under whoever still reads, who gets `apsw.InterruptError`."""
         with self._lock:
-            self._generation += 1
+            self._is_closed = True
             for _, connection in self._open.values():
-                close_connection(connection)
+                _close_in_use(connection, self._path)
             self._open.clear()
 
     def __enter__(self) -> Self:
@@ -267,12 +277,32 @@ class Readers:
         self.close()
 
 
+def _close_in_use(connection: apsw.Connection, path: str) -> None:
+    """Close a connection by which another thread may be reading at this moment; SQLite lets nobody do that."""
+    deadline_at = time.monotonic() + CLOSE_READER_S
+    while True:
+        try:
+            connection.interrupt()
+            connection.close(force=True)
+            return
+        except apsw.ThreadingViolationError:
+            if time.monotonic() > deadline_at:
+                logger.warning("! a connection that reads %s is in use, and is closed when nobody has it", path)
+                return
+        except apsw.ConnectionClosedError:
+            return
+        time.sleep(CLOSE_READER_S / 1_000)
+
+
 def resolve(path: str | os.PathLike[str]) -> str:
-    """Return the path of a database as text, absolute, so that a later change of folder does not matter."""
+    """Return the path of a database as text, absolute, so that a later change of folder does not matter.
+
+    Symbolic links are followed, as SQLite does: its WAL, and so our lock, stand beside the file itself.
+    """
     text = os.fspath(path)
     if not text or text == ":memory:" or text.startswith("file:"):
         raise DatabaseRefused(f"{text!r} is no path of a file; a replicated database must be a file of its own")
-    return str(Path(text).absolute())
+    return os.path.realpath(text)
 
 
 def quote(name: str) -> str:

@@ -10,6 +10,7 @@ it again.
 What must never happen here: an answer that says more than is so.
 """
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -499,7 +500,8 @@ class Follower:
         self.applier.note_diverged(divergence)
         self.state = ReplicaState.DIVERGED
         report = DivergedReport(stream, divergence.lsn, divergence.table, divergence.key, str(divergence))
-        self._send(stream, encode(report))
+        with contextlib.suppress(MessengerError):  # Then the primary sees that this replica is gone.
+            self._send(stream, encode(report))
         with self._lock:
             self._leave(ReplicaState.DIVERGED)
         self._on_change()

@@ -83,3 +83,5 @@ INTERRUPTED_S = 0.05
 BUSY_MS = 5_000
 # Transactions of an `AsyncPrimary` that are open or wait, each with a thread; and as many other calls.
 ASYNC_TRANSACTIONS_MAX = 32
+# A thread that reads is interrupted when the file is closed, and has so many seconds to notice.
+CLOSE_READER_S = 1.0

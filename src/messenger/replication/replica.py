@@ -4,6 +4,7 @@ The copy is a file of its own that any thread and any process may read. `Followe
 opens it, reads it, waits for positions, and says how it stands.
 """
 
+import logging
 import os
 import threading
 import time
@@ -37,6 +38,8 @@ from .records import (
 from .rows import Rows
 from .status import ReplicaSelfStatus, ReplicaState
 
+logger = logging.getLogger("messenger.replication")
+
 
 class Replica:
     """A replica of an SQLite database. A context manager; follows from the start.
@@ -52,12 +55,13 @@ class Replica:
         max_lag: Seconds, > 0; `execute` raises `Stale` if the copy may be older.
         resync: Throw away what is here for a snapshot of the primary, as after `Diverged`.
         on_progress: Called with the status, on threads of the replica, while a snapshot or catching up goes on; it
-            must not block.
+            must not block. One that raises is not called again.
         on_promote: Called on a thread of its own when somebody asks over `listen` that this replica be promoted; it
             should call `promote`. Without it that is refused.
 
     Raises:
         DatabaseRefused: The file is in use, or holds a database that is no replica.
+        DestinationInUse, DestinationInvalid, apsw.Error.
 
     Source: docs/replication.md.
     """
@@ -92,7 +96,11 @@ class Replica:
             raise ValueError("destination is an empty sequence; name at least one place where the primary may be")
         self._applier = Applier(self.path, limits)
         self._readers = database.Readers(self.path)
-        self._follower = Follower(self._applier, messenger, destinations, self.name, limits, self._on_change)
+        try:
+            self._follower = Follower(self._applier, messenger, destinations, self.name, limits, self._on_change)
+        except BaseException:
+            self._applier.close()
+            raise
         if resync:
             self.resync()
         self._on_promote = on_promote
@@ -196,7 +204,12 @@ class Replica:
         with self._changed:
             self._changed.notify_all()
         if self._on_progress is not None and self._follower.state in (ReplicaState.SNAPSHOT, ReplicaState.CATCHING_UP):
-            self._on_progress(self.status())
+            try:
+                self._on_progress(self.status())
+            except Exception:
+                # What is replicated must not hang on whether somebody can show it.
+                logger.exception("! on_progress of %s raised, it is not called any more", self.name)
+                self._on_progress = None
 
     # Changing.
 

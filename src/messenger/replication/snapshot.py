@@ -10,6 +10,7 @@ What must never happen here: a file that is half a snapshot.
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("messenger.replication")
 
+# The names are such that no copy of the user's own is ever taken for one of these.
 _SUFFIX = "-snapshot-"
+_RANDOM_BYTES = 16
+_LEFTOVER = re.compile(rf"{_SUFFIX}[0-9a-f]{{{2 * _RANDOM_BYTES}}}(?:-journal|-wal|-shm)?")
 
 
 class SnapshotFailed(OSError):
@@ -39,12 +43,9 @@ class SnapshotFailed(OSError):
 def remove_leftovers(path: str) -> None:
     """Remove copies that a process left when it was killed. Called with the file's lock held."""
     folder, name = os.path.split(path)
-    for leftover in Path(folder).glob(f"{_escape(name)}{_SUFFIX}*"):
-        leftover.unlink(missing_ok=True)
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+    for leftover in Path(folder).iterdir():
+        if leftover.name.startswith(name) and _LEFTOVER.fullmatch(leftover.name, len(name)):
+            leftover.unlink(missing_ok=True)
 
 
 class SnapshotSource:
@@ -53,7 +54,7 @@ class SnapshotSource:
     def __init__(self, feed: "Feed") -> None:
         self._feed = feed
         self._source = feed.source
-        self._path = f"{feed.source.path}{_SUFFIX}{secrets.token_hex(4)}"
+        self._path = f"{feed.source.path}{_SUFFIX}{secrets.token_hex(_RANDOM_BYTES)}"
         self._descriptor = -1
 
     def __enter__(self) -> Self:
@@ -153,7 +154,7 @@ class SnapshotSink:
     """
 
     def __init__(self, path: str, bytes_total: int) -> None:
-        self.path = f"{path}{_SUFFIX}{secrets.token_hex(4)}"
+        self.path = f"{path}{_SUFFIX}{secrets.token_hex(_RANDOM_BYTES)}"
         self.bytes_done = 0
         self.bytes_total = bytes_total
         self._digest = blake2b(digest_size=CHECKSUM_BYTES)
