@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,41 @@ def test_garbage_for_the_current_version_is_refused(folder: Path) -> None:
     (folder / "sum/current").write_text("../../1")
     with pytest.raises(ModelFileInvalid, match="names no version"):
         Store(folder).current("sum")
+
+
+def spoil_with_garbage(model: Path) -> None:
+    (model / "current").write_text("garbage")
+
+
+def spoil_with_a_folder(model: Path) -> None:
+    (model / "current").unlink()
+    (model / "current").mkdir()
+
+
+def spoil_with_a_link(model: Path) -> None:
+    (model / "current").unlink()
+    (model / "current").symlink_to("1")
+
+
+@pytest.mark.parametrize("spoil", [spoil_with_garbage, spoil_with_a_folder, spoil_with_a_link])
+def test_a_bad_model_hides_no_other(folder: Path, spoil: Callable[[Path], None]) -> None:
+    make_linear(folder, "bad")
+    make_linear(folder)
+    spoil(folder / "bad")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    assert Store(folder).list_all() == [
+        Listed(name="bad", version=0, versions=[1]),
+        Listed(name="sum", version=1, versions=[1]),
+    ]
+    with pytest.raises(ModelFileInvalid):
+        Store(folder).current("bad")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_file_beside_the_models_is_none(folder: Path) -> None:
+    make_linear(folder)
+    (folder / "wine.csv").write_text("x,y\n1,2\n")
+    assert [listed.name for listed in Store(folder).list_all()] == ["sum"]
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"tree\n", b"tree\nversion=v4\nnum_class=1\n" + b"x" * 1000])

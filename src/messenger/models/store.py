@@ -8,10 +8,12 @@ checked; a path that leads out of the folder, by a name or by a link; a format t
 """
 
 import hashlib
+import logging
 import os
 import re
 import secrets
 import shutil
+import stat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ import msgspec
 from .errors import ModelFileInvalid
 from .limits import MANIFEST_BYTES_MAX, MODEL_BYTES_MAX, NAME_PATTERN
 
+logger = logging.getLogger("messenger.models")
 Format = Literal["lightgbm", "onnx"]
 Task = Literal["classification", "regression"]
 FILE_NAMES: dict[Format, str] = {"lightgbm": "model.txt", "onnx": "model.onnx"}
@@ -106,10 +109,23 @@ class Store:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def list_all(self) -> list[Listed]:
-        """Return all models that have a version."""
-        names = sorted(entry.name for entry in os.scandir(self.folder) if re.fullmatch(NAME_PATTERN, entry.name))
-        listed = [Listed(name=name, version=self.current(name), versions=self.versions(name)) for name in names]
-        return [model for model in listed if model.versions]
+        """Return all models that have a version. What else lies in the folder, or cannot be read, hides no other."""
+        names = sorted(
+            entry.name
+            for entry in os.scandir(self.folder)
+            if re.fullmatch(NAME_PATTERN, entry.name) and entry.is_dir(follow_symlinks=False)
+        )
+        listed: list[Listed] = []
+        for name in names:
+            version, versions = 0, []
+            try:
+                versions = self.versions(name)
+                version = self.current(name)
+            except (OSError, ModelFileInvalid) as error:
+                logger.warning("! of model %s it is not known which version is served: %s", name, error)
+            if versions:
+                listed.append(Listed(name=name, version=version, versions=versions))
+        return listed
 
     def versions(self, name: str) -> list[int]:
         """Return the versions of a model, the oldest first; none if there is no such model."""
@@ -247,9 +263,10 @@ def _read(path: Path, bytes_max: int) -> bytes:
         raise
     except OSError as error:
         raise ModelFileInvalid(f"{path} is not read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ModelFileInvalid(f"{path} is no file")
     with os.fdopen(descriptor, "rb") as file:
-        if not path.is_file():
-            raise ModelFileInvalid(f"{path} is no file")
         data = file.read(bytes_max + 1)
     if len(data) > bytes_max:
         raise ModelFileInvalid(f"{path} is larger than {bytes_max} bytes")
