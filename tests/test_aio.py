@@ -227,6 +227,84 @@ def test_deadline_cancels_the_task_of_the_callback(run: Run) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("way", ["deadline", "cancel and goodbye"])
+def test_task_is_cancelled_once_so_that_it_can_clean_up(run: Run, way: str) -> None:
+    """At a deadline both ends count; and the deadlines of others come while it cleans up."""
+    ended: list[str] = []
+
+    async def work(_: Message) -> None:
+        try:
+            await asyncio.sleep(TIMEOUT_S)
+        except asyncio.CancelledError:
+            ended.append("begins to clean up")
+            await asyncio.sleep(0.3)
+            ended.append("is clean")
+            raise
+
+    async def main() -> None:
+        async with Pair(work, workers=5) as pair:
+            if way == "deadline":
+                asked = [pair.client.request(pair.to, b"", timeout=0.5 + 0.03 * number) for number in range(5)]
+                await asyncio.gather(*asked, return_exceptions=True)
+            else:
+                asked = [pair.client.request(pair.to, b"") for _ in range(5)]
+                await until(lambda: pair.server.statistics().received_msgs == 5)
+                for each in asked:
+                    each.cancel()
+                await until(lambda: ended)
+                await pair.client.close()
+            await until(lambda: len(ended) == 10)
+            assert ended.count("is clean") == 5
+
+    run(main())
+
+
+def test_all_tasks_of_a_message_are_cancelled(run: Run) -> None:
+    """Of two callbacks that run for it, the first to end took the other out of the list."""
+    ended: list[str] = []
+
+    async def short(_: Message) -> None:
+        ended.append("short")
+
+    async def long(_: Message) -> None:
+        try:
+            await asyncio.sleep(TIMEOUT_S)
+        finally:
+            ended.append("long")
+
+    async def main() -> None:
+        async with Pair(short) as pair:
+            pair.server.register_callback(100, long)
+            asked = pair.client.request(pair.to, b"", remote_callback=100)
+            await until(lambda: ended)
+            await asyncio.sleep(0.01)
+            asked.cancel()
+            await until(lambda: ended == ["short", "long"])
+
+    run(main())
+
+
+def test_task_that_is_cancelled_before_its_first_step_gives_the_message_up(run: Run) -> None:
+    """A group does so with its tasks, if its body raises before it awaits."""
+
+    async def ask(pair: Pair) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(pair.client.request(pair.to, b""))
+            group.create_task(pair.client.send_message(pair.to, b"waits for room"))
+            raise ValueError("planted")
+
+    async def main() -> None:
+        async with Pair(answer, limits=Limits(queue_msgs_max=1)) as pair:
+            with pytest.raises(ExceptionGroup):
+                await ask(pair)
+            assert pair.client.statistics().outstanding_msgs == 0
+            await until(lambda: pair.server.statistics().received_msgs == 1)
+            assert (await pair.client.request(pair.to, b"")).contents == b"answer to "
+            assert pair.client.statistics().sent_msgs == 2
+
+    run(main())
+
+
 def test_the_sender_s_goodbye_cancels_the_task_of_the_callback(run: Run) -> None:
     began: list[Message] = []
     ended: list[tuple[bool, bool]] = []
@@ -476,6 +554,36 @@ def test_close_drains_and_leaves_no_task(run: Run) -> None:
             await server.close()
             with pytest.raises(MessengerClosed):
                 server.request("inproc://slow", b"")
+
+    run(main())
+
+
+@pytest.mark.parametrize("order_by", [None, len])
+def test_close_that_is_over_starts_nothing_more(run: Run, order_by: Any) -> None:
+    """Each task that it cancelled made room for one that waited; by keys, also after `close` had returned."""
+    events: list[str] = []
+
+    async def slow(_: Message) -> None:
+        events.append("starts")
+        try:
+            await asyncio.sleep(TIMEOUT_S)
+        except asyncio.CancelledError:
+            events.append("cancelled")
+            raise
+
+    async def main() -> None:
+        async with AsyncMessenger() as client:
+            server = AsyncMessenger()
+            key = None if order_by is None else lambda message: order_by(message.contents)
+            server.listen_for_connection("inproc://slow", slow, workers=2, order_by=key)
+            for _ in range(3):
+                for contents in (b"1", b"22"):
+                    await client.send_message("inproc://slow", contents)
+            await until(lambda: server.statistics().received_msgs == 6 and len(events) == 2)
+            await server.close(timeout=0.1)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            await asyncio.sleep(0.05)
+            assert events == ["starts", "starts", "cancelled", "cancelled"]
 
     run(main())
 

@@ -60,3 +60,12 @@ def test_one_of_a_key_at_a_time_in_order_and_nothing_is_kept(keys: list[int], rn
         assert began[key] == [b"%d" % number for number, other in enumerate(keys) if other == key]
     assert order.waiting_count == 0
     assert not order._waiting
+
+
+def test_what_waits_is_taken_and_nothing_follows() -> None:
+    order: KeyOrder[int] = KeyOrder()
+    assert [order.admit(key, number) for number, key in enumerate("aabab")] == [True, False, True, False, False]
+    assert order.take_waiting() == [1, 3, 4]
+    assert order.waiting_count == 0
+    assert (order.release("a"), order.release("b")) == (None, None)
+    assert order.admit("a", 5)

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Coroutine, Generator
 from typing import Any, TypeVar
 
-from .errors import ContentsInvalid, DeliveryError, QueueFull
+from .errors import QueueFull
 from .link import Outlet
 from .message import Message, Taker
 from .streams import Parts
@@ -49,6 +49,8 @@ class Steps(asyncio.Future[T]):
 
     def throw(self, *error: Any) -> Any:
         """Raise at the present step, as a coroutine does."""
+        if isinstance(error[0], asyncio.CancelledError):
+            self.cancel()  # A task that is cancelled before its first step does not do it.
         return self._coroutine().throw(*error)
 
     def close(self) -> None:
@@ -76,7 +78,7 @@ class Response(Taker, Steps[T]):
     message_id: int
     messenger: Any
 
-    def settle(self, response: Message | None, error: DeliveryError | ContentsInvalid | None) -> None:
+    def settle(self, response: Message | None, error: Exception | None) -> None:
         """Take the outcome."""
         if self.done():
             return
@@ -108,14 +110,17 @@ class TypedResponse(Response[T]):
         self._codec = codec
         self._encoding = encoding
 
-    def settle(self, response: Message | None, error: DeliveryError | ContentsInvalid | None) -> None:
-        """Take the outcome."""
+    def settle(self, response: Message | None, error: Exception | None) -> None:
+        """Take the outcome; the core calls this, so a `__post_init__` that raises must not raise out of it."""
         value: Any = None
         if response is not None:
             try:
                 value = self._codec.decode(response.contents, self._encoding)
-            except ContentsInvalid as invalid:
-                error = invalid
+            except StopIteration as raised:
+                error = RuntimeError(f"to decode the response raised {raised!r}, which no future can raise")
+                error.__cause__ = raised
+            except Exception as raised:
+                error = raised
         super().settle(value, error)
 
 

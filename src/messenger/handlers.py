@@ -2,9 +2,10 @@
 
 The coroutines of a listener's callback wait in its **lane** until one of `workers` is free, so they start in the order
 in which the messages came; all others start at once. A message counts as processed when its tasks have ended
-(`running.py`). The task of a message whose sender has given it up is cancelled, and one that did not start never does.
+(`running.py`). What runs for a message whose sender has given it up is cancelled, and what did not start never does.
 
-What must never happen here: a task that nobody knows of; a coroutine that is dropped without a `close`.
+What must never happen here: a task that nobody knows of; a coroutine that is dropped without a `close`; a task that is
+cancelled again while it cleans up, because its message was given up in two ways (cancelled and late, for instance).
 """
 
 import asyncio
@@ -76,6 +77,8 @@ class Lane:
 
     def take_all(self) -> Iterator[Work]:
         """Return all that wait, and forget them."""
+        if self.order is not None:
+            yield from self.order.take_waiting()
         while self.waiting:
             work = self.waiting.popleft()
             self.finish(work)
@@ -105,12 +108,13 @@ class Handlers:
         self._backlog_max = backlog_max
         self._report = report
         self._on_end = on_end
-        # With their arguments; those whose senders wait also by session and id.
+        # With their arguments; those whose senders still wait also by session and id.
         self._tasks: dict[asyncio.Task[None], Any] = {}
         self._awaited: dict[Any, dict[int, list[asyncio.Task[None]]]] = {}
         self._lanes: dict[Any, Lane] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._expiry_at = FOREVER
+        self._starts = True
         exchange.on_cancelled = self._cancel_tasks
 
     def __bool__(self) -> bool:
@@ -121,7 +125,8 @@ class Handlers:
         return task in self._tasks
 
     def discard_waiting(self) -> None:
-        """Drop what has not been started, because the messenger ends."""
+        """Drop what has not been started, and start nothing more of it, because the messenger ends."""
+        self._starts = False
         for lane in self._lanes.values():
             for work in lane.take_all():
                 work.coroutine.close()
@@ -172,8 +177,11 @@ class Handlers:
                 work.coroutine.close()
                 self._report(work.callback, message, error)
                 return
-        self._lanes[endpoint] = lane
         self._note_running(message)
+        if not self._starts:
+            work.coroutine.close()
+            return
+        self._lanes[endpoint] = lane
         lane.add(work)
         self._start_waiting(lane)
 
@@ -225,10 +233,11 @@ class Handlers:
             task.exception()  # A Ctrl-C, which went to the event loop, is not to be logged again.
         work.coroutine.close()  # If it was cancelled before its first step, it was never started.
         if isinstance(argument, Message):
-            awaited = self._awaited.get(argument.link, {})
-            awaited.pop(argument.source_callback_id, None)
-            if not awaited:
-                self._awaited.pop(argument.link, None)
+            tasks = self._awaited.get(argument.link, {}).get(argument.source_callback_id, [])
+            if task in tasks:
+                tasks.remove(task)
+                if not tasks:
+                    self._take_awaited(argument.link, argument.source_callback_id)
             self._note_ended(argument)
         if lane is not None:
             lane.active_count -= 1
@@ -251,12 +260,22 @@ class Handlers:
                 lane.active_count += 1
                 self._start(work, lane)
 
-    def _cancel_tasks(self, session: Any, message_id: int) -> None:
-        """Cancel what runs for a message that was cancelled; an id of 0 stands for all of a session that has ended."""
+    def _take_awaited(self, session: Any, message_id: int) -> list[asyncio.Task[None]]:
+        """Return the tasks of a message whose sender waits, and note that it does not any more; an id of 0 is all."""
         awaited = self._awaited.get(session, {})
-        for tasks in awaited.values() if message_id == NOOP else [awaited.get(message_id, [])]:
-            for task in tasks:
-                task.cancel()
+        if message_id == NOOP:
+            taken = [task for tasks in awaited.values() for task in tasks]
+            awaited.clear()
+        else:
+            taken = awaited.pop(message_id, [])
+        if not awaited:
+            self._awaited.pop(session, None)
+        return taken
+
+    def _cancel_tasks(self, session: Any, message_id: int) -> None:
+        """Cancel what runs for a message that was given up; an id of 0 stands for all of a session that has ended."""
+        for task in self._take_awaited(session, message_id):
+            task.cancel()
 
     def _plan_expiry(self, deadline_at: float) -> None:
         if self._expiry is not None:
@@ -270,11 +289,13 @@ class Handlers:
         self._expiry, self._expiry_at = None, FOREVER
         now = monotonic()
         earliest = FOREVER
-        for task in [task for awaited in self._awaited.values() for tasks in awaited.values() for task in tasks]:
-            deadline_at = self._tasks[task].deadline_at
-            if deadline_at > now:
-                earliest = min(earliest, deadline_at)
+        late: list[Message] = []
+        for argument in [self._tasks[tasks[0]] for awaited in self._awaited.values() for tasks in awaited.values()]:
+            if argument.deadline_at > now:
+                earliest = min(earliest, argument.deadline_at)
             else:
-                task.cancel()
+                late.append(argument)
+        for message in late:
+            self._cancel_tasks(message.link, message.source_callback_id)
         if earliest < FOREVER:
             self._plan_expiry(max(earliest, now + EXPIRY_SPACING_S))

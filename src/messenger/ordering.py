@@ -46,3 +46,11 @@ class KeyOrder(Generic[T]):
             return waiting.popleft()
         del self._waiting[key]
         return None
+
+    def take_waiting(self) -> list[T]:
+        """Return all that wait because another of their key is at work, and forget them: nothing follows those."""
+        taken = [message for waiting in self._waiting.values() for message in waiting]
+        for waiting in self._waiting.values():
+            waiting.clear()
+        self.waiting_count = 0
+        return taken

@@ -185,6 +185,8 @@ class TaskLoop(Loop):
                 waiting = asyncio.ensure_future(self._turned.wait())
                 await asyncio.wait((waiting,), timeout=min(max(0.0, self.close_at - monotonic()), SLEEP_S_MAX))
                 waiting.cancel()
+            # Or each that is cancelled would make room for one that waits.
+            self._handlers.discard_waiting()
             await self._handlers.end(0.0)
         finally:
             # Also if this task is cancelled, because the program ends.

@@ -44,6 +44,32 @@ def test_requests_of_structs(messenger: MessengerFactory, destination: To, encod
     assert isinstance(response, Message)
 
 
+class Picky(msgspec.Struct):
+    """A type whose own check raises what no decoder does."""
+
+    value: int
+
+    def __post_init__(self) -> None:
+        if self.value == 0:
+            raise LookupError("planted")
+        if self.value < 0:
+            next(iter(()))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_response_type_that_raises_harms_nobody_else(
+    messenger: MessengerFactory, destination: To, encoding: Encoding
+) -> None:
+    """It ended the `AsyncMessenger`, and whoever waited for the response waited for ever."""
+    server, client = messenger(), messenger()
+    server.listen_for_connection(destination, typed(dispatch))
+    with pytest.raises(LookupError, match="planted"):
+        client.request(destination, Add(0, 0), response_type=Picky, encoding=encoding)
+    with pytest.raises((StopIteration, RuntimeError), match=r"StopIteration|^$"):
+        client.request(destination, Add(0, -1), response_type=Picky, encoding=encoding)
+    assert client.request(destination, Add(1, 2), response_type=Picky, encoding=encoding).value == 3
+
+
 def test_what_does_not_decode_fills_no_log(
     messenger: MessengerFactory, destination: To, caplog: pytest.LogCaptureFixture
 ) -> None:
