@@ -216,7 +216,9 @@ class ThreadLoop(Loop):
         """
         if self.is_own_thread():
             raise QueueFull(f"{self._exchange.why_held_up(outlet, message)}, and a callback cannot wait")
-        while self._exchange.is_held_up(outlet, message) and self.state is State.RUNNING:
+        # When a close begins the caller looks whether it may still send; if so it waits on, until the close is over.
+        state = self.state
+        while self._exchange.is_held_up(outlet, message) and self.state is state:
             left_s = deadline_at - monotonic()
             if left_s <= 0:
                 raise QueueFull(f"{self._exchange.why_held_up(outlet, message)}, and it stayed so to the timeout")

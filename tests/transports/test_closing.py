@@ -279,6 +279,44 @@ def test_messenger_closes_while_a_sender_waits_for_room(messenger: MessengerFact
 
 
 @pytest.mark.threads_only
+@pytest.mark.parametrize("writes_stream", [False, True])
+def test_close_ends_a_worker_that_waits_for_room(
+    messenger: MessengerFactory, destination: To, writes_stream: bool
+) -> None:
+    """It may answer while the messenger closes, and tried again and again with the lock held, for ever."""
+    server, client = messenger(limits=Limits(queue_msgs_max=5, window_msgs=8)), messenger()
+    raised: Inbox[BaseException] = Inbox()
+    workers: Inbox[threading.Thread] = Inbox()
+    release = threading.Event()
+
+    def write(message: Message) -> None:
+        workers(threading.current_thread())
+        try:
+            while True:
+                message.reply(b"", more=writes_stream)
+        except BaseException as error:
+            raised(error)
+
+    server.listen_for_connection(destination, write, workers=1)
+    if writes_stream:
+        stream = client.stream(destination, b"")
+        next(stream)
+    else:
+        client.send_message(destination, b"", lambda _: release.wait(3 * TIMEOUT_S))
+    try:
+        [worker] = workers.wait()
+        wait_until(lambda: is_waiting(worker))
+        server.close(timeout=0.1)
+        assert isinstance(raised.wait()[0], MessengerClosed)
+        wait_until(lambda: "closed" in repr(server))
+    finally:
+        release.set()
+    if writes_stream:
+        with pytest.raises(OutcomeUnknown):
+            list(stream)
+
+
+@pytest.mark.threads_only
 def test_close_does_not_wait_for_a_stuck_callback(messenger: MessengerFactory, destination: To) -> None:
     """`close` promises to wait no longer than its timeout."""
     one = messenger()
