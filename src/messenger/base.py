@@ -210,6 +210,8 @@ class BaseMessenger:
                 loop.flush()
             elif loop.thread_id != get_ident():
                 loop.flush_soon(outlet, deadline_at - timeout)
+            elif callback is not None:
+                loop.asks = True
         finally:
             loop.release()
         return message_id

@@ -58,6 +58,7 @@ class Loop:
         lock: Guards the core and all sockets; `acquire` and `release` are its own.
         thread_id: Of the thread that sends what callbacks sent at the end of its turn.
         uses_threads: Whether a listener may have worker threads.
+        asks: Whether a callback of this turn has sent a message with a callback, so that an answer may come soon.
         failure: The error of its own that has ended it, if one has.
     """
 
@@ -66,6 +67,7 @@ class Loop:
     release: Callable[[], object]
     thread_id = 0
     uses_threads = False
+    asks = False
     failure: BaseException | None = None
 
     def __init__(self, name: str, exchange: Exchange, endpoints: Endpoints, attach_links: Callable[[], None]) -> None:

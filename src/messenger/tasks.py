@@ -339,6 +339,9 @@ class TaskLoop(Loop):
             if self._processed:
                 self._note_processed()
             self._look_again()
+        if self.asks:
+            self.asks = False
+            self._spin.begin(self._event_loop)
         if self.state is State.CLOSING:
             self._turned.set()
 

@@ -369,7 +369,8 @@ class ThreadLoop(Loop):
             with self._lock:
                 wake_at = self._plan_sleep()
             if wake_at:
-                self._wakeup.sleep(max(0.0, wake_at - monotonic()))
+                self._wakeup.sleep(max(0.0, wake_at - monotonic()), self.asks and self._leader is None)
+                self.asks = False
 
     def _plan_sleep(self) -> float | None:
         """Return until when the thread may sleep, 0 if there is something to do, None if all is over."""

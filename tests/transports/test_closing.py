@@ -298,8 +298,8 @@ def test_close_ends_a_worker_that_waits_for_room(
             raised(error)
 
     server.listen_for_connection(destination, write, workers=1)
-    if writes_stream:
-        stream = client.stream(destination, b"")
+    stream = client.stream(destination, b"") if writes_stream else None
+    if stream is not None:
         next(stream)
     else:
         client.send_message(destination, b"", lambda _: release.wait(3 * TIMEOUT_S))
@@ -311,7 +311,7 @@ def test_close_ends_a_worker_that_waits_for_room(
         wait_until(lambda: "closed" in repr(server))
     finally:
         release.set()
-    if writes_stream:
+    if stream is not None:
         with pytest.raises(OutcomeUnknown):
             list(stream)
 

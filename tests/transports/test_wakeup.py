@@ -54,6 +54,27 @@ def test_who_slept_shortly_looks_before_the_next_sleep(
     assert slept == spins
 
 
+def test_the_loops_thread_looks_if_callbacks_have_asked(
+    new_wakeup: Callable[[int], Wakeup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server, whose callbacks only answer, sleeps at once."""
+    each = new_wakeup(2)
+    now = 0.0
+    slept: list[float] = []
+
+    def poll(epoll: object, timeout: float, spin_s: float) -> list[Any]:
+        nonlocal now
+        now += 0.0001
+        slept.append(spin_s)
+        return []
+
+    monkeypatch.setattr(wakeup, "_poll", poll)
+    monkeypatch.setattr(wakeup, "monotonic", lambda: now)
+    for asks in (True, True, False, True):
+        each.sleep(1.0, asks)
+    assert slept == [0.0, SPIN_S, 0.0, SPIN_S]
+
+
 def test_it_finds_what_comes_while_it_looks(
     new_wakeup: Callable[[int], Wakeup], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,7 @@ class Wakeup:
         self._outer.register(self._calls, select.EPOLLIN)
         self._outer.register(self._inner.fileno(), select.EPOLLIN)
         self._spin_s_max = spin_s_max()
-        self._spin_s = 0.0
+        self._spin_s = self._own_spin_s = 0.0
 
     def add(self, descriptor: int) -> None:
         """Wake the leader when a socket's descriptor becomes readable."""
@@ -88,9 +88,15 @@ class Wakeup:
         """Wake the messenger's thread to run callbacks."""
         os.eventfd_write(self._calls, 1)
 
-    def sleep(self, timeout: float) -> None:
-        """Sleep on the messenger's thread until there is input, attention or a call to run, or `timeout` is over."""
-        for descriptor, _ in self._outer.poll(min(timeout, SLEEP_S_MAX)):
+    def sleep(self, timeout: float, asks: bool) -> None:
+        """Sleep on the messenger's thread until there is input, attention or a call to run, or `timeout` is over.
+
+        If that is called after callbacks have asked somebody something (`asks`), it looks first, as a caller does.
+        """
+        began_at = monotonic()
+        events = _poll(self._outer, min(timeout, SLEEP_S_MAX), min(timeout, self._own_spin_s) if asks else 0.0)
+        self._own_spin_s = self._spin_s_max if monotonic() - began_at < SPIN_S else 0.0
+        for descriptor, _ in events:
             if descriptor == self._calls:
                 _clear(self._calls)
 
