@@ -2,8 +2,10 @@
 
 import contextlib
 import threading
+import time
 from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 
 import apsw
 import pytest
@@ -252,6 +254,24 @@ def test_staleness_is_bounded(cluster: Cluster) -> None:
     wait_until(lambda: (replica.status().lag_s or 0) > 1.5)
     with pytest.raises(Stale, match=r"max_lag is 1\.5 s"):
         replica.execute(SELECT)
+
+
+def test_staleness_does_not_trust_the_clock_of_an_earlier_life(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica whose machine was started anew, or that is on another one, has another monotonic clock."""
+    primary = cluster.primary()
+    primary.execute(BOOKS)
+    with monkeypatch.context() as patch:
+        patch.setattr("messenger.replication.follower.time", SimpleNamespace(monotonic=lambda: time.monotonic() + 1e6))
+        replica = cluster.replica()
+        wait_streaming(primary, replica)
+        wait_until(lambda: primary._hub.peers["replica"].echo_s > 1e6)
+        replica.close()
+    replica = cluster.replica(max_lag=1.5)
+    wait_streaming(primary, replica)
+    wait_until(lambda: replica.status().lag_s is not None)
+    assert 0 <= (replica.status().lag_s or 0) < 60
 
 
 def test_the_status_tells_of_a_replica_that_is_gone(cluster: Cluster) -> None:

@@ -173,6 +173,41 @@ def test_a_returning_primary_is_told(cluster: Cluster) -> None:
     wait_until(lambda: primary.status().role == "fenced")
 
 
+@pytest.mark.parametrize(
+    "statement", ["CREATE TABLE orders (id INTEGER PRIMARY KEY)", "INSERT INTO books VALUES (1, 'x')"]
+)
+def test_a_transaction_that_is_open_when_another_is_promoted_is_fenced(cluster: Cluster, statement: str) -> None:
+    primary, replica = cluster.pair()
+    position = primary.position
+
+    def run() -> None:
+        with primary.transaction() as tx:
+            tx.execute(statement)
+            promote(cluster, replica, free_port())
+            wait_until(lambda: primary.status().role == "fenced")
+
+    with pytest.raises(Fenced, match="under term 2"):
+        run()
+    assert primary.position == position
+    assert primary.execute("SELECT name FROM sqlite_schema WHERE name = 'orders'").fetchall() == []
+
+
+def test_a_position_that_was_lost_is_told_at_once(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    replica.close()
+    for _ in range(10):
+        primary.execute(INSERT, ("only here",))
+    lost = primary.position
+    primary.close()
+    new = cluster.primary("replica", promote=True)
+    second = cluster.replica("second")
+    wait_streaming(new, second)
+    assert second.position < lost._replace(term=2)
+    with pytest.raises(Diverged, match="term 1 ended at LSN 1"):
+        second.wait_for(lost)
+    second.wait_for((1, 1))
+
+
 def test_a_replica_of_a_higher_term_fences_and_is_not_led_back(cluster: Cluster) -> None:
     primary, replica = cluster.pair()
     second = cluster.replica("second")

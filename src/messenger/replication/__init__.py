@@ -11,6 +11,7 @@ from .errors import (
     ReplicationError,
     Stale,
     StatementRefused,
+    WriterBusy,
 )
 from .limits import ReplicationLimits
 from .primary import Primary
@@ -20,7 +21,6 @@ from .replica import Replica
 from .rows import Rows
 from .status import PrimaryStatus, ReplicaSelfStatus, ReplicaState, ReplicaStatus
 from .transaction import Transaction
-from .writer import WriterBusy
 
 __all__ = [
     "Comparison",

@@ -45,6 +45,10 @@ class StatementRefused(ReplicationError, ValueError):
     """The statement cannot be replicated. Nothing of it was done."""
 
 
+class WriterBusy(ReplicationError):
+    """Other transactions took all the time. Nothing of this one was done."""
+
+
 class DatabaseRefused(ReplicationError):
     """The file is in use, or is not what it would have to be. Nothing in it was changed."""
 

@@ -415,6 +415,7 @@ class Hub:
             peer.received = peer.durable
             peer.state = DOWN
             peer.contact_at = time.monotonic()
+            peer.echo_s = 0.0  # Its clock may be another one: it was started anew, or is on another machine now.
             self._by_stream[join.stream] = peer
             self.must_keep = True
             peer.feed = Feed(self, peer, join, message)

@@ -148,7 +148,7 @@ class Replica:
             while True:
                 self._check_open()
                 head = self._applier.head
-                if head.lsn >= wanted.lsn and head.term >= wanted.term:
+                if head.position >= wanted:  # Of a later term: then it is known whether it will ever come.
                     break
                 if self._follower.state is ReplicaState.DIVERGED:
                     raise Diverged(f"{self.path} has diverged {self._applier.diverged}")

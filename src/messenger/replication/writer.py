@@ -23,7 +23,7 @@ from messenger import interrupts
 from . import database
 from .capture import Capture, Schema, check_open, check_setting
 from .confirm import Level, Waiter
-from .errors import DatabaseRefused, DiskFailed, Fenced, ReplicationError, StatementRefused
+from .errors import DatabaseRefused, DiskFailed, Fenced, StatementRefused, WriterBusy
 from .limits import GROUP_MAX, INTERRUPTED_S, ReplicationLimits
 from .log import Log, begin_term, read_term
 from .records import Entry, Head, Part, PartKind, Position, encode, follow
@@ -46,10 +46,6 @@ def wait_until(deadline_at: float, wait: Callable[[float], bool]) -> bool:
         if left_s <= attempt_s:
             return False
         interrupts.raise_deferred()
-
-
-class WriterBusy(ReplicationError):
-    """Other transactions took all the time. Nothing of this one was done."""
 
 
 class Operation(Waiter):
@@ -172,13 +168,8 @@ class Writer:
     # Transactions. The lock is held.
 
     def begin(self) -> None:
-        """Begin a transaction.
-
-        Raises:
-            Fenced, DiskFailed, ReplicationClosed.
-        """
-        if self.fence is not None:
-            raise Fenced(str(self.fence), self.fence.term, self.fence.destinations)
+        """Begin a transaction. Raises `Fenced`, `DiskFailed`, `ReplicationClosed`."""
+        self._check_fence()
         if self._connection is None:
             raise database.closed_error(self.path)
         if self.wal.failure is not None:
@@ -190,6 +181,11 @@ class Writer:
             self.foreign_write_count += 1
             logger.error("! somebody else wrote to %s; what that was is not replicated, verify and resync", self.path)
             self._schema.refresh()
+
+    def _check_fence(self) -> None:
+        """Refuse to go on once another primary leads; that can be heard of while a transaction is open."""
+        if self.fence is not None:
+            raise Fenced(str(self.fence), self.fence.term, self.fence.destinations)
 
     def _read_data_version(self) -> int:
         """Return what changes when another connection commits."""
@@ -220,6 +216,7 @@ class Writer:
         head = self.log.head
         entries = [self.make_entry(head, parts)] if parts else []
         self.log.append(entries)
+        self._check_fence()
         self._run_own("COMMIT")
         waiter.note_written(Position(self.term, head.lsn + 1) if entries else head.position)
         self._note_committed(entries, [(waiter, level, count)] if entries else [])
@@ -439,6 +436,7 @@ class Writer:
             entries, written = run(group)
             if entries:
                 self.log.append(entries)
+            self._check_fence()
             self._run_own("COMMIT")
         except BaseException:
             self.roll_back()
