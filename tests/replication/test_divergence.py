@@ -142,6 +142,39 @@ def test_a_check_does_not_wait_for_a_replica_that_began_behind_it(
     assert time.monotonic() - started_at < 10
 
 
+@pytest.mark.parametrize(
+    ("tampering", "found"),
+    [
+        ("SELECT 1", ""),
+        ("UPDATE books SET name = 'other' WHERE id = 4", "table books, key 4: differs"),
+        ("UPDATE books SET name = x'feff' WHERE id = 4", "table books, key 4: differs"),
+        ("UPDATE books SET name = 'other' WHERE id = 1", "table books, key 1: differs"),
+        ("DELETE FROM names WHERE value = 2", "table names, key 'a': missing here"),
+        ("DELETE FROM names WHERE value = 1", r"table names, key '\udcfe\udcff': missing here"),
+    ],
+)
+def test_text_that_is_no_utf_8_is_compared(cluster: Cluster, tampering: str, found: str) -> None:
+    primary, replica = filled(cluster)
+    primary.execute("INSERT INTO books VALUES (4, CAST(x'feff' AS TEXT))")
+    primary.execute("CREATE TABLE names (name TEXT PRIMARY KEY, value) WITHOUT ROWID")
+    primary.execute("INSERT INTO names VALUES (CAST(x'feff' AS TEXT), 1), ('a', 2)")
+    wait_streaming(primary, replica)
+    tamper(replica, tampering)
+    assert verify(primary.path, replica.path).is_equal == (not found)
+    assert primary.check(10) == {"replica": found}
+
+
+def test_a_conflict_over_text_that_is_no_utf_8_is_a_divergence(cluster: Cluster) -> None:
+    primary, replica = filled(cluster)
+    primary.execute("CREATE TABLE names (name TEXT PRIMARY KEY, value)")
+    primary.execute("INSERT INTO names VALUES (CAST(x'feff' AS TEXT), 1)")
+    wait_streaming(primary, replica)
+    tamper(replica, "DELETE FROM names")
+    primary.execute("UPDATE names SET value = 2")
+    wait_until(lambda: replica.status().state is ReplicaState.DIVERGED)
+    assert "in table names, key ?: UPDATE: the row is missing" in replica.status().diverged
+
+
 def test_checks_come_by_themselves(cluster: Cluster) -> None:
     primary, replica = cluster.pair(check_every=0.1)
     primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)

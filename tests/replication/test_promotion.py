@@ -1,5 +1,6 @@
 """Promotion: a replica becomes the primary, the others follow, the old one is fenced and what only it had is saved."""
 
+import contextlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,28 @@ def test_what_only_the_old_primary_has_is_saved(cluster: Cluster) -> None:
     old.wait_for((1, 1))
     with pytest.raises(Diverged):
         new.wait_confirmed((1, 3))
+
+
+def test_what_json_does_not_know_is_saved_all_the_same(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    primary.execute("CREATE TABLE reals (id INTEGER PRIMARY KEY, value REAL)")
+    replica.wait_for(primary.position)
+    replica.close()
+    primary.execute("INSERT INTO reals VALUES (1, 9e999), (2, -9e999), (3, -0.0)")
+    primary.execute("INSERT INTO books VALUES (4, CAST(x'feff' AS TEXT))")
+    primary.close()
+    new = promote(cluster, cluster.replica())
+    old = cluster.replica("primary")
+    assert_equal(new, old)
+    lost = [json.loads(line) for line in Path(old.status().lost_path).read_text().splitlines()]
+    values = {change["after"]["0"]: change["after"]["1"] for change in lost[0]["changes"]}
+    assert values == {1: {"real": "inf"}, 2: {"real": "-inf"}, 3: 0.0}
+    new.close()
+    # A changeset that can be applied to what is there.
+    (change,) = lost[1]["changes"]
+    with contextlib.closing(apsw.Connection(new.path)) as connection:
+        apsw.Changeset.apply(bytes.fromhex(change["changeset"]), connection)
+        assert connection.execute("SELECT id, hex(name) FROM books").fetchall() == [(4, "FEFF")]
 
 
 def test_a_returning_primary_that_knows_others_commits_nothing(cluster: Cluster) -> None:

@@ -337,7 +337,10 @@ class Applier:
             self._found = Divergence(0, table, "", "its columns are others than at the primary")
 
     def _on_conflict(self, reason: int, change: apsw.TableChange) -> int:
-        values: Any = change.new if change.op == "INSERT" else change.old
+        try:
+            values: Any = change.new if change.op == "INSERT" else change.old
+        except UnicodeDecodeError:
+            values = dict.fromkeys(change.pk_columns, apsw.no_change)  # The row cannot be shown.
         columns = sorted(change.pk_columns)
         shown = [values[column] for column in columns] if values is not None else []
         key = ", ".join("?" if value is apsw.no_change else repr(value) for value in shown)

@@ -75,7 +75,7 @@ class ReplicaCheck:
                 self._send(BucketRows(self._stream, self.lsn, question.table, question.bucket, rows))
         except Empty:
             logger.info("= the check at LSN %d ended without a word of the primary", self.lsn)
-        except (apsw.Error, OSError) as error:
+        except (apsw.Error, OSError, MessengerError) as error:
             logger.error("! the content cannot be summed at LSN %d: %s", self.lsn, error)
         finally:
             self._reader.close(force=True)
@@ -196,7 +196,7 @@ class PeriodicCheck:
         while not self._is_stopped.wait(self._interval_s):
             try:
                 found = self._check()
-            except (apsw.Error, OSError, MessengerError) as error:
+            except Exception as error:  # Whatever it is, the next check may succeed.
                 logger.error("! a check of the content failed: %s: %s", type(error).__name__, error)
             else:
                 logger.info("= checked the content of %d replicas", len(found))

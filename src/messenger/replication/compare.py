@@ -7,11 +7,13 @@ differs can be named.
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import apsw
 import msgspec
 
+from .content import read_rows, with_any_text
 from .database import OWN_PREFIX, has_own_tables, open_reader, quote
 from .log import read_head
 from .records import Position
@@ -72,7 +74,7 @@ def verify(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str]) -> Co
         tables = [name for name in _tables(a) if name in set(_tables(b))]
         row_count = 0
         for table in tables:
-            count, difference = _compare_rows(a, b, table)
+            count, difference = with_any_text(partial(_compare_rows, a, b, table))
             row_count += count
             differences += [difference] if difference is not None else []
         return Comparison(
@@ -119,11 +121,11 @@ def _tables(connection: apsw.Connection) -> list[str]:
     return [name for (name,) in rows]
 
 
-def _compare_rows(a: apsw.Connection, b: apsw.Connection, table: str) -> tuple[int, Difference | None]:
+def _compare_rows(a: apsw.Connection, b: apsw.Connection, table: str, is_utf_8: bool) -> tuple[int, Difference | None]:
     """Return how many rows are equal from the start, and the first difference."""
     count = 0
     keys = _key(a, table)
-    for row_a, row_b in itertools.zip_longest(_rows(a, table, keys), _rows(b, table, keys)):
+    for row_a, row_b in itertools.zip_longest(*(_rows(one, table, keys, is_utf_8) for one in (a, b))):
         if row_a is None or row_b is None or row_a != row_b or list(map(type, row_a)) != list(map(type, row_b)):
             key = ", ".join(map(repr, (row_b if row_a is None else row_a)[: len(keys)]))
             shown_a, shown_b = (_show(row, len(keys)) for row in (row_a, row_b))
@@ -142,11 +144,11 @@ def _key(connection: apsw.Connection, table: str) -> list[str]:
     return [quote(name) for (name,) in rows] or ["rowid"]
 
 
-def _rows(connection: apsw.Connection, table: str, keys: list[str]) -> Iterator[tuple[Any, ...]]:
+def _rows(connection: apsw.Connection, table: str, keys: list[str], is_utf_8: bool) -> Iterator[tuple[Any, ...]]:
     """Yield the rows in the order of their keys, which come first."""
     columns = ", ".join(keys)
     sql = f"SELECT {columns}, * FROM {quote(table)} ORDER BY {columns}"  # noqa: S608  # Names, quoted.
-    yield from connection.execute(sql)
+    yield from read_rows(connection, sql, is_utf_8=is_utf_8, order=len(keys))
 
 
 def _show(row: tuple[Any, ...] | None, key_count: int) -> str:

@@ -7,8 +7,9 @@ AUTOINCREMENT counters are compared as tables; replication's own tables are not.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import apsw
 import msgspec
@@ -20,6 +21,8 @@ _SUM_BYTES = 16
 _SUM_MODULUS = 1 << (8 * _SUM_BYTES)
 _PROGRESS_ROWS = 10_000
 
+T = TypeVar("T")
+Row = tuple[Any, ...]
 Sums = dict[str, dict[int, bytes]]
 
 _SCHEMA = (
@@ -28,6 +31,8 @@ _SCHEMA = (
 )
 _SEQUENCES = "SELECT name, seq FROM sqlite_sequence"
 _encode = msgspec.msgpack.Encoder().encode
+# How text is encoded that is not UTF-8.
+_Text = partial(msgspec.msgpack.Ext, 1)
 
 
 class Difference(NamedTuple):
@@ -65,12 +70,60 @@ def _tables(connection: apsw.Connection) -> dict[str, tuple[str, list[int]]]:
     return tables
 
 
-def _read_rows(connection: apsw.Connection, sql: str, key: list[int]) -> Iterator[tuple[int, tuple[Any, ...], bytes]]:
+def read_rows(connection: apsw.Connection, sql: str, *, is_utf_8: bool = True, order: int = 0) -> Iterator[Row]:
+    """Yield what a SELECT returns.
+
+    Args:
+        is_utf_8: Whether to take for granted that all text is; else bytes that are not become lone surrogates, at twice
+            the time.
+        order: By how many of the first columns to sort, if it is not taken for granted.
+
+    Raises:
+        UnicodeDecodeError: It was taken for granted, and is not so. SQLite stores whatever bytes are cast to text.
+    """
+    rows: Any = connection.execute(sql)
+    if is_utf_8:
+        yield from rows
+        return
+    encoding = connection.pragma("encoding").replace("UTF-16", "UTF-16-")
+    names = [f"c{number}" for number in range(len(rows.get_description()))]
+    rows.close(force=True)
+    columns = ", ".join(
+        f"typeof({name}), CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END" for name in names
+    )
+    sorting = f" ORDER BY {', '.join(names[:order])}" if order else ""
+    for row in connection.execute(f"WITH r({', '.join(names)}) AS ({sql}) SELECT {columns} FROM r{sorting}"):  # noqa: S608
+        yield tuple(
+            value.decode(encoding, "surrogateescape") if kind == "text" else value
+            for kind, value in zip(row[::2], row[1::2], strict=True)
+        )
+
+
+def with_any_text(read: Callable[[bool], T]) -> T:
+    """Return what a function returns that reads rows, and takes for granted that text is UTF-8, or else does not."""
+    try:
+        return read(True)
+    except UnicodeDecodeError:
+        return read(False)
+
+
+def _encode_any(row: Row) -> bytes:
+    try:
+        return _encode(row)
+    except UnicodeEncodeError:
+        # A text must not have the sum of the blob with the same bytes.
+        return _encode([_Text(one.encode(errors="surrogateescape")) if isinstance(one, str) else one for one in row])
+
+
+def _sum_rows(
+    connection: apsw.Connection, sql: str, key: list[int], is_utf_8: bool
+) -> Iterator[tuple[int, Row, bytes]]:
     """Yield the bucket, the key and the checksum of each row."""
-    for row in connection.execute(sql):
+    encode = _encode if is_utf_8 else _encode_any
+    for row in read_rows(connection, sql, is_utf_8=is_utf_8):
         values = tuple(row[number] for number in key)
-        digest = blake2b(_encode(values), digest_size=2).digest()
-        yield int.from_bytes(digest) % BUCKET_COUNT, values, blake2b(_encode(row), digest_size=_SUM_BYTES).digest()
+        digest = blake2b(encode(values), digest_size=2).digest()
+        yield int.from_bytes(digest) % BUCKET_COUNT, values, blake2b(encode(row), digest_size=_SUM_BYTES).digest()
 
 
 def sum_content(connection: apsw.Connection, on_rows: Callable[[int], object] | None = None) -> Sums:
@@ -81,14 +134,20 @@ def sum_content(connection: apsw.Connection, on_rows: Callable[[int], object] | 
     """
     sums: Sums = {}
     row_count = 0
-    for table, (sql, key) in _tables(connection).items():
+
+    def sum_table(sql: str, key: list[int], is_utf_8: bool) -> dict[int, int]:
+        nonlocal row_count
         buckets: dict[int, int] = {}
-        for bucket, _, checksum in _read_rows(connection, sql, key):
+        for bucket, _, checksum in _sum_rows(connection, sql, key, is_utf_8):
             buckets[bucket] = (buckets.get(bucket, 0) + int.from_bytes(checksum)) % _SUM_MODULUS
             row_count += 1
             if on_rows is not None and row_count >= _PROGRESS_ROWS:
                 on_rows(row_count)
                 row_count = 0
+        return buckets
+
+    for table, (sql, key) in _tables(connection).items():
+        buckets = with_any_text(partial(sum_table, sql, key))
         sums[table] = {bucket: total.to_bytes(_SUM_BYTES) for bucket, total in buckets.items()}
     if on_rows is not None and row_count:
         on_rows(row_count)
@@ -100,11 +159,13 @@ def read_bucket(connection: apsw.Connection, table: str, bucket: int) -> dict[st
     known = _tables(connection).get(table)
     if known is None:
         return {}
-    return {
-        ", ".join(map(repr, values)): checksum
-        for number, values, checksum in _read_rows(connection, *known)
-        if number == bucket
-    }
+    return with_any_text(
+        lambda is_utf_8: {
+            ", ".join(map(repr, values)): checksum
+            for number, values, checksum in _sum_rows(connection, *known, is_utf_8)
+            if number == bucket
+        }
+    )
 
 
 def different_buckets(here: Sums, there: Sums) -> Iterator[tuple[str, int]]:

@@ -2,9 +2,11 @@
 
 One JSON object a line: the position, the time, and the changes. For each row these are its table, what was done, and
 the values before and after by the number of their column, those that did not change left out; for the schema the SQL.
-Blobs are `{"hex": …}`. Of tables without a primary key, column 0 is the rowid.
+Blobs are `{"hex": …}`, and infinity is `{"real": "inf"}`. Of tables without a primary key, column 0 is the rowid. Where
+text is not UTF-8, the changes of the transaction are a changeset of SQLite's session extension, `{"changeset": …}`.
 """
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -39,7 +41,10 @@ def _describe(entry: Entry) -> dict[str, Any]:
     changes: list[dict[str, Any]] = []
     for part in decode_parts(entry.body):
         if part.kind is PartKind.CHANGES:
-            changes += [_describe_change(change) for change in apsw.Changeset.iter(part.data)]
+            try:
+                changes += [_describe_change(change) for change in apsw.Changeset.iter(part.data)]
+            except UnicodeDecodeError:
+                changes.append({"changeset": part.data.hex()})
         elif part.kind in (PartKind.SQL, PartKind.SQL_FOREIGN_KEYS):
             changes.append({"sql": part.data.decode()})
         elif part.kind is PartKind.SEQUENCES:
@@ -63,4 +68,7 @@ def _describe_values(values: Iterable[Any]) -> dict[str, Any]:
 
 
 def _describe_value(value: Any) -> Any:
-    return {"hex": value.hex()} if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return {"hex": value.hex()}
+    # JSON has no infinity; what writes it writes null.
+    return {"real": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
