@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -16,6 +17,7 @@ from messenger.replication import DiskFailed, NotConfirmed, Primary, Replica, Re
 from tests.conftest import TIMEOUT_S, free_port, wait_until
 from tests.replication import checks
 from tests.replication.faults import Fault, FaultyDisk
+from tests.replication.pairs import INSERT, Cluster, assert_equal
 from tests.replication.programs import create_tables, insert
 
 TRANSACTION_COUNT = 3
@@ -213,3 +215,30 @@ def test_file_is_corrupt(tmp_path: Path, role: str, part: float) -> None:
     if not told:
         with pytest.raises((AssertionError, apsw.CorruptError)):
             checks.check_whole(path)
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_what_goes_into_a_file_without_a_name_is_not_durable(cluster: Cluster, what: str) -> None:
+    """It would end with the process."""
+    primary, replica = cluster.pair()
+
+    def lose(path: str) -> None:
+        if what == "removed":
+            for suffix in ("", "-wal", "-shm"):
+                Path(path + suffix).unlink()
+        else:
+            Path(path).rename(path + ".old")
+            Path(path).touch()
+
+    lose(replica.path)
+    with pytest.raises(NotConfirmed):
+        primary.execute(INSERT, ("Dune",), commit="durable", timeout=1)
+    wait_until(lambda: "DiskFailed" in replica.status().trouble and replica.path in replica.status().trouble)
+    replica.close()
+    if what == "replaced":
+        Path(replica.path).unlink()
+    replica = cluster.replica()
+    assert_equal(primary, replica)
+    lose(primary.path)
+    with pytest.raises(DiskFailed, match=re.escape(primary.path)):
+        primary.execute(INSERT, ("Emma",))

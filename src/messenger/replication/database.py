@@ -167,6 +167,8 @@ class WalSync:
 
     def __init__(self, path: str) -> None:
         self._lock = threading.Lock()
+        self._path = path
+        self._file = _identify(path)
         self._descriptor = os.open(f"{path}-wal", os.O_RDWR)
         self.durable_lsn = 0
         self.failure: OSError | None = None
@@ -184,8 +186,8 @@ class WalSync:
             newest_lsn: Returns the LSN of the newest commit; asked just before the disk is.
 
         Raises:
-            DiskFailed: The disk refused, now or before. What was written since the last success may be lost with the
-            machine, and asking again could say yes without writing it.
+            DiskFailed: The disk refused, now or before, or the file is gone. What was written since the last success
+                may be lost with the machine, and asking again could say yes without writing it.
         """
         with self._lock:
             if self.durable_lsn >= lsn:
@@ -194,12 +196,20 @@ class WalSync:
                 through = newest_lsn()
                 try:
                     os.fdatasync(self._descriptor)
+                    self._check_there()
                 except OSError as error:
                     self.failure = error
                 else:
                     self.durable_lsn = through
                     return through
             raise DiskFailed(f"the disk did not confirm LSN {lsn}: {self.failure}")
+
+    def _check_there(self) -> None:
+        """Raise OSError if the file or its WAL has lost its name: all that is written then ends with the process."""
+        if os.fstat(self._descriptor).st_nlink == 0 or _identify(self._path) != self._file:
+            raise FileNotFoundError(
+                f"{self._path} was removed, or another file was put in its place, while it was open"
+            )
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -208,6 +218,11 @@ class WalSync:
                 os.close(self._descriptor)
             self._descriptor = -1
             self.failure = self.failure or OSError("the file is closed")
+
+
+def _identify(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 class FileLock:
