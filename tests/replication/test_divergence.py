@@ -1,5 +1,6 @@
 """A replica that holds something else than its primary is noticed, named, and mended only when somebody says so."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -8,7 +9,17 @@ import pytest
 
 from messenger.replication import Diverged, Replica, ReplicaState, verify
 from messenger.replication.content import compare_buckets, different_buckets, read_bucket, sum_content
-from messenger.replication.records import Entries, Part, PartKind, encode, follow
+from messenger.replication.follower import Follower
+from messenger.replication.records import (
+    DivergedReport,
+    Entries,
+    MalformedRecord,
+    Part,
+    PartKind,
+    decode_from_replica,
+    encode,
+    follow,
+)
 from tests.conftest import wait_until
 from tests.replication.pairs import INSERT, Cluster, assert_equal, content_of, state_of, wait_streaming
 
@@ -250,6 +261,27 @@ def test_sums_tell_rows_apart() -> None:
         "table t, key 77: differs",
         "table t, key 99999: missing here",
     ]
+
+
+def test_a_resync_is_not_lost_that_comes_as_soon_as_the_divergence_is_seen(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary, replica = filled(cluster)
+    send = Follower._send
+
+    def resync_and_send(follower: Follower, stream: int, data: bytes) -> None:
+        with contextlib.suppress(MalformedRecord):
+            if isinstance(decode_from_replica(data), DivergedReport):
+                with pytest.raises(Diverged):
+                    replica.wait_for((1, 100))
+                replica.resync()
+        send(follower, stream, data)
+
+    monkeypatch.setattr(Follower, "_send", resync_and_send)
+    tamper(replica, "DELETE FROM books WHERE id = 2")
+    primary.execute("UPDATE books SET name = 'Walden'")
+    wait_until(lambda: replica.status().snapshot_count == 2)
+    assert_equal(primary, replica)
 
 
 def test_a_divergence_that_cannot_be_kept_is_told_all_the_same(

@@ -319,6 +319,28 @@ def test_two_promoted_at_once_do_not_both_stay(cluster: Cluster) -> None:
     wait_until(lambda: {one.status().role, two.status().role} == {"primary", "fenced"})
 
 
+def test_what_only_the_other_of_two_promoted_at_once_has_is_saved(cluster: Cluster) -> None:
+    primary, first = cluster.pair()
+    second = cluster.replica("second")
+    wait_streaming(primary, second)
+    for closable in (primary, first, second):
+        closable.close()
+    one = cluster.primary("replica", promote=True)
+    two = cluster.primary("second", destination=free_port(), promote=True)
+    one.execute(INSERT, ("one",))
+    two.execute(INSERT, ("two",))
+    assert one.position == two.position
+    two.close()
+    other = cluster.replica("second")
+    wait_until(lambda: "history up to LSN 3 is another one" in other.status().diverged)
+    other.resync()
+    wait_until(lambda: other.status().snapshot_count == 1)
+    assert_equal(one, other)
+    lost = [json.loads(line) for line in Path(other.status().lost_path).read_text().splitlines()]
+    assert [(entry["term"], entry["lsn"]) for entry in lost] == [(2, 2), (2, 3)]
+    assert lost[1]["changes"] == [{"table": "books", "operation": "INSERT", "after": {"0": 1, "1": "two"}}]
+
+
 def test_a_replica_asks_all_its_places(cluster: Cluster) -> None:
     places = [free_port(), free_port(), cluster.port]
     primary = cluster.primary()

@@ -96,6 +96,7 @@ class Applier:
         self.diverged: Divergence | None = None
         self.transaction_count = 0
         self.group_count = 0
+        self.lost_path = ""
         self.sink: SnapshotSink | None = None
         # Of the last check: its LSN, and a connection that sees the database at it.
         self.pinned: tuple[int, apsw.Connection] | None = None
@@ -392,14 +393,28 @@ class Applier:
         Raises:
             DivergenceFound: The histories part before `end` already. OSError: They cannot be saved.
         """
-        connection, log = self._require_open()
+        connection, _ = self._require_open()
         known = find_head(connection, end.lsn)
         if known is not None and end.checksum and known.checksum != end.checksum:
             reason = f"its history up to LSN {end.lsn} is another one"
             raise DivergenceFound(Divergence(end.lsn, "", "", reason))
-        path = f"{self.path}-lost-{log.head.term}-{log.head.lsn}.jsonl"
-        save_lost(path, _entries_after(connection, end.lsn))
-        return path
+        self.lost_path = self._name_lost()
+        save_lost(self.lost_path, _entries_after(connection, end.lsn))
+        return self.lost_path
+
+    def _save_own_term(self, connection: apsw.Connection) -> None:
+        """Save all that this file got as a primary, if it is another history than the one that takes its place.
+
+        So it is with two that were promoted to the same term: where they part is not known.
+        """
+        if self.diverged is not None and database.read_state(connection).role == database.PRIMARY:
+            rows: list[Any] = connection.execute("SELECT max(first_lsn) FROM _messenger_terms").fetchall()
+            path = self.lost_path = self._name_lost()
+            save_lost(path, _entries_after(connection, rows[0][0] - 1))
+            logger.error("! %s: all that it got under term %d was saved to %s", self.path, self.head.term, path)
+
+    def _name_lost(self) -> str:
+        return f"{self.path}-lost-{self.head.term}-{self.head.lsn}.jsonl"
 
     def note_diverged(self, divergence: Divergence) -> None:
         """Take nothing more, also after a restart, unless the file cannot be written to now."""
@@ -446,6 +461,7 @@ class Applier:
                 Path(self.path + suffix).unlink(missing_ok=True)
             os.rename(sink.path, self.path)
         else:
+            self._save_own_term(self._connection)
             self._replace_content(self._connection, sink.path)
             self._close_file()
         self.drop_snapshot()

@@ -94,7 +94,6 @@ class Follower:
         self.trouble = ""
         self.malformed_count = 0
         self.snapshot_count = 0
-        self.lost_path = ""
         self._messenger = messenger
         self._name = name
         self._limits = limits
@@ -465,10 +464,10 @@ class Follower:
 
     def _leave_history(self, welcome: Welcome) -> None:
         """Some of what is here was lost when another was promoted: save it, and take a snapshot."""
-        self.lost_path = self.applier.save_lost(Head(welcome.term, welcome.lsn, welcome.checksum))
+        path = self.applier.save_lost(Head(welcome.term, welcome.lsn, welcome.checksum))
         logger.error(
             "! %s: LSNs %d to %d are not in the history of term %d; they were saved to %s",
-            *(self._name, welcome.lsn + 1, self.applier.head.lsn, welcome.term, self.lost_path),
+            *(self._name, welcome.lsn + 1, self.applier.head.lsn, welcome.term, path),
         )
         self.ask_snapshot()
 
@@ -502,8 +501,8 @@ class Follower:
         report = DivergedReport(stream, divergence.lsn, divergence.table, divergence.key, str(divergence))
         with contextlib.suppress(MessengerError):  # Then the primary sees that this replica is gone.
             self._send(stream, encode(report))
-        with self._lock:
-            self._leave(ReplicaState.DIVERGED)
+        with self._lock:  # Who saw it may have asked for a snapshot already.
+            self._leave(ReplicaState.CONNECTING if self._wants_snapshot else ReplicaState.DIVERGED)
         self._on_change()
 
     def _retry(self, why: str, after_s: float) -> None:

@@ -193,7 +193,7 @@ class Replica:
             malformed_count=follower.malformed_count,
             trouble=follower.trouble,
             diverged=str(applier.diverged) if applier.diverged is not None else "",
-            lost_path=follower.lost_path,
+            lost_path=applier.lost_path,
         )
 
     def _lag_s(self, now: float) -> float | None:
