@@ -1,5 +1,9 @@
 """Servers that are not ours: plain ZeroMQ programs, which crash, hang, lie and talk garbage."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +15,7 @@ import pytest
 
 from messenger import NotDelivered, OutcomeUnknown
 from messenger.models import BadAnswer, CommandFailed, ModelServerManager, NoServer, ServerLost
-from tests.conftest import TIMEOUT_S, NewDestination, PlainPeers, wait_until
+from tests.conftest import TIMEOUT_S, NewDestination, PlainPeers, free_port, wait_until
 from tests.models.conftest import NewManager
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples/plain_model_server.py")
@@ -39,6 +43,7 @@ while True:
     if answer is not None:
         send(int(source), answer)
 """
+ECHO_PID = """json.dumps({"action": 0, "result": os.getpid(), "success": True, "err": ""}).encode()"""
 ECHO_DATA = """json.dumps({"action": 0, "result": command["data"], "success": True, "err": ""}).encode()"""
 
 
@@ -182,7 +187,7 @@ def test_a_program_that_is_not_there_is_given_up(new_manager: NewManager) -> Non
 
 
 def test_a_program_that_says_no_hello_is_killed(new_manager: NewManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("messenger.models.dispatch.START_S", 0.3)
+    monkeypatch.setattr("messenger.models.supervisor.START_S", 0.3)
     manager = new_manager(command=["sleep", "60"], crashes_max=1)
     with pytest.raises(NoServer, match="it said no hello within"):
         manager.print_message("x").result(timeout=TIMEOUT_S)
@@ -217,3 +222,120 @@ def test_a_hello_again_of_the_same_server_changes_nothing(new_manager: NewManage
     dealer.send(b"", b"0-%b-" % callback_id + b'{"action": 0, "result": 2, "success": true, "err": ""}')
     assert job.result(timeout=TIMEOUT_S)["result"] == 2
     assert len(manager.status().servers) == 1
+
+
+def test_a_server_that_cannot_be_reached_gets_nothing_more(new_manager: NewManager, plain: PlainPeers) -> None:
+    """One that is gone was taken for ready for ever, and as it had nothing to do, it got most of what was asked."""
+    manager = new_manager(servers=0)
+    dealers = [plain.dealer(manager.listener.destination, name) for name in (b"one", b"two")]
+    for dealer in dealers:
+        dealer.send(b"", HELLO)
+    wait_until(lambda: len(manager.status().servers) == 2)
+    dealers[0].close()
+
+    def is_gone() -> bool:
+        manager.command("ANY", timeout=0.1)
+        return [server.identity for server in manager.status().servers] == ["two"]
+
+    wait_until(is_gone)
+    job = manager.infer("m", [[1]])
+    while True:
+        callback_id, _, contents = dealers[1].receive()[-1].split(b"-", 2)
+        if json.loads(contents)["cmd"] == "INFER":
+            break
+    answer = b'{"action": 0, "result": {"predictions": [5]}, "success": true, "err": ""}'
+    dealers[1].send(b"", b"0-%b-" % callback_id + answer)
+    assert job.result(timeout=TIMEOUT_S).predictions == [5]
+
+
+def test_a_program_that_hangs_up_is_started_again(new_manager: NewManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("messenger.models.supervisor.START_S", 0.3)
+    script = "import sys, time, zmq; dealer = zmq.Context().socket(zmq.DEALER); dealer.connect(sys.argv[1])\n"
+    script += f"dealer.send_multipart([b'', {HELLO!r}]); dealer.recv_multipart(); dealer.close(); time.sleep(600)"
+    manager = new_manager(command=[sys.executable, "-c", script, "{endpoint}"])
+
+    def is_started_again() -> bool:
+        if manager.is_ready:
+            manager.command("ANY", timeout=0.1)
+        return manager.status().servers[0].restarts > 0
+
+    wait_until(is_started_again)
+
+
+def test_a_stranger_takes_no_place_of_our_servers(new_manager: NewManager, plain: PlainPeers) -> None:
+    """Its hello that came while ours was starting made it the one whose process was watched."""
+    manager = new_manager()
+    dealer = plain.dealer(manager.listener.destination, b"stranger")
+    dealer.send(b"", HELLO)
+    wait_until(lambda: len(manager.status().servers) == 2 and manager.status().servers[0].state == "ready")
+    ours, stranger = manager.status().servers
+    assert (ours.slot, stranger.slot, stranger.identity) == (0, -1, "stranger")
+    os.kill(ours.pid, signal.SIGKILL)
+    wait_until(lambda: manager.status().servers[0].pid not in (0, ours.pid))
+    wait_until(lambda: manager.status().servers[0].state == "ready")
+    assert [server.slot for server in manager.status().servers] == [0, -1]
+
+
+def test_a_late_hello_of_a_process_that_has_ended_is_none(new_manager: NewManager, plain: PlainPeers) -> None:
+    manager = new_manager(servers=0)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dealer = plain.dealer(manager.listener.destination)
+    about = {"pid": ended.pid, "life": "x", "slot": 0, "npy": True, "batches": True}
+    dealer.send(b"", HELLO[:-1] + b', "server": ' + json.dumps(about).encode() + b"}")
+    dealer.send(b"", b"0-0-garbage")
+    wait_until(lambda: manager.status().counts.get("garbage"))
+    assert manager.status().servers == []
+
+
+def test_our_server_may_be_the_command(new_manager: NewManager, new_destination: NewDestination, folder: Path) -> None:
+    """It was taken for one that was started by hand, so its place said `starting`, and it was killed after a minute."""
+    place = new_destination("tcp")
+    words = [sys.executable, "-m", "messenger.models.server", str(place), "--folder", folder]
+    manager = new_manager(place, command=["sh", "-c", '"$@"; exit $?', "sh", *words])
+    manager.wait_ready(timeout=TIMEOUT_S)
+    (server,) = manager.status().servers
+    assert (server.slot, server.state) == (0, "ready")
+
+
+def test_a_program_that_does_not_end_after_quit_is_killed(new_manager: NewManager) -> None:
+    """It gets nothing more meanwhile; and the job of QUIT, which has no answer, ends."""
+    stubborn = SERVER.replace("sys.exit(0)", "continue")
+    manager = new_manager(command=[sys.executable, "-c", stubborn, "{endpoint}", ECHO_PID], servers=2)
+    wait_until(lambda: all(server.state == "ready" for server in manager.status().servers))
+    told_to_end = manager.command("QUIT", timeout=1.0)
+    pids = {manager.command("ANY").result(timeout=TIMEOUT_S)["result"] for _ in range(10)}
+    assert len(pids) == 1
+    assert told_to_end.result(timeout=TIMEOUT_S)["success"] is True
+    (stopped,) = [server for server in manager.status().servers if server.pid not in pids]
+    assert (stopped.state, stopped.reason) == ("stopped", "it was told to end, and it did not end after QUIT")
+
+
+def test_the_end_of_a_process_is_that_of_its_own_server(foreign: Callable[..., ModelServerManager]) -> None:
+    """Several that started at once were told apart by whose hello came first, so another one was taken for lost."""
+    manager = foreign(ECHO_PID, servers=3)
+    wait_until(lambda: all(server.state == "ready" for server in manager.status().servers))
+    killed = manager.status().servers[1]
+    os.kill(killed.pid, signal.SIGKILL)
+    wait_until(lambda: killed.identity not in [server.identity for server in manager.status().servers])
+    pids = {server.pid for server in manager.status().servers if server.slot != killed.slot}
+    wait_until(lambda: all(server.state == "ready" for server in manager.status().servers))
+    pids |= {server.pid for server in manager.status().servers}
+    jobs = [manager.command("ANY") for _ in range(12)]
+    assert {job.result(timeout=TIMEOUT_S)["result"] for job in jobs} == pids
+
+
+def test_what_no_server_took_says_what_the_servers_do(new_manager: NewManager) -> None:
+    manager = new_manager(command=["sleep", "60"])
+    with pytest.raises(NoServer, match=r"before its deadline: server 0: process \d+ is starting"):
+        manager.print_message("x", timeout=0.1).result(timeout=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("word", [5, None, b"x", "a\0b"])
+def test_what_is_no_word_is_refused_and_leaves_nothing(new_manager: NewManager, word: Any) -> None:
+    """With a path in the command, or a number, the listener stayed; a NUL character ended the supervisor."""
+    place = free_port()
+    with pytest.raises(ValueError, match=r"command is|NUL"):
+        new_manager(place, command=[sys.executable, word])
+    manager = new_manager(place, command=[Path(sys.executable), "-c", SERVER, "{endpoint}", ECHO_DATA])
+    assert manager.command("ANY", 1).result(timeout=TIMEOUT_S)["result"] == 1

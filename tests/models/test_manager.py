@@ -178,6 +178,42 @@ def test_a_bad_input_fails_its_own_caller_only(new_manager: NewManager, folder: 
     assert not wrong
 
 
+def test_rows_that_cannot_be_sent_end_their_call(new_manager: NewManager, folder: Path) -> None:
+    """Rows that hold themselves left their call at the server for ever, and two such calls stopped all inference."""
+    make_linear(folder)
+    manager = new_manager()
+    manager.wait_ready()
+    endless: list[Any] = [[1, 2]]
+    endless.append(endless)
+    for _ in range(4):
+        with pytest.raises(RecursionError):
+            manager.infer("sum", endless).result(timeout=TIMEOUT_S)
+    assert manager.infer("sum", [[1, 2]]).result(timeout=TIMEOUT_S).predictions == [3.0]
+
+
+def test_rows_that_cannot_be_sent_harm_no_call_that_waits_with_them(new_manager: NewManager, plain: PlainPeers) -> None:
+    manager = new_manager(servers=0)
+    dealer = plain.dealer(manager.listener.destination)
+    about = {"life": "x", "batches": True}
+    hello = {"action": 1, "result": "", "success": True, "err": "", "server": about}
+    dealer.send(b"", b"0-0-" + json.dumps(hello).encode())
+    wait_until(lambda: manager.is_ready)
+    # Two are under way, the others wait and are joined.
+    jobs = [manager.infer("m", [[row]]) for row in (1, 2, 3, 4j, 5)]
+    answered = 0
+    while answered < 4:
+        callback_id, destination_id, contents = dealer.receive()[-1].split(b"-", 2)
+        if destination_id == b"0":
+            rows = json.loads(contents)["data"]["rows"]
+            answer = {"action": 0, "result": {"predictions": rows}, "success": True, "err": ""}
+            dealer.send(b"", b"0-%b-" % callback_id + json.dumps(answer).encode())
+            answered += len(rows)
+    for number in (0, 1, 2, 4):
+        assert jobs[number].result(timeout=TIMEOUT_S).predictions == [[number + 1]]
+    with pytest.raises(TypeError, match="complex cannot be sent"):
+        jobs[3].result(timeout=TIMEOUT_S)
+
+
 def test_a_switch_of_versions_fails_no_call(new_manager: NewManager, folder: Path) -> None:
     """While callers infer, versions 1 and 2 are loaded in turn; every answer is right for the version it names."""
     make_linear(folder, factor=1.0)

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from messenger import ECHO, DeliveryError, HandlerError, Message, Messenger, MessengerError
+from messenger import (
+    ECHO,
+    DeliveryError,
+    HandlerError,
+    Message,
+    MessageTooLarge,
+    Messenger,
+    MessengerError,
+    NotDelivered,
+)
 
 from .batching import Batch, Batcher, InferCall
 from .errors import (
@@ -33,7 +42,7 @@ from .errors import (
     error_of,
 )
 from .jobs import Progress
-from .limits import ATTEMPTS_MAX, HUNG_S, QUEUED_CALLS_MAX, START_S
+from .limits import ATTEMPTS_MAX, HUNG_S, QUEUED_CALLS_MAX
 from .peers import Call, Server
 from .protocol import (
     CONNECTED,
@@ -46,7 +55,7 @@ from .protocol import (
     decode_command,
     encode,
 )
-from .supervisor import Slot, SlotState, Supervisor
+from .supervisor import Slot, Supervisor, is_over
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -198,8 +207,7 @@ class Dispatcher:
         """Return an error if no server is there and none will come."""
         if self.servers or not self.supervisor.slots or not self.supervisor.is_over():
             return None
-        reasons = "; ".join(f"server {slot.number}: {slot.describe()}" for slot in self.supervisor.slots)
-        return NoServer(f"{cmd} is not sent: {reasons}")
+        return NoServer(f"{cmd} is not sent: {self.supervisor.describe()}")
 
     def _send(self, call: Call, server: Server | None) -> None:
         if server is None:
@@ -223,10 +231,22 @@ class Dispatcher:
             if was_taken_away:
                 # The server was lost before there was an id to cancel. If it was answered, nothing happens.
                 self._messenger.cancel(call.message_id)
-        except (MessengerError, TypeError, ValueError) as error:
+        except Exception as error:
+            # Of any kind: what rows are made of is the caller's, and a call that stays here would never end.
             with self.lock:
                 server.let_go(call)
-            self._fail(call, error)
+            is_of_the_call = isinstance(error, MessageTooLarge) or not isinstance(error, MessengerError)
+            if is_of_the_call and call.batch is not None and len(call.batch.calls) > 1:
+                self._send_apart(call.batch, server)
+            else:
+                self._fail(call, error)
+
+    def _send_apart(self, batch: Batch, server: Server) -> None:
+        """Send calls each alone that cannot be sent together: what is wrong with one of them harms no other."""
+        for each in batch.calls:
+            with self.lock:
+                call = self._give(server, Batch(batch.name, batch.version, [each], batch.sent_at))
+            self._send(call, server)
 
     # Outcomes. On the messenger's thread, or on one that waits for a job.
 
@@ -251,6 +271,12 @@ class Dispatcher:
 
     def _on_error(self, call: Call, error: DeliveryError) -> None:
         if self._let_go(call):
+            server = call.server
+            if server is not None and not server.about.batches and isinstance(error, NotDelivered):
+                # Nothing else tells that one in the basic dialect is gone. It gets nothing until it says hello again.
+                if server.slot is not None:
+                    self.supervisor.note_gone(server.slot)
+                self._lose(server, str(error))
             self._end_lost(call, CommandFailed(str(error)) if isinstance(error, HandlerError) else error)
             self.pump()
 
@@ -328,13 +354,13 @@ class Dispatcher:
         identity = message.sender
         with self.lock:
             known = self.servers.get(identity)
-            if message.source_callback_id or self.stopped:
-                return  # It waits for our end; its hello proper came before.
+            if message.source_callback_id or self.stopped or is_over(about):
+                return  # With an id it waits for our end; its hello proper came before.
             if known is not None and known.about.life == about.life:
                 known.address = message
                 server = known
             else:
-                server = Server(identity=identity, address=message, about=about, slot=self._find_slot(about))
+                server = Server(identity=identity, address=message, about=about, slot=self.supervisor.find_slot(about))
                 self.servers[identity] = server
         if known is server:
             self._greet(server)
@@ -353,23 +379,12 @@ class Dispatcher:
             greeting = encode(Command(cmd="STATUS", npy=True))
             self.submit(Call(cmd="STATUS", contents=greeting, deadline_at=time.monotonic() + HUNG_S), server)
 
-    def _find_slot(self, about: ServerHello) -> Slot | None:
-        """Return the slot that a server was started for: it says so, or one waits for a hello."""
-        slots = self.supervisor.slots
-        if about.slot >= 0:
-            is_ours = about.slot < len(slots) and slots[about.slot].pid == about.pid
-            return slots[about.slot] if is_ours else None
-        if about.life:
-            return None
-        starting = [slot for slot in slots if slot.state is SlotState.STARTING]
-        return min(starting, key=lambda slot: slot.started_at, default=None)
-
     def note_slot_end(self, slot: Slot) -> None:
         """Note that the process of a slot has ended."""
         with self.lock:
             self.counts["server_ends"] += 1
-            server = next((each for each in self.servers.values() if each.slot is slot), None)
-        if server is not None:
+            servers = [each for each in self.servers.values() if each.slot is slot]
+        for server in servers:
             self._lose(server, slot.reason)
         with self.lock:
             hopeless = self._find_hopeless("the command")
@@ -414,15 +429,17 @@ class Dispatcher:
                 for each in call.batch.calls
                 if each.deadline_at <= now
             ]
-        error = NoServer("no server was ready to take the command before its deadline")
+            quits = [call for server in servers for call in server.open.values() if call.cmd == "QUIT"]
+        error = NoServer(f"no server was ready to take the command before its deadline: {self.supervisor.describe()}")
         self._fail_all(late, late_infers, error)
         for each in open_infers:
             each.job.settle_error(ServerLost("no answer came before the deadline"))
+        for quit_call in quits:
+            if quit_call.deadline_at <= now and quit_call.server is not None and quit_call.server.slot is not None:
+                self.supervisor.kill(quit_call.server.slot, "it did not end after QUIT")
         for server in servers:
             self._ping(server, now)
-        for slot in self.supervisor.slots:
-            if slot.state is SlotState.STARTING and now - slot.started_at > START_S:
-                self.supervisor.kill(slot, f"it said no hello within {START_S:.0f} s")
+        self.supervisor.kill_mute(now)
         self.pump()
 
     def _ping(self, server: Server, now: float) -> None:
@@ -464,6 +481,7 @@ class Dispatcher:
 
     def tell_to_end(self, server: Server) -> None:
         """Send `QUIT`, which has no answer; the process is not started again."""
+        server.is_ending = True
         if server.slot is not None:
             server.slot.is_told_to_end = True
         try:

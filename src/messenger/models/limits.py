@@ -48,6 +48,8 @@ PING_S = 0.5
 SILENT_S = 2.0
 HUNG_S = 30.0
 START_S = 60.0
+# The next program that is not our server is started when the one before has said hello, or after this.
+STAGGER_S = 5.0
 # A stop waits so long after QUIT before it kills, and a server so long before it says HELLO to a manager again.
 STOP_S = 5.0
 HELLO_S = 60.0

@@ -87,7 +87,7 @@ class ModelServerManager(ModelCalls):
         destination: Destination | str | int = 15446,
         *,
         servers: int = 1,
-        command: Sequence[str] | None = None,
+        command: Sequence[str | Path] | None = None,
         folder: str | Path | None = None,
         crashes_max: int = CRASHES_MAX,
         batch_rows_max: int = BATCH_ROWS_MAX,
@@ -112,10 +112,10 @@ class ModelServerManager(ModelCalls):
         self._listens.set()
         try:
             words = make_words(command, self.listener, self.folder, servers)
-        except ValueError:
+        except BaseException:
             self.listener.close()
             raise
-        self._supervisor.start(words)
+        self._supervisor.start(words, is_own=command is None)
 
     # Calls beside those of `ModelCalls`.
 
@@ -321,7 +321,7 @@ class ModelServerManager(ModelCalls):
                 watcher(progress)
 
 
-def make_words(command: Sequence[str] | None, listener: Listener, folder: Path, count: int) -> list[str]:
+def make_words(command: Sequence[str | Path] | None, listener: Listener, folder: Path, count: int) -> list[str]:
     """Return the words of the program that is to be started.
 
     Raises:
@@ -340,13 +340,17 @@ def make_words(command: Sequence[str] | None, listener: Listener, folder: Path, 
                 "'host:port' without tcp://, which they reach by ipc, or start servers with keys of their own"
             )
         place = str(listener.destination)
-        return [sys.executable, "-P", "-m", SERVER_MODULE, place, "--folder", str(folder), "--slot", "{slot}"]
-    if isinstance(command, str) or not command:
-        raise ValueError(f"command is {command!r}, it must be a list of words")
-    if ipc_path is None and any("{ipc_path}" in word for word in command):
-        raise ValueError(f"the command wants {{ipc_path}}, but {listener.destination} has no ipc endpoint")
-    words = [word.replace("{endpoint}", endpoints[-1]) for word in command]
-    return [word.replace("{ipc_path}", ipc_path or "") for word in words]
+        words = [sys.executable, "-P", "-m", SERVER_MODULE, place, "--folder", str(folder), "--slot", "{slot}"]
+    else:
+        words = [str(word) if isinstance(word, Path) else word for word in command]
+        if isinstance(command, str) or not words or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"command is {command!r}, it must be a list of words, each a text or a path")
+        if ipc_path is None and any("{ipc_path}" in word for word in words):
+            raise ValueError(f"the command wants {{ipc_path}}, but {listener.destination} has no ipc endpoint")
+        words = [word.replace("{endpoint}", endpoints[-1]).replace("{ipc_path}", ipc_path or "") for word in words]
+    if any("\0" in word for word in words):
+        raise ValueError(f"no program can be started with a NUL character in {words}: it must be left out")
+    return words
 
 
 def _describe(server: Server | None, slot: Slot | None, now: float) -> ServerStatus:

@@ -49,6 +49,7 @@ class Server(msgspec.Struct, eq=False, kw_only=True):
         about: What it tells of itself.
         slot: That its process was started for, if it was.
         pinged_at: When a ping was sent that has no answer yet, else 0.
+        is_ending: Whether it was told to end.
         open: The calls that it has.
         batch_count: Of these, the batches.
     """
@@ -58,12 +59,13 @@ class Server(msgspec.Struct, eq=False, kw_only=True):
     about: ServerHello
     slot: Slot | None
     pinged_at: float = 0.0
+    is_ending: bool = False
     open: dict[int, Call] = msgspec.field(default_factory=dict)
     batch_count: int = 0
 
     def is_ready(self, now: float) -> bool:
         """Return whether it takes commands."""
-        return not self.pinged_at or now - self.pinged_at < SILENT_S
+        return not self.is_ending and (not self.pinged_at or now - self.pinged_at < SILENT_S)
 
     def is_hung(self, now: float) -> bool:
         """Return whether it has been silent for so long that it should be ended."""
