@@ -372,7 +372,7 @@ def test_row_any_a_refusal_is_told_and_tried_again_later(state: State) -> None:
     assert connecting.session.next_deadline_at == HELLO_S_MAX
     connecting.side.tick(1.0)  # When it would have said the first HELLO again.
     assert connecting.link.take() == []
-    assert connecting.side.handshake.next_deadline_at() == pytest.approx(HELLO_S_MAX, abs=TIMER_TICK_S)
+    assert connecting.side.handshake.next_deadline_at == pytest.approx(HELLO_S_MAX, abs=TIMER_TICK_S)
     connecting.side.tick(HELLO_S_MAX)
     assert connecting.take_hello().nonce != first.nonce
 
@@ -420,10 +420,10 @@ def test_a_connection_whose_link_took_nothing_says_hello_and_resumes() -> None:
     connecting.side.send(connecting.session, b"a")
     assert connecting.link.take() == []
     connecting.link.is_up = True
-    assert connecting.side.handshake.next_deadline_at() <= 5.0
+    assert connecting.side.handshake.next_deadline_at <= 5.0
     connecting.side.tick(5.0)
     hello = connecting.take_hello()
-    assert connecting.side.handshake.next_deadline_at() > 5.0
+    assert connecting.side.handshake.next_deadline_at > 5.0
     connecting.challenge(hello.nonce, nonce=0)
     assert connecting.link.kinds() == [Kind.DATA]
     assert connecting.session.next_number == 2
@@ -599,7 +599,7 @@ def test_a_deadline_of_a_connection_without_a_link_is_forgotten() -> None:
     connecting.side.handshake.handle_link_down(connecting.link)
     connecting.side.tick(100.0)
     assert connecting.link.take() == []
-    assert connecting.side.handshake.next_deadline_at() == FOREVER
+    assert connecting.side.handshake.next_deadline_at == FOREVER
 
 
 # A listener, alone.
@@ -709,9 +709,9 @@ def test_one_nonce_is_kept_for_each_claimed_incarnation_until_it_expires() -> No
     incarnation, first = listening.hello(nonce=7)
     again, second = listening.hello(nonce=8)
     assert (again, second.nonce, second.echo) == (incarnation, first.nonce, 8)
-    assert listening.handshake.next_deadline_at() == CHALLENGE_S
+    assert listening.handshake.next_deadline_at == CHALLENGE_S
     listening.side.tick(CHALLENGE_S)
-    assert listening.handshake.next_deadline_at() == FOREVER
+    assert listening.handshake.next_deadline_at == FOREVER
     listening.receive(encode_response(CONNECTION, incarnation, first.nonce))
     assert not listening.handshake.sessions
     assert listening.owner.dropped == {"stale_session": 1}
@@ -824,7 +824,7 @@ def test_row_established_a_goodbye_ends_the_session() -> None:
     assert listening.owner.lost == [b"a"]
     assert not listening.handshake.sessions
     assert listening.handshake.find("handle", b"client") is None
-    assert listening.handshake.next_deadline_at() == FOREVER
+    assert listening.handshake.next_deadline_at == FOREVER
 
 
 def test_row_established_a_new_process_takes_over_when_the_old_one_cannot_be_reached() -> None:
@@ -1097,22 +1097,12 @@ def test_a_session_that_nothing_is_heard_of_is_forgotten() -> None:
     listening.receive(data_frame(CONNECTION, session.incarnation))
     session.attach(None)
     listening.side.tick(89.9)
-    assert listening.handshake.next_deadline_at() == pytest.approx(90.0, abs=TIMER_TICK_S)
+    assert listening.handshake.next_deadline_at == pytest.approx(90.0, abs=TIMER_TICK_S)
     assert set(listening.handshake.sessions) == {session}
     listening.side.tick(90.0)
     assert not listening.handshake.sessions
     assert listening.owner.take() == [("ended", "nothing was heard of it for 60 s")]
-    assert listening.handshake.next_deadline_at() == FOREVER
-
-
-def test_a_session_without_a_connection_says_no_hello() -> None:
-    listening = Listening()
-    session = listening.establish()
-    session.hello_at = 1.0
-    listening.handshake.plan(session)
-    listening.side.tick(1.0)
-    assert session.hello_at == FOREVER
-    assert listening.link.take() == []
+    assert listening.handshake.next_deadline_at == FOREVER
 
 
 def test_discarding_twice_or_what_was_replaced_harms_nobody() -> None:
@@ -1331,13 +1321,13 @@ class Pair:
         """Let time pass."""
         self.deliver(lost)
         while True:
-            due_at = min(side.handshake.next_deadline_at() for side in (self.client, self.server))
+            due_at = min(side.handshake.next_deadline_at for side in (self.client, self.server))
             if due_at > until:
                 break
             self.now = max(self.now, due_at)
             for side in (self.client, self.server):
                 side.tick(self.now)
-                assert side.handshake.next_deadline_at() > self.now
+                assert side.handshake.next_deadline_at > self.now
             self.deliver(lost)
         self.now = until
 

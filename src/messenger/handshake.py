@@ -190,10 +190,10 @@ class Handshake:
         try:
             data_frame = decode_data_frame(frame)
             if data_frame is not None:
-                flags, source, dest, data = data_frame
+                flags, source, dest, numbers = data_frame
                 session = self._find_established(link, routing_id, source, dest)
                 if session is not None:
-                    self._receive_data(session, flags, data, frame, extra, now)
+                    self._receive_data(session, flags, numbers, frame, extra, now)
                     return
             header = decode_header(frame)
             if header.version != VERSION:
@@ -201,9 +201,9 @@ class Handshake:
             elif header.kind == Kind.DATA and data_frame is None:
                 self._owner.drop("malformed_frames")
             elif link.session is not None:
-                self._receive_at_connection(link, header, frame, extra, now)
+                self._receive_at_connection(link, header, frame, now)
             else:
-                self._receive_at_listener(link, routing_id, header, frame, extra, now)
+                self._receive_at_listener(link, routing_id, header, frame, now)
         except MalformedMessage:
             self._owner.drop("unknown_header" if not frame or frame[0] != MAGIC else "malformed_frames")
 
@@ -230,7 +230,7 @@ class Handshake:
         elif header.kind != Kind.REFUSED:
             link.send_frames(routing_id, [encode_refusal(header.source_incarnation, Reason.VERSION, text)])
 
-    def _receive_at_connection(self, link: Link, header: Header, frame: bytes, extra: list[bytes], now: float) -> None:
+    def _receive_at_connection(self, link: Link, header: Header, frame: bytes, now: float) -> None:
         session: Session = link.session
         is_known = session.state is State.ESTABLISHED and header.source_incarnation == session.peer_incarnation
         if header.dest_incarnation != session.incarnation or session.state is State.CLOSED:
@@ -284,49 +284,43 @@ class Handshake:
             link.send_frames(b"", [encode_response(session.incarnation, header.source_incarnation, challenge.nonce)])
         self._owner.mark_dirty(session)
 
-    def _receive_at_listener(
-        self, link: Link, routing_id: bytes, header: Header, frame: bytes, extra: list[bytes], now: float
-    ) -> None:
-        session = self._by_incarnation.get(header.source_incarnation)
-        challenged = self._challenged.get(header.source_incarnation)
-        hello = challenged and challenged.hello
-        if header.kind == Kind.HELLO:
-            hello = decode_hello(frame)
+    def _receive_at_listener(self, link: Link, routing_id: bytes, header: Header, frame: bytes, now: float) -> None:
+        source, dest = header.source_incarnation, header.dest_incarnation
+        session, challenged = self._by_incarnation.get(source), self._challenged.get(source)
+        hello = decode_hello(frame) if header.kind == Kind.HELLO else challenged and challenged.hello
+        # Whoever names the incarnation of a session, which is a secret, must be its peer.
+        claimed = [] if session is None else [session.peer]
+        if hello is not None:
             _check_identity(hello.identity)
-            # It names the incarnation of a session, which is a secret, and must be whose that is.
-            if session is not None and not self._may_speak(link, routing_id, header, session.peer):
-                return
-        claimed = hello.identity if hello is not None else b"" if session is None else session.peer
-        if claimed and not self._may_speak(link, routing_id, header, claimed):
+            claimed.append(hello.identity)
+        if not all(self._may_speak(link, routing_id, source, identity) for identity in claimed):
             return
-        if challenged is not None and challenged.expires_at <= now:
-            challenged = None
-        is_known = session is not None and header.dest_incarnation == session.incarnation
         if hello is not None and header.kind == Kind.HELLO:
-            self._handle_hello(link, routing_id, header.source_incarnation, hello, now)
-        elif session is not None and is_known and header.kind == Kind.GOODBYE:
-            session.take_back(decode_goodbye(frame))
-            self._end(session, "the other end has closed")
-        elif challenged is not None and header.dest_incarnation == challenged.incarnation:
+            self._handle_hello(link, routing_id, source, hello, now)
+            return
+        known = session if session is not None and session.incarnation == dest else None
+        if known is not None and header.kind == Kind.GOODBYE:
+            known.take_back(decode_goodbye(frame))
+            self._end(known, "the other end has closed")
+        elif challenged is not None and challenged.expires_at > now and challenged.incarnation == dest:
             if header.kind == Kind.RESPONSE and decode_response(frame) == challenged.nonce:
-                self._establish(link, routing_id, header.source_incarnation, challenged, now)
+                self._establish(link, routing_id, source, challenged, now)
             else:
                 # Its RESPONSE is missing.
-                self._send_challenge(link, routing_id, header.source_incarnation, challenged, 0)
+                self._send_challenge(link, routing_id, source, challenged, 0)
         elif header.kind == Kind.DATA:
             self._owner.drop("unknown_session")
-            unknown = encode_header(Kind.UNKNOWN, 0, header.source_incarnation)
-            link.send_frames(routing_id, [unknown])
-        elif not (is_known and header.kind == Kind.RESPONSE):
+            link.send_frames(routing_id, [encode_header(Kind.UNKNOWN, 0, source)])
+        elif known is None or header.kind != Kind.RESPONSE:
             self._owner.drop("stale_session")
 
-    def _may_speak(self, link: Link, routing_id: bytes, header: Header, identity: bytes) -> bool:
+    def _may_speak(self, link: Link, routing_id: bytes, source_incarnation: int, identity: bytes) -> bool:
         """Return whether a peer of a listener is whom its frame claims; if it is not, tell it."""
         if link.may_speak_for(routing_id, identity):
             return True
         self._owner.drop("foreign_identity")
         text = f"its key here is not that of {decode_identity(identity)!r}; take the identity that goes with the key"
-        link.send_frames(routing_id, [encode_refusal(header.source_incarnation, Reason.KEY, text)])
+        link.send_frames(routing_id, [encode_refusal(source_incarnation, Reason.KEY, text)])
         return False
 
     def _handle_hello(self, link: Link, routing_id: bytes, source_incarnation: int, hello: Hello, now: float) -> None:
@@ -339,7 +333,6 @@ class Handshake:
             return
         known = self._challenged.get(source_incarnation)
         if known is None or known.expires_at <= now:
-            _check_identity(hello.identity)
             self._forget_expired(now)
             same_count = sum(other.hello.identity == hello.identity for other in self._challenged.values())
             if same_count >= CHALLENGES_PER_IDENTITY_MAX or len(self._challenged) >= CHALLENGES_MAX:
@@ -400,17 +393,17 @@ class Handshake:
         return ""
 
     def _receive_data(
-        self, session: Session, flags: int, data: Numbers, frame: bytes, extra: list[bytes], now: float
+        self, session: Session, flags: int, numbers: Numbers, frame: bytes, extra: list[bytes], now: float
     ) -> None:
         owner = self._owner
-        first, _, _, count = data
+        first, _, _, count = numbers
         # A batch that does not decode must not be acknowledged.
         if flags & Flag.CONTROLS:
             batch = _NO_MESSAGES
             owner.handle_controls(session, decode_controls(frame, count))
         else:
             batch = decode_batch(frame, flags, count, extra)
-        skipped = session.receive(flags, data, batch[3], now)
+        skipped = session.receive(flags, numbers, batch[3], now)
         if skipped is not None:
             owner.handle_batch(session, first, batch, skipped)
         owner.mark_dirty(session)
@@ -449,8 +442,9 @@ class Handshake:
             if not same:
                 del self._by_identity[session.peer]
 
+    @property
     def next_deadline_at(self) -> float:
-        """Return when `handle_deadline` has something to do."""
+        """When `handle_deadline` has something to do."""
         challenged_at = min((known.expires_at for known in self._challenged.values()), default=FOREVER)
         return min(self._timers.next_at, challenged_at)
 
@@ -467,13 +461,10 @@ class Handshake:
     def handle_deadline(self, now: float) -> None:
         """Say HELLO again, ask for acknowledgements, forget who is gone."""
         for session in self._timers.take_due(now):
-            if session.hello_at <= now:
-                link = session.connection_link
-                if link is None:
-                    session.hello_at = FOREVER
-                else:
-                    session.nonce = session.nonce or self._draw()
-                    self._say_hello(session, link, now)
+            link = session.connection_link
+            if link is not None and session.hello_at <= now:
+                session.nonce = session.nonce or self._draw()
+                self._say_hello(session, link, now)
             session.handle_deadline(now)
             if self._idle_at(session) <= now:
                 self._end(session, f"nothing was heard of it for {self._limits.session_idle_s_max} s")

@@ -100,7 +100,7 @@ class Outcomes:
                     self._drop_queue(outlet, "the peer is gone")
                 if isinstance(outlet, Session) and outlet.is_overlooked and not outlet.is_closed:
                     self.handshake.plan(outlet)
-                    self._sessions_at = min(self._sessions_at, self.handshake.next_deadline_at())
+                    self._sessions_at = min(self._sessions_at, self.handshake.next_deadline_at)
 
     # Outcomes other than a response.
 
@@ -184,7 +184,7 @@ class Outcomes:
             self.handshake.handle_deadline(now)
             self.flush(now)
             revive_at = min(self._revive_at.values(), default=FOREVER)
-            self._sessions_at = max(min(self.handshake.next_deadline_at(), revive_at), now + SWEEP_SPACING_S)
+            self._sessions_at = max(min(self.handshake.next_deadline_at, revive_at), now + SWEEP_SPACING_S)
         if self._sweep_at <= now:
             self._sweep(now)  # What ended just now is to be reported.
 
