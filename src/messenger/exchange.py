@@ -316,7 +316,7 @@ class Exchange(Streams):
         for index in range(skipped, len(messages)):
             number = first + index
             try:
-                source_callback_id, dest_callback_id, contents = decode_message(messages[index])
+                source_id, dest_id, contents = decode_message(messages[index])
             except MalformedMessage:
                 self.drop("malformed_message")
                 session.note_unrun(number)
@@ -324,14 +324,13 @@ class Exchange(Streams):
             contents = large.get(index, contents)
             deadline_at = _deadline_at(session, left_ms[index]) if left_ms else session.heard_at + TIMEOUT_S
             self.expires_at = min(self.expires_at, deadline_at)
-            source_id, dest_id = source_callback_id, dest_callback_id
             message = Message(messenger, contents, source_id, dest_id, session, peer, number, incarnation, deadline_at)
-            if source_callback_id == NOOP and dest_callback_id < MSC_ID_MIN:
+            if not source_id and dest_id < MSC_ID_MIN:
                 session.must_answer = True
             if len(contents) > self._message_bytes_max:
                 self.drop("message_too_large")
                 session.note_unrun(number)
-                if source_callback_id:
+                if source_id:
                     self._answer_failure(message, Option(0, OptionKind.TOO_LARGE))
             elif index in options_by_index:
                 self._process_option(session, message, options_by_index[index])
@@ -353,7 +352,7 @@ class Exchange(Streams):
             self.mark_dirty(message.link)
 
     def _process_option(self, session: Session, message: Message, option: Option) -> None:
-        """Process a message that is an error response, or that may have run before."""
+        """Process a message with an option: a part, an error response, or one that is just more than plain."""
         if option.kind == OptionKind.MORE:
             self._process_part(session, message)
             return

@@ -22,7 +22,7 @@ from .limits import BATCH_MSGS_MAX, SILENT_LOG_S
 from .link import FOREVER, Link, Outlet
 from .message import ErrorCallback, Message, Taker
 from .outgoing import Outgoing
-from .session import ESTABLISHED, Session
+from .session import Session
 from .wire import NOOP, Control, ControlKind, Option, OptionKind, Reason, decode_identity
 
 # A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.
@@ -218,13 +218,9 @@ class Outcomes:
         for outlet in self._outlets():
             if not outlet.queue or min(outgoing.deadline_at for outgoing in outlet.queue) > now:
                 continue
-            kept: deque[Outgoing] = deque()
-            expired: list[Outgoing] = []
-            for outgoing in outlet.queue:
-                (kept if outgoing.deadline_at > now else expired).append(outgoing)
-            why = _why_unsent(outlet)
+            expired = _take_out(outlet, lambda outgoing: outgoing.deadline_at <= now)
+            why = outlet.why_unsent()
             held |= dict.fromkeys(self._discard(outlet, expired, why), why)
-            outlet.queue = kept
         return held
 
     def _drop_queue(self, outlet: Outlet, why: str) -> None:
@@ -304,7 +300,8 @@ class Outcomes:
         self.expires_at = -FOREVER  # What it has asked is not started any more.
         if self.on_cancelled is not None:
             self.on_cancelled(session, NOOP)
-        self._discard_answers(session, why)
+        # To another incarnation, queued answers would be answers to other questions.
+        self._end_queued(session, _take_out(session, lambda outgoing: outgoing.is_answer), why)
         queued = {outgoing.message_id for outgoing in session.queue}
         again: list[Outgoing] = []
         silent_count = 0
@@ -331,17 +328,6 @@ class Outcomes:
             self.abandon(session, why)
         self._note_silent(OutcomeUnknown, silent_count, session, why)
 
-    def _discard_answers(self, session: Session, why: str) -> None:
-        """End queued answers: to another incarnation they would be answers to other questions."""
-        kept: deque[Outgoing] = deque()
-        answers: list[Outgoing] = []
-        for outgoing in session.queue:
-            (answers if outgoing.is_answer else kept).append(outgoing)
-        self._discard(session, answers, why)
-        session.queue = kept
-        for outgoing in answers:
-            self._fail(outgoing.message_id, NotDelivered, why)
-
     def handle_refused(self, session: Session, reason: Reason, text: str, did_not_run: bool) -> None:
         """The other end does not want this connection.
 
@@ -367,14 +353,9 @@ class Outcomes:
     def refuse_too_large(self, session: Session) -> None:
         """End what waits for the other end of a session, and is larger than what that takes."""
         most = session.contents_max
-        kept: deque[Outgoing] = deque()
-        refused: list[Outgoing] = []
-        for outgoing in session.queue:
-            (kept if outgoing.large is None or len(outgoing.large) <= most else refused).append(outgoing)
-        if refused:
-            session.queue = kept
-            why = f"the contents are larger than message_bytes_max of the receiver, {most}"
-            self._end_queued(session, refused, why)
+        refused = _take_out(session, lambda outgoing: outgoing.large is not None and len(outgoing.large) > most)
+        why = f"the contents are larger than message_bytes_max of the receiver, {most}"
+        self._end_queued(session, refused, why)
 
     def handle_deserted(self, link: Link) -> None:
         """Nobody listens any more where a connection's link led, so the process there has probably ended.
@@ -454,12 +435,11 @@ class Outcomes:
         return not (is_under_way or self._outstanding or self.queued_count or self.calls)
 
 
-def _why_unsent(outlet: Outlet) -> str:
-    """Return what is known of why a queue did not leave, for people."""
-    if not isinstance(outlet, Session):
-        return outlet.why_unsent()
-    count = outlet.unprocessed_count
-    if outlet.link is not None and outlet.state is ESTABLISHED and count:
-        limit = f"window_msgs is {outlet.window_msgs}" if count >= outlet.window_msgs else "these fill window_bytes"
-        return f"it waited behind {count} that the peer, which is connected, has not processed; {limit}"
-    return "the peer was not connected" if outlet.connection_link is None else outlet.connection_link.why_unsent()
+def _take_out(outlet: Outlet, is_out: Callable[[Outgoing], bool]) -> list[Outgoing]:
+    """Take what fits a condition out of a queue and return it, for `_discard`, which counts its bytes off."""
+    kept: deque[Outgoing] = deque()
+    taken: list[Outgoing] = []
+    for outgoing in outlet.queue:
+        (taken if is_out(outgoing) else kept).append(outgoing)
+    outlet.queue = kept
+    return taken
