@@ -177,7 +177,7 @@ FLUSH_S = 0.001
 ACK_DELAY_S = 0.02
 # Whatever a session waits for may be late by so much; that of many can then be looked at together.
 TIMER_TICK_S = 0.005
-# RFC 6298 says 1 s for the last two; links here are fast, and what the timeout sends is an empty frame.
+# RFC 6298 says 1 s for the first two; links here are fast, and what the timeout sends is an empty frame.
 RTO_MIN_S = 0.25
 RTO_INITIAL_S = 0.5
 RTO_MAX_S = 8.0
