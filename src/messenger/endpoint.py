@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -44,7 +45,7 @@ class Driver(Protocol):
         """Forget a link, before it is closed."""
 
     def run_in_worker(self, callback: Any, message: Message) -> None:
-        """Run a user's callback in the calling thread, survive it, and note that the message is processed."""
+        """Run a callback in the calling thread, survive it, and note that the message is processed."""
 
     def count_drop(self, kind: str) -> None:
         """Count a message that goes no further."""
@@ -193,18 +194,11 @@ class Workers:
     """
 
     def __init__(
-        self,
-        count: int,
-        backlog_max: int,
-        run: Callable[[Message], None],
-        on_overflow: Callable[[], None],
-        on_key_error: Callable[[Message, BaseException], None],
-        order_by: KeyFunction | None = None,
+        self, count: int, backlog_max: int, driver: Driver, callback: Callback, order_by: KeyFunction | None
     ) -> None:
         self._backlog_max = backlog_max
-        self._run = run
-        self._on_overflow = on_overflow
-        self._on_key_error = on_key_error
+        self._driver = driver
+        self._callback = callback
         self._order_by = order_by
         self._order: KeyOrder[Message] = KeyOrder()
         # With their keys; without an order that is None.
@@ -228,7 +222,7 @@ class Workers:
         """Queue a message for the next free thread."""
         # A session's window bounds what it sends; a plain peer cannot be told to slow down.
         if not message.number and self._queue.qsize() + self._order.waiting_count >= self._backlog_max:
-            self._on_overflow()
+            self._driver.count_drop("workers_full")
             return
         key: Hashable = None
         if self._order_by is not None:
@@ -236,7 +230,7 @@ class Workers:
                 key = self._order_by(message)
                 hash(key)
             except BaseException as error:
-                self._on_key_error(message, error)
+                self._driver.run_in_worker(partial(_fail, error), message)
                 return
         with self._lock:
             self._pending_count += 1
@@ -258,7 +252,7 @@ class Workers:
 
     def _finish(self, key: Hashable, message: Message) -> Message | None:
         """Run a message; return the one of its key that this thread is to go on with, if there is one."""
-        self._run(message)
+        self._driver.run_in_worker(self._callback, message)
         with self._lock:
             self._pending_count -= 1
             following = None if self._order_by is None else self._order.release(key)
@@ -266,6 +260,11 @@ class Workers:
                 return following  # Behind the end of the queue it would never start.
             self._queue.put((key, following))  # Behind those of other keys that came meanwhile.
         return None
+
+
+def _fail(error: BaseException, _: Message) -> None:
+    """Stand in for a callback whose message has no key: its sender is told as if it had raised."""
+    raise error
 
 
 class Endpoints:
@@ -292,7 +291,7 @@ class Endpoints:
         identity: str,
         worker_count: int,
         driver: Driver,
-        order_by: KeyFunction | None = None,
+        order_by: KeyFunction | None,
     ) -> Listener:
         """Open a listener; see `Messenger.listen_for_connection`."""
         self._check_exposed(destination)
@@ -302,23 +301,7 @@ class Endpoints:
         listener.worker_count = worker_count
         listener.order_by = order_by
         if callback is not None and worker_count and driver.uses_threads:
-            user_callback = callback
-            backlog_max = self.limits.worker_backlog_max
-
-            def tell_key_error(message: Message, error: BaseException) -> None:
-                def fail(_: Message) -> None:
-                    raise error
-
-                driver.run_in_worker(fail, message)
-
-            listener.workers = Workers(
-                worker_count,
-                backlog_max,
-                lambda message: driver.run_in_worker(user_callback, message),
-                lambda: driver.count_drop("workers_full"),
-                tell_key_error,
-                order_by,
-            )
+            listener.workers = Workers(worker_count, self.limits.worker_backlog_max, driver, callback, order_by)
             callback = listener.workers.submit
         try:
             self._bind(listener, callback)
@@ -411,7 +394,7 @@ class Endpoints:
             driver.add(link)
 
     def route(self, to: Any, driver: Driver) -> tuple[Any, bytes, bool]:
-        """Return the link to send by, the routing id there, and whether the listener may have the peer on another."""
+        """Return the outlet to send by, the routing id there, and whether the peer may be at another of its links."""
         route: tuple[Any, bytes, bool]
         kind = type(to)  # Nobody derives from these, and isinstance costs more.
         if kind is Message:
@@ -443,9 +426,9 @@ class Endpoints:
                 endpoint = self._by_destination.get(destination) or self.connect(destination, None, "session", driver)
                 self._by_destination[to] = self._by_destination[destination] = endpoint
             route = (endpoint.outlet, b"", False)
-        if endpoint.closed or endpoint.messenger is not self._messenger:
-            if endpoint.closed:
-                raise MessengerClosed(f"{endpoint!r} is closed")
+        if endpoint.closed:
+            raise MessengerClosed(f"{endpoint!r} is closed")
+        if endpoint.messenger is not self._messenger:
             raise ValueError(f"{to!r} belongs to {endpoint.messenger!r}, not to {self._messenger!r}")
         return route
 
