@@ -380,7 +380,7 @@ class BaseMessenger:
     def _cut_revoked(self) -> None:
         """End the sessions of who is not allowed any more. Called without the lock, by any thread."""
         with self._loop.lock:
-            if self._loop.state in (RUNNING, State.CLOSING):
+            if self._loop.is_serving:
                 self._endpoints.cut_revoked()
                 self._loop.flush()
 

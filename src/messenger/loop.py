@@ -170,6 +170,11 @@ class Loop:
 
     # Life.
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether it takes input and sends: it runs, or is closing."""
+        return self.state in (State.RUNNING, State.CLOSING)
+
     def mark_forked(self) -> None:
         """Never work again: this is the child of a fork. What serves lives in the parent, and may hold the lock."""
         self._set_lock()
@@ -231,7 +236,7 @@ class Loop:
     def notice_change(self) -> None:
         """Look again which inproc endpoints have a listener. For the transports; any thread, no lock held or taken."""
         self._must_attach = True
-        if self.state in (State.RUNNING, State.CLOSING):
+        if self.is_serving:
             self.ask_attention()
 
     # A turn of the loop.

@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 from .arguments import check_close_timeout
-from .base import RUNNING, BaseMessenger, log_unheard
+from .base import BaseMessenger, log_unheard
 from .endpoint import Connection, Listener, To
 from .errors import CalledFromCallback
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
@@ -132,7 +132,7 @@ class Messenger(BaseMessenger):
             with loop.lock:
                 if loop.state is State.FORKED:
                     self._require_open()
-                entry = self._exchange.find_unclaimed(message_id) if loop.state in (RUNNING, State.CLOSING) else None
+                entry = self._exchange.find_unclaimed(message_id) if loop.is_serving else None
                 if entry is None:
                     return False
                 callback, on_error = entry.callback, entry.on_error

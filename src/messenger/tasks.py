@@ -241,7 +241,7 @@ class TaskLoop(Loop):
 
     def call_there(self, function: Callable[[], None]) -> None:
         """Call a function on the event loop: now if that runs here, else soon. Any thread, no lock needed."""
-        if self.state not in (State.RUNNING, State.CLOSING):
+        if not self.is_serving:
             return
         if asyncio._get_running_loop() is self._event_loop:
             function()

@@ -148,7 +148,7 @@ class ThreadLoop(Loop):
         if monotonic() < self._calls_at + STAND_IN_S:
             return
         with self.lock:
-            if self.state in (State.RUNNING, State.CLOSING):
+            if self.is_serving:
                 for link in self._links.values():
                     if link.is_shared:
                         link.read_news()
@@ -247,7 +247,7 @@ class ThreadLoop(Loop):
         if now >= self._poll_at:
             self._poll_at = now + POLL_S
             with self._lock:
-                if self._leader is None and self.state in (State.RUNNING, State.CLOSING):
+                if self._leader is None and self.is_serving:
                     self._read_events()
                     self._take_input(self._wakeup.wait_input(0))
 
@@ -407,7 +407,7 @@ class ThreadLoop(Loop):
                 self._report(callback, message, error)
         with self._lock:
             self._exchange.note_one_processed(message)
-            if self.state in (State.RUNNING, State.CLOSING):
+            if self.is_serving:
                 self.flush()
                 if self.state is State.CLOSING:
                     self._wakeup.announce_calls()
