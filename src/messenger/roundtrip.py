@@ -1,8 +1,8 @@
-"""How long the other end takes to answer, and so how long to wait for it (RFC 6298, section 2).
+"""How long the other end takes to answer, and so how long to wait for it (RFC 6298, section 2); when to send again.
 
 One message is timed at a time, and none that was sent twice: its answer may be to either (Karn's rule).
 
-What must never happen here: a wait outside of `RTO_MIN_S` to `RTO_MAX_S`.
+What must never happen here: a `timeout_s` outside of `RTO_MIN_S` to `RTO_MAX_S`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """A connection's socket, and what its monitor tells: that somebody is there, or why nobody lets us in.
 
-libzmq tells who connects only by events why a handshake failed, and then may not connect again. So a refusal ends what
+Only events of a monitor tell why a handshake failed, and libzmq may make no other try then. So a refusal ends what
 waits to be sent here, with the reason, and the link tries again some time later.
 
 A link that breaks may be a network that was cut, or a process that was killed. On this machine the kernel knows: if

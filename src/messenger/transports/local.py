@@ -1,10 +1,9 @@
 """Who listens on this machine: locks in front of ipc paths, and the inproc names of this process.
 
-ZeroMQ lets a second bind steal an ipc path, and leaves the file of a dead process behind. So each path has a lock
-file beside it, held
-by an advisory lock for as long as the listener lives: whoever gets the lock may remove a stale socket, and a sender
-that finds it held knows that somebody listens. Lock files are never removed, since a lock on a removed file protects
-nothing.
+ZeroMQ lets a second bind steal an ipc path, and leaves the file of a dead process behind. So each path has a lock file
+beside it, which the listener holds locked as long as it lives: whoever gets the lock may remove a stale socket, and a
+sender that finds it held knows that somebody listens. Lock files are never removed, since a lock on a removed file
+protects nothing.
 """
 
 import errno

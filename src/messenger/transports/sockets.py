@@ -32,9 +32,8 @@ _NEWS = struct.Struct("=Hi")
 _INT = struct.Struct("=i")
 _COOKIE = struct.Struct("=Q")
 _SOL_SOCKET, _IPPROTO_TCP, _TCP_INFO = int(socket.SOL_SOCKET), int(socket.IPPROTO_TCP), int(socket.TCP_INFO)
-# Python has no names for these of Linux: a socket's own name, of 8 bytes, and where in `struct tcp_info`, which only
-# ever grew at its end, it stands how many bytes the peer
-# has acknowledged, and how many were received.
+# Python has no names for these of Linux: the own name of a socket, 8 bytes; and the places in `struct tcp_info`, which
+# only ever grew at its end, of how many bytes the peer has acknowledged, and how many were received.
 _SO_COOKIE = 57
 _ACKNOWLEDGED_OFFSET, _RECEIVED_OFFSET = 120, 128
 _context: zmq.Context[zmq.Socket[bytes]] | None = None

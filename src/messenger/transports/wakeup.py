@@ -16,7 +16,6 @@ looks again and again for a moment before he sleeps, and gives way in between to
 
 import os
 import select
-from collections.abc import Callable
 from time import monotonic
 
 from ..errors import LimitReached
@@ -114,9 +113,8 @@ class Wakeup:
 
     def close(self) -> None:
         """Close the descriptors. Nobody may sleep on them any more."""
-        closers: list[Callable[[], None]] = [self._outer.close, self._inner.close]
-        for close in closers:
-            close()
+        self._outer.close()
+        self._inner.close()
         os.close(self._attention)
         os.close(self._calls)
 

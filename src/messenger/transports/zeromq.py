@@ -7,8 +7,8 @@ The traps of ZeroMQ that this file is about:
 
 * Its descriptor is edge-triggered: after every send or receive the events must be read again before anybody sleeps on
   it. A link that was used tells the loop by `touch`; `has_input` reads them.
-* A check costs more than a message, so a quiet link takes one message and then checks once; a busy link takes many and
-  checks never.
+* A check costs more than a message, so a quiet link takes one message and then checks once; a busy link takes many
+  before that.
 * A ROUTER drops what it cannot route unless it is MANDATORY, and then it raises for one peer; that never stops others.
 * A DEALER takes messages while nobody is there. With IMMEDIATE it does not, but then it throws away what it has
   received when its link breaks. So a monitor tells when somebody is there; until then messages wait in our own queue.
