@@ -31,7 +31,7 @@ from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.message import Waiter
 from messenger.session import Session, State
 from messenger.wire import (
-    CONTROLS_MAX,
+    COUNT_MAX,
     ID_MAX,
     Challenge,
     Control,
@@ -2266,13 +2266,13 @@ def test_only_the_latest_cancellations_are_known() -> None:
 def test_more_cancellations_than_a_frame_has_room_for() -> None:
     world = World()
     world.connect()
-    for number in range(CONTROLS_MAX + 1):
+    for number in range(COUNT_MAX + 1):
         world.session.controls.tell_cancelled(number)
     world.client.exchange.mark_dirty(world.session)
     world.client.exchange.flush(0.0)
     assert len(world.connection_link.sent) == 2
     world.deliver()
-    assert list(world.server_session.cancelled) == list(range(CONTROLS_MAX + 1))
+    assert list(world.server_session.cancelled) == list(range(COUNT_MAX + 1))
 
 
 def test_what_is_not_started_by_a_worker_counts_as_processed() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
 from .limits import STREAM_SHARE
-from .wire import CONTROLS_MAX, Control, ControlKind
+from .wire import COUNT_MAX, Control, ControlKind
 
 
 class Credit:
@@ -106,8 +106,8 @@ class Controls:
     def take(self) -> Iterator[list[Control]]:
         """Yield what is to be said, as much at a time as a frame may have."""
         controls, self.pending = list(self.pending.values()), {}
-        for start in range(0, len(controls), CONTROLS_MAX):
-            yield controls[start : start + CONTROLS_MAX]
+        for start in range(0, len(controls), COUNT_MAX):
+            yield controls[start : start + COUNT_MAX]
 
     def note_cancelled(self, message_id: int) -> None:
         """Note that the other end has given up a message; only the latest are kept, or a peer could fill the memory."""

@@ -101,17 +101,18 @@ def decode_identity(routing_id: bytes) -> str:
 MAGIC = 0x4D
 VERSION = 1
 _HEADER = struct.Struct("<BBBBQQ")
-_HELLO = struct.Struct("<QQIQQ")
-_CHALLENGE = struct.Struct("<QQIQQ")
-_RESPONSE = struct.Struct("<Q")
-_GOODBYE = struct.Struct("<Q")
+# Of HELLO and CHALLENGE what stands in front of the identity; of RESPONSE and GOODBYE the whole body.
+_INTRODUCTION = struct.Struct("<QQIQQ")
+_NUMBER = struct.Struct("<Q")
 # The header and the numbers at once, for the frames that are many.
 _DATA_FRAME = struct.Struct("<BBBBQQQQQI")
 DATA_HEADER_BYTES = _DATA_FRAME.size
 # In a message's size: its contents follow as a frame of their own.
 _LARGE = 1 << 31
 _SIZE = struct.Struct("<I")
-_SIZES = [struct.Struct(f"<{count}I") for count in range(257)]
+# Of the messages of a frame, and of its controls.
+COUNT_MAX = 256
+_SIZES = [struct.Struct(f"<{count}I") for count in range(COUNT_MAX + 1)]
 
 
 class Kind(IntEnum):
@@ -189,9 +190,8 @@ class Control(msgspec.Struct, array_like=True, frozen=True):
 
 
 # A list that names more messages than a batch has is refused before it is built.
-_OPTIONS = msgspec.msgpack.Decoder(Annotated[list[Option], msgspec.Meta(max_length=256)])
-CONTROLS_MAX = 256
-_CONTROLS = msgspec.msgpack.Decoder(Annotated[list[Control], msgspec.Meta(max_length=CONTROLS_MAX)])
+_OPTIONS = msgspec.msgpack.Decoder(Annotated[list[Option], msgspec.Meta(max_length=COUNT_MAX)])
+_CONTROLS = msgspec.msgpack.Decoder(Annotated[list[Control], msgspec.Meta(max_length=COUNT_MAX)])
 # In place of the milliseconds that a message has left.
 NO_DEADLINE_MS = 2**32 - 1
 REFUSAL_BYTES_MAX = 1_000
@@ -257,47 +257,45 @@ def decode_header(frame: bytes) -> Header:
 def encode_hello(source_incarnation: int, dest_incarnation: int, hello: Hello) -> bytes:
     """Return a HELLO frame."""
     header = encode_header(Kind.HELLO, source_incarnation, dest_incarnation)
-    return header + _HELLO.pack(*hello[:4], hello.message_bytes_max) + hello.identity
+    return header + _INTRODUCTION.pack(*hello[:4], hello.message_bytes_max) + hello.identity
 
 
 def decode_hello(frame: bytes) -> Hello:
     """Return the body of a HELLO frame."""
-    nonce, process, window_msgs, window_bytes, most = _unpack(_HELLO, frame)
-    return Hello(nonce, process, window_msgs, window_bytes, frame[_HEADER.size + _HELLO.size :], most)
+    nonce, process, window_msgs, window_bytes, most = _unpack(_INTRODUCTION, frame)
+    return Hello(nonce, process, window_msgs, window_bytes, frame[_HEADER.size + _INTRODUCTION.size :], most)
 
 
 def encode_challenge(source_incarnation: int, dest_incarnation: int, challenge: Challenge) -> bytes:
     """Return a CHALLENGE frame."""
     header = encode_header(Kind.CHALLENGE, source_incarnation, dest_incarnation)
-    return header + _CHALLENGE.pack(*challenge[:4], challenge.message_bytes_max) + challenge.identity
+    return header + _INTRODUCTION.pack(*challenge[:4], challenge.message_bytes_max) + challenge.identity
 
 
 def decode_challenge(frame: bytes) -> Challenge:
     """Return the body of a CHALLENGE frame."""
-    echo, nonce, window_msgs, window_bytes, most = _unpack(_CHALLENGE, frame)
-    return Challenge(echo, nonce, window_msgs, window_bytes, frame[_HEADER.size + _CHALLENGE.size :], most)
+    echo, nonce, window_msgs, window_bytes, most = _unpack(_INTRODUCTION, frame)
+    return Challenge(echo, nonce, window_msgs, window_bytes, frame[_HEADER.size + _INTRODUCTION.size :], most)
 
 
 def encode_response(source_incarnation: int, dest_incarnation: int, echo: int) -> bytes:
     """Return a RESPONSE frame."""
-    return encode_header(Kind.RESPONSE, source_incarnation, dest_incarnation) + _RESPONSE.pack(echo)
+    return encode_header(Kind.RESPONSE, source_incarnation, dest_incarnation) + _NUMBER.pack(echo)
 
 
 def decode_response(frame: bytes) -> int:
     """Return the nonce that a RESPONSE frame echoes."""
-    (echo,) = _unpack(_RESPONSE, frame)
-    return int(echo)
+    return _unpack(_NUMBER, frame)[0]
 
 
 def encode_goodbye(source_incarnation: int, dest_incarnation: int, received_through: int) -> bytes:
     """Return a GOODBYE frame."""
-    return encode_header(Kind.GOODBYE, source_incarnation, dest_incarnation) + _GOODBYE.pack(received_through)
+    return encode_header(Kind.GOODBYE, source_incarnation, dest_incarnation) + _NUMBER.pack(received_through)
 
 
 def decode_goodbye(frame: bytes) -> int:
     """Return the number of the last message that the sender of a GOODBYE has received."""
-    (received_through,) = _unpack(_GOODBYE, frame)
-    return int(received_through)
+    return _unpack(_NUMBER, frame)[0]
 
 
 def encode_refusal(dest_incarnation: int, reason: Reason, text: str, source_incarnation: int = 0) -> bytes:
@@ -314,7 +312,7 @@ def encode_data(
     source_incarnation: int,
     dest_incarnation: int,
     flags: int,
-    data: Numbers,
+    numbers: Numbers,
     messages: Sequence[bytes],
     large: Sequence[bool] = (),
     options: Sequence[Option] = (),
@@ -333,15 +331,7 @@ def encode_data(
         flags |= Flag.OPTIONS
     if left_ms:
         flags |= Flag.DEADLINES
-    header = _DATA_FRAME.pack(
-        MAGIC,
-        VERSION,
-        _DATA_KIND,
-        flags,
-        source_incarnation,
-        dest_incarnation,
-        *data,
-    )
+    header = _DATA_FRAME.pack(MAGIC, VERSION, _DATA_KIND, flags, source_incarnation, dest_incarnation, *numbers)
     if len(messages) == 1 and not large and not options and not left_ms:
         message = messages[0]
         return b"%b%b%b" % (header, _SIZE.pack(len(message)), message)
@@ -362,14 +352,12 @@ def encode_left_ms(left_s: float) -> int:
 
 
 def encode_controls(
-    source_incarnation: int,
-    dest_incarnation: int,
-    flags: int,
-    data: Numbers,
-    controls: Sequence[Control],
+    source_incarnation: int, dest_incarnation: int, flags: int, numbers: Numbers, controls: Sequence[Control]
 ) -> bytes:
     """Return a DATA frame without messages and with at most 256 controls."""
-    return encode_data(source_incarnation, dest_incarnation, flags | Flag.CONTROLS, data, ()) + _encode_block(controls)
+    return encode_data(source_incarnation, dest_incarnation, flags | Flag.CONTROLS, numbers, ()) + _encode_block(
+        controls
+    )
 
 
 def decode_controls(frame: bytes, count: int) -> list[Control]:
@@ -420,7 +408,7 @@ def decode_batch(
         MalformedMessage: The sizes do not fit the frame or the frames behind it, or the options do not decode.
     """
     end = DATA_HEADER_BYTES + 4 * count
-    if count > 256 or end > len(frame):
+    if count > COUNT_MAX or end > len(frame):
         raise MalformedMessage("the sizes of a batch exceed its frame")
     if count == 1 and not (flags & _BLOCKS or extra):
         if int.from_bytes(frame[DATA_HEADER_BYTES:end], "little") != len(frame) - end:

@@ -23,7 +23,6 @@ from ..limits import SOCKETS_MAX
 
 POLLIN = int(zmq.POLLIN)
 NOBLOCK = int(zmq.NOBLOCK)
-COUNT_MAX = 1_000_000
 # CurveZMQ puts a name of 8 bytes, a nonce of 8, an authenticator of 16 and flags of 1 around each frame.
 CURVE_WRAP_BYTES = 33
 # A listener with keys has sent so much to whom it refuses: greeting, WELCOME, ERROR. READY is longer than ERROR.
@@ -186,7 +185,7 @@ class Monitor:
         self.descriptor: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]
         self._is_stopped = False
 
-    def read(self, count_max: int = COUNT_MAX) -> list[tuple[int, int]]:
+    def read(self, count_max: int = sys.maxsize) -> list[tuple[int, int]]:
         """Return the events that came, each with its value; if there are `count_max`, there may be more."""
         news: list[tuple[int, int]] = []
         receive = self._socket.recv
