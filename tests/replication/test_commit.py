@@ -432,6 +432,8 @@ def test_a_transaction_inside_another_is_refused(cluster: Cluster) -> None:
             primary.execute(INSERT, ("a",))
         with pytest.raises(StatementRefused, match="use its `tx`"), primary.transaction():
             pass
+        with pytest.raises(StatementRefused, match="a transaction is open"):
+            primary.close()
         assert primary.execute("SELECT count(*) FROM books").fetchall() == [(0,)]
         tx.execute(INSERT, ("b",))
     with pytest.raises(StatementRefused, match="has ended"):

@@ -289,6 +289,22 @@ def test_the_status_tells_of_a_replica_that_is_gone(cluster: Cluster) -> None:
     assert (gone.name, gone.state, gone.applied_lsn, gone.lag_transactions) == ("replica", ReplicaState.DOWN, 2, 1)
 
 
+def test_the_lag_of_a_replica_that_is_gone_outlasts_a_restart(cluster: Cluster) -> None:
+    primary, replica = cluster.pair()
+    replica.close()
+    primary.execute(INSERT, ("Dune",))
+    time.sleep(1)
+    primary.close()
+    primary = cluster.primary()
+    primary.execute(INSERT, ("Emma",))
+    (status,) = primary.status().replicas
+    assert (status.state, status.lag_transactions) == (ReplicaState.DOWN, 2)
+    assert 1 <= status.lag_s < 60
+    replica = cluster.replica()
+    wait_streaming(primary, replica)
+    wait_until(lambda: primary.status().replicas[0].lag_s == 0)
+
+
 def test_garbage_is_counted_and_harms_nobody(cluster: Cluster) -> None:
     primary, replica = cluster.pair()
     stranger = cluster.messenger("stranger")

@@ -59,6 +59,7 @@ class Hub:
         destination: Where replicas join.
         path, database, head: The primary's file, the random name of its database, and where its history ends.
         known: What was remembered of the replicas, as `kept_replicas` gave it.
+        age_of: Returns for how long (seconds) the oldest entry that follows an LSN has been committed.
         on_claim: Called on the messenger's thread with what another primary says; returns what it is to be told.
         make_status: Returns the status, as a structure, for whoever asks.
 
@@ -74,6 +75,7 @@ class Hub:
         database: str,
         head: Head,
         known: Iterable[tuple[str, int, float, str]],
+        age_of: Callable[[int], float | None],
         limits: ReplicationLimits,
         on_claim: Callable[[Claim], Claim | None],
         make_status: Callable[[], msgspec.Struct],
@@ -88,13 +90,16 @@ class Hub:
         self.snapshot_lock = threading.Lock()
         self.malformed_count = 0
         self.peers: dict[str, Peer] = {}
-        for name, applied, _, diverged in known:
+        commits = [(0, time.monotonic())]
+        for name, applied, _, diverged in sorted(known, key=lambda replica: replica[1]):
             peer = self.peers[name] = Peer(name)
             peer.begin(min(applied, head.lsn))
             peer.diverged = diverged
             peer.state = DIVERGED if diverged else DOWN
+            if (age_s := age_of(applied)) is not None:
+                commits.append((applied + 1, time.monotonic() - age_s))
         # When which LSN was committed, a sample now and then.
-        self._commits: deque[tuple[int, float]] = deque([(0, time.monotonic())], maxlen=COMMIT_SAMPLES)
+        self._commits: deque[tuple[int, float]] = deque(commits, maxlen=COMMIT_SAMPLES)
         self.check: PrimaryCheck | None = None
         # Whether what is remembered of the replicas has changed.
         self.must_keep = False
@@ -402,23 +407,26 @@ class Hub:
             if self.is_closed:
                 return
             gone_to = self.gone_to
+            if gone_to is None:
+                self._begin_feed(join, message)
         if gone_to is not None:
             message.reply(encode(NotPrimary(join.stream, *gone_to)))
-            return
-        with self.lock:
-            peer = self.peers.setdefault(join.name, Peer(join.name))
-            old = peer.feed
-            if old is not None:
-                self._by_stream.pop(old.stream, None)
-                old.stop()
-            # What it had received and not on its disk may be lost with its process.
-            peer.received = peer.durable
-            peer.state = DOWN
-            peer.contact_at = time.monotonic()
-            peer.echo_s = 0.0  # Its clock may be another one: it was started anew, or is on another machine now.
-            self._by_stream[join.stream] = peer
-            self.must_keep = True
-            peer.feed = Feed(self, peer, join, message)
+
+    def _begin_feed(self, join: Join, message: Message) -> None:
+        """Serve a replica anew. Called with the lock held."""
+        peer = self.peers.setdefault(join.name, Peer(join.name))
+        old = peer.feed
+        if old is not None:
+            self._by_stream.pop(old.stream, None)
+            old.stop()
+        # What it had received and not on its disk may be lost with its process.
+        peer.received = peer.durable
+        peer.state = DOWN
+        peer.contact_at = time.monotonic()
+        peer.echo_s = 0.0  # Its clock may be another one: it was started anew, or is on another machine now.
+        self._by_stream[join.stream] = peer
+        self.must_keep = True
+        peer.feed = Feed(self, peer, join, message)
 
     def _refusal(self, join: Join) -> str:
         if join.version != PROTOCOL_VERSION:

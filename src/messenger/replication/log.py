@@ -4,6 +4,7 @@ An entry is written in the transaction that makes its changes. The log is bounde
 the same way, and the state then says where the history stood before the first that is left.
 """
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -101,6 +102,15 @@ def read_entries(connection: apsw.Connection, after_lsn: int, count: int, bytes_
             break
         entries.append(entry)
     return entries
+
+
+def read_age_s(connection: apsw.Connection, after_lsn: int) -> float | None:
+    """Return for how long the oldest entry that follows an LSN has been committed, by the clock; None if none does."""
+    rows: list[tuple[Any, ...]] = connection.execute(
+        "SELECT at_us FROM _messenger_log WHERE lsn > ? ORDER BY lsn LIMIT 1", (after_lsn,)
+    ).fetchall()
+    # The clock may have been set back since.
+    return max(0.0, time.time() - rows[0][0] / 1e6) if rows else None
 
 
 def find_head(connection: apsw.Connection, lsn: int) -> Head | None:

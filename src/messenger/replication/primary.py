@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -30,7 +31,7 @@ from .confirm import Level, Waiter
 from .errors import DiskFailed, Fenced, NotConfirmed
 from .hub import Hub
 from .limits import MESSAGE_ROOM_BYTES, ReplicationLimits
-from .log import check_in_history
+from .log import check_in_history, read_age_s
 from .records import Claim, Part, PartKind, Position
 from .rows import Rows
 from .snapshot import remove_leftovers
@@ -116,6 +117,7 @@ class Primary:
                 writer.state.database,
                 writer.log.head,
                 [] if promote else writer.known_replicas(),
+                partial(read_age_s, writer.connection),
                 limits,
                 self._on_claim,
                 self.status,
@@ -449,10 +451,14 @@ class Primary:
     def close(self) -> None:
         """Serve replicas no more, and close the file. Transactions that still wait end as `NotConfirmed`.
 
+        Raises:
+            StatementRefused: The calling thread is in a transaction.
+
         Thread: any, not within a transaction. Twice is fine.
         """
         if self._is_closed:
             return
+        self._writer.check_not_mine()
         self._is_closed = True
         if (check := self._hub.check) is not None:
             check.cancel()

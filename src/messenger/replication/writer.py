@@ -150,15 +150,18 @@ class Writer:
         """Take the lock.
 
         Raises:
-            WriterBusy: Not by the deadline.
-            StatementRefused: The calling thread has it, in a transaction that is open.
+            WriterBusy: Not by the deadline. StatementRefused: The calling thread has it, in an open transaction.
         """
-        if self.owner == threading.get_ident():
-            raise StatementRefused("a transaction is open in this thread; use its `tx`")
+        self.check_not_mine()
         lock = self.lock
         if not lock.acquire(False) and not wait_until(deadline_at, lambda timeout: lock.acquire(timeout=timeout)):
             raise WriterBusy(f"{self.path}: other transactions took all the time; nothing of this one was done")
         self.owner = threading.get_ident()
+
+    def check_not_mine(self) -> None:
+        """Refuse, by `StatementRefused`, what would wait for a transaction that the calling thread has open."""
+        if self.owner == threading.get_ident():
+            raise StatementRefused("a transaction is open in this thread; use its `tx`")
 
     def release(self) -> None:
         """Give the lock back."""
@@ -308,8 +311,7 @@ class Writer:
         Raises:
             WriterBusy: It was not written by the deadline.
         """
-        if self.owner == threading.get_ident():
-            raise StatementRefused("a transaction is open in this thread; use its `tx`")
+        self.check_not_mine()
         written_lsn = 0
         try:
             with self._queue_lock:
