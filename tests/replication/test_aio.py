@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 from messenger import AsyncMessenger
-from messenger.replication import ReplicationClosed, WriterBusy
+from messenger.replication import ReplicationClosed, StatementRefused, WriterBusy
 from messenger.replication.aio import AsyncPrimary, AsyncReplica
 from tests.conftest import StandingClock, free_port
 from tests.replication.pairs import BOOKS, INSERT, SELECT, content_of
@@ -96,6 +96,8 @@ def test_transaction_that_raises_or_is_cancelled_is_rolled_back(tmp_path: Path) 
             async with primary.transaction() as tx:
                 await tx.execute(INSERT, ("kept",))
             assert await primary.execute(SELECT) == [(1, "kept")]
+            with pytest.raises(StatementRefused, match="the transaction has ended"):
+                await tx.execute(INSERT, ("late",))
 
     run(main())
 

@@ -19,7 +19,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from messenger import AsyncMessenger, Destination, Messenger
 
-from .errors import ReplicationClosed
+from .errors import ReplicationClosed, StatementRefused
 from .limits import ASYNC_TRANSACTIONS_MAX
 from .primary import Primary
 from .records import Position
@@ -109,7 +109,11 @@ class AsyncTransaction:
         return await self._call(self._transaction.last_insert_rowid)
 
     async def _call(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        try:
+            running = asyncio.get_running_loop().run_in_executor(self._thread, function)
+        except RuntimeError:  # Its thread has ended with it.
+            raise StatementRefused("the transaction has ended") from None
+        return await running
 
 
 class AsyncPrimary(_Bridge[Primary]):
