@@ -305,6 +305,20 @@ def test_the_lag_of_a_replica_that_is_gone_outlasts_a_restart(cluster: Cluster) 
     wait_until(lambda: primary.status().replicas[0].lag_s == 0)
 
 
+def test_a_replica_is_told_why_it_gets_no_snapshot(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    primary = cluster.primary()
+    primary.execute(BOOKS)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
+        replica = cluster.replica()
+        wait_until(lambda: "1 are free" in replica.status().trouble)
+        assert replica.status().state is ReplicaState.CONNECTING
+        with pytest.raises(Stale, match="a snapshot needs"):
+            replica.execute(SELECT)
+    assert_equal(primary, replica)
+    assert replica.status().trouble == ""
+
+
 def test_garbage_is_counted_and_harms_nobody(cluster: Cluster) -> None:
     primary, replica = cluster.pair()
     stranger = cluster.messenger("stranger")

@@ -13,6 +13,7 @@ directly. If it is slower than the commits, it falls back to catching up, so wha
 | DIVERGED | nobody | it asks for a snapshot |
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -229,6 +230,7 @@ class Feed:
         except (MessengerError, apsw.Error, OSError) as error:
             why = f"{type(error).__name__}: {error}"
             logger.warning("! replica %s cannot be fed: %s", self.peer.name, why)
+            self._refuse(why)
         finally:
             try:
                 if reader is not None:
@@ -237,6 +239,12 @@ class Feed:
                 # It only read, so nothing is lost; but the end must be told all the same.
                 logger.warning("! the reader for replica %s is closed, but: %s", self.peer.name, error)
             self.source.handle_down(self, why)
+
+    def _refuse(self, why: str) -> None:
+        """Let the replica know why it gets nothing, so that it need not find out by silence, and can say it."""
+        source = self.source
+        with contextlib.suppress(MessengerError):
+            self.send(Welcome(self.stream, "refused", source.database, source.head.term, 0, b"", why))
 
     def _judge(self, reader: apsw.Connection) -> Welcome:
         """Return what the replica is to do."""
