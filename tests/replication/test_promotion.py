@@ -26,6 +26,8 @@ from messenger.replication import (
 from messenger.replication.claims import Claims
 from messenger.replication.feed import Feed
 from messenger.replication.follower import Follower
+from messenger.replication.limits import DESTINATIONS_MAX
+from messenger.replication.places import Places
 from messenger.replication.records import Entries
 from tests.conftest import Inbox, free_port, wait_until
 from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, state_of, wait_streaming
@@ -339,6 +341,43 @@ def test_what_only_the_other_of_two_promoted_at_once_has_is_saved(cluster: Clust
     lost = [json.loads(line) for line in Path(other.status().lost_path).read_text().splitlines()]
     assert [(entry["term"], entry["lsn"]) for entry in lost] == [(2, 2), (2, 3)]
     assert lost[1]["changes"] == [{"table": "books", "operation": "INSERT", "after": {"0": 1, "1": "two"}}]
+
+
+def test_replicas_find_a_primary_again_although_they_ask_each_other(cluster: Cluster) -> None:
+    """All list all places, as the example says, so each asks itself and the other one, too."""
+    places = [cluster.port, free_port(), free_port()]
+    primary = cluster.primary(others=places)
+    primary.execute(BOOKS)
+    replicas = [cluster.replica(f"replica{n}", destination=places, listen=places[n]) for n in (1, 2)]
+    for replica in replicas:
+        wait_streaming(primary, replica)
+    primary.close()
+    asked: set[tuple[str, ...]] = set()
+
+    def have_asked_each_other() -> bool:
+        asked.update((replica.status().primary,) for replica in replicas)
+        return len(asked) == 3
+
+    wait_until(have_asked_each_other)
+    primary = cluster.primary(others=places)
+    primary.execute(INSERT, ("Dune",))
+    for replica in replicas:
+        replica.wait_for(primary.position, timeout=10)
+
+
+def test_no_place_is_left_out_whoever_names_whom() -> None:
+    places = Places([1, 2, 3])
+    asked: list[str] = []
+    for _ in range(8):
+        asked.append(str(places.current))
+        is_first = not places.is_out_of_turn
+        named = {"1": ["9"], "9": ["1"], "2": ["1"]}.get(asked[-1], [])  # Who names another that is no primary either.
+        places.go_on()
+        assert places.add(named, is_first=is_first) == 0
+    assert asked == ["1", "9", "2", "1", "3", "9", "1", "1"]
+    assert places.add(["udp://x"]) == 1
+    places.add([str(number) for number in range(100, 200)])
+    assert len(places.all) == DESTINATIONS_MAX
 
 
 def test_a_replica_asks_all_its_places(cluster: Cluster) -> None:

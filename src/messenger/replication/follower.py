@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 
 import apsw
 
-from messenger import Connection, DeliveryError, Destination, DestinationInvalid, Message, Messenger, MessengerError
+from messenger import Connection, DeliveryError, Destination, Message, Messenger, MessengerError
 
 from .applier import Applier, Divergence, DivergenceFound, NoCopy
 from .check import ReplicaCheck
 from .errors import DiskFailed
 from .inbox import Batch, Inbox, Item, Part
-from .limits import APPLY_HERE_BYTES, APPLY_HERE_S, BEAT_S, CONTACT_S_MAX, DESTINATIONS_MAX, JOIN_S, ReplicationLimits
+from .limits import APPLY_HERE_BYTES, APPLY_HERE_S, BEAT_S, CONTACT_S_MAX, JOIN_S, ReplicationLimits
+from .places import Places
 from .records import (
     PROTOCOL_VERSION,
     Ack,
@@ -98,8 +99,7 @@ class Follower:
         self._name = name
         self._limits = limits
         self._on_change = on_change
-        self._destinations = [Destination.parse(destination) for destination in destinations]
-        self._turn = 0
+        self._places = Places(destinations)
         self._connections: dict[str, Connection] = {}
         self._lock = threading.Lock()
         self._inbox = Inbox()
@@ -139,18 +139,18 @@ class Follower:
     @property
     def destination(self) -> str:
         """The destination that is followed, or asked now."""
-        return str(self._destinations[self._turn % len(self._destinations)])
+        return str(self._places.current)
 
     @property
     def destinations(self) -> list[Destination]:
         """All that are asked."""
-        return list(self._destinations)
+        return self._places.all
 
     def hear_claim(self, claim: Claim) -> None:
         """Another primary says that it leads; follow it, if its term is higher than what is here."""
         with self._lock:
             if claim.database == self.applier.database and claim.term > self.applier.head.term:
-                self._add_destinations(claim.destinations)
+                self.malformed_count += self._places.add(claim.destinations)
                 self._leave(self.state if self.state is ReplicaState.DIVERGED else ReplicaState.CONNECTING)
 
     def ask_snapshot(self) -> None:
@@ -185,7 +185,7 @@ class Follower:
 
     def _ask_next(self) -> None:
         with self._lock:
-            self._turn += 1
+            self._places.go_on()
             self._leave(self.state, JOIN_S / 4)
 
     def _knock(self) -> None:
@@ -199,7 +199,7 @@ class Follower:
             with self._lock:
                 if self._stream == stream:
                     self.trouble = f"{self.destination}: {error}"
-                    self._turn += 1
+                    self._places.go_on()
                     self._leave(self.state, JOIN_S / 4)
 
         # The answer comes to the connection's callback, as all that the primary says.
@@ -218,7 +218,7 @@ class Follower:
         message.reply(encode(join))
 
     def _connect(self) -> Connection:
-        destination = self._destinations[self._turn % len(self._destinations)]
+        destination = self._places.current
         key = str(destination)
         connection = self._connections.get(key)
         if connection is None:
@@ -309,8 +309,9 @@ class Follower:
                 self.contact_at = time.monotonic()
                 if isinstance(record, NotPrimary):
                     self.trouble = f"{self.destination} is no primary"
-                    self._turn += 1
-                    self._add_destinations(record.destinations)
+                    is_first = not self._places.is_out_of_turn
+                    self._places.go_on()
+                    self.malformed_count += self._places.add(record.destinations, is_first=is_first)
                     self._leave(ReplicaState.CONNECTING, JOIN_S / 4)
                     return
                 if isinstance(record, Beat):
@@ -327,20 +328,6 @@ class Follower:
                     return
             message.reply(encode(ack))
             self._on_change()
-
-    def _add_destinations(self, destinations: tuple[str, ...]) -> None:
-        """Ask these next. Called with the lock held."""
-        for text in destinations:
-            try:
-                place = Destination.parse(text)
-            except DestinationInvalid:
-                self.malformed_count += 1
-                continue
-            if place not in self._destinations:
-                if len(self._destinations) >= DESTINATIONS_MAX:
-                    return
-                self._destinations.append(place)
-            self._turn = self._destinations.index(place)
 
     def _note_beat(self, beat: Beat) -> None:
         self.primary_lsn = max(self.primary_lsn, beat.lsn)
@@ -511,7 +498,7 @@ class Follower:
         with self._lock:
             if not self._is_stopped.is_set():
                 self._leave(ReplicaState.CONNECTING, after_s)
-                self._turn += 1
+                self._places.go_on()
         self._on_change()
 
 

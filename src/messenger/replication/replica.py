@@ -270,8 +270,10 @@ class Replica:
             self._follower.malformed_count += 1
             return
         if isinstance(record, Knock | Join):
-            term, primary = self._applier.head.term, (self._follower.destination,)
-            message.reply(encode(NotPrimary(record.stream, term, primary)))
+            follower = self._follower
+            # While it looks for a primary itself, what it asks now is no news to anybody.
+            primary: tuple[str, ...] = () if follower.state is ReplicaState.CONNECTING else (follower.destination,)
+            message.reply(encode(NotPrimary(record.stream, self._applier.head.term, primary)))
         elif isinstance(record, Claim):
             self._follower.hear_claim(record)
         elif isinstance(record, StatusQuery):
