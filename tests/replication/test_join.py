@@ -319,6 +319,19 @@ def test_a_replica_is_told_why_it_gets_no_snapshot(cluster: Cluster, monkeypatch
     assert replica.status().trouble == ""
 
 
+def test_two_replicas_of_one_name_do_not_take_turns(cluster: Cluster) -> None:
+    primary = cluster.primary()
+    primary.execute(BOOKS)
+    first = Replica(cluster.folder / "first.db", cluster.messenger("first"), cluster.port, name="copy")
+    cluster.keep(first)
+    wait_streaming(primary, first)
+    second = Replica(cluster.folder / "second.db", cluster.messenger("second"), cluster.port, name="copy")
+    cluster.keep(second)
+    wait_until(lambda: "first has a replica named copy here; give each a name" in second.status().trouble)
+    first.close()
+    wait_streaming(primary, second)
+
+
 def test_garbage_is_counted_and_harms_nobody(cluster: Cluster) -> None:
     primary, replica = cluster.pair()
     stranger = cluster.messenger("stranger")

@@ -162,6 +162,7 @@ class Feed:
         self.source = source
         self.peer = peer
         self.stream = join.stream
+        self.sender = message.sender
         self._join = join
         self._message = message
         self._is_stopped = False

@@ -397,7 +397,7 @@ class Hub:
             message.reply(encode(Hello(knock.stream)))
 
     def _handle_join(self, join: Join, message: Message) -> None:
-        refusal = self._refusal(join)
+        refusal = self._refusal(join, message.sender)
         if refusal:
             message.reply(encode(Welcome(join.stream, "refused", self.database, self.head.term, 0, b"", refusal)))
             return
@@ -428,10 +428,14 @@ class Hub:
         self.must_keep = True
         peer.feed = Feed(self, peer, join, message)
 
-    def _refusal(self, join: Join) -> str:
+    def _refusal(self, join: Join, sender: str) -> str:
         if join.version != PROTOCOL_VERSION:
             return f"it speaks version {join.version} of the protocol, this primary {PROTOCOL_VERSION}"
         with self.lock:
+            peer = self.peers.get(join.name)
+            if peer is not None and peer.feed is not None and peer.feed.sender != sender:
+                # Each would take the other's place, over and over. One that was started anew is soon known to be gone.
+                return f"{peer.feed.sender} has a replica named {join.name} here; give each a name of its own"
             if join.name not in self.peers and len(self.peers) >= self.limits.replicas_max:
                 gone = [peer for peer in self.peers.values() if peer.feed is None]
                 if not gone:
