@@ -10,7 +10,7 @@ from typing import Any
 import apsw
 import pytest
 
-from messenger import Message
+from messenger import DestinationInvalid, Message
 from messenger.replication import (
     DatabaseRefused,
     Diverged,
@@ -262,6 +262,29 @@ def test_what_cannot_be_promoted(cluster: Cluster) -> None:
     replica = cluster.replica()
     wait_streaming(primary, replica)
     assert primary.position == (1, 1)
+
+
+@pytest.mark.parametrize("options", [{"commit": "twice"}, {"timeout": 0}, {"destination": "udp://x"}])
+def test_a_mistake_in_a_promotion_leaves_the_replica_as_it_is(cluster: Cluster, options: dict[str, Any]) -> None:
+    primary, replica = cluster.pair()
+    with pytest.raises((ValueError, DestinationInvalid)):
+        replica.promote(**options)
+    primary.execute(INSERT, ("Dune",), commit="applied", timeout=20)
+
+
+def test_a_fence_that_cannot_be_kept_holds_all_the_same(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise apsw.FullError("database or disk is full")
+
+    primary, replica = cluster.pair()
+    with monkeypatch.context() as patch:
+        patch.setattr("messenger.replication.writer.Writer.keep_fence", refuse)
+        promote(cluster, replica, free_port())
+        wait_until(lambda: "will not know that it is fenced: database or disk is full" in caplog.text)
+    with pytest.raises(Fenced):
+        primary.execute(INSERT, ("lost",))
 
 
 def test_promotion_from_outside(cluster: Cluster) -> None:

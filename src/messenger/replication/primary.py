@@ -52,6 +52,15 @@ class Promise(NamedTuple):
     timeout: float
 
 
+def make_promise(commit: str, acknowledgements: int, timeout: float) -> Promise:
+    """Return what a commit is to wait for. ValueError: That cannot be."""
+    if type(acknowledgements) is not int or not 1 <= acknowledgements <= ACKNOWLEDGEMENTS_MAX:
+        raise ValueError(f"acknowledgements is {acknowledgements!r}, it must be 1 to {ACKNOWLEDGEMENTS_MAX}")
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
+    return Promise(Level.parse(commit), acknowledgements, timeout)
+
+
 class Primary:
     """The primary of a replicated SQLite database. A context manager; open from the start.
 
@@ -98,7 +107,7 @@ class Primary:
         self._checks: PeriodicCheck | None = None
         self._claims: Claims | None = None
         self._keeper: threading.Thread | None = None
-        self._promise = self._check(commit, acknowledgements, timeout)
+        self._promise = make_promise(commit, acknowledgements, timeout)
         self._not_confirmed_count = 0
         self._check_lock = threading.Lock()
         self._is_closed = False
@@ -366,18 +375,11 @@ class Primary:
         own = self._promise
         if commit is None and acknowledgements is None and timeout is None:
             return own
-        return self._check(
+        return make_promise(
             own.level.name if commit is None else commit,
             own.replicas if acknowledgements is None else acknowledgements,
             own.timeout if timeout is None else timeout,
         )
-
-    def _check(self, commit: str, acknowledgements: int, timeout: float) -> Promise:
-        if type(acknowledgements) is not int or not 1 <= acknowledgements <= ACKNOWLEDGEMENTS_MAX:
-            raise ValueError(f"acknowledgements is {acknowledgements!r}, it must be 1 to {ACKNOWLEDGEMENTS_MAX}")
-        if not 0 < timeout < float("inf"):
-            raise ValueError(f"timeout is {timeout!r}, it must be a finite number of seconds above 0")
-        return Promise(Level.parse(commit), acknowledgements, timeout)
 
     # What is known.
 
@@ -435,10 +437,16 @@ class Primary:
             self._hub.leave(claim.term, claim.destinations)
             encoded = msgspec.json.encode(claim.destinations).decode()
             # The file may be busy, and the messenger's thread must not wait for it.
-            keeper = threading.Thread(target=writer.keep_fence, args=(fence, encoded), daemon=True)
+            keeper = threading.Thread(target=self._keep_fence, args=(fence, encoded), daemon=True)
             keeper.start()
             self._keeper = keeper
         return None
+
+    def _keep_fence(self, fence: Fenced, encoded_destinations: str) -> None:
+        try:
+            self._writer.keep_fence(fence, encoded_destinations)
+        except apsw.Error as error:
+            logger.error("! the next start of %s will not know that it is fenced: %s", self.path, error)
 
     def _stop_claims(self) -> None:
         if self._claims is not None:

@@ -22,7 +22,7 @@ from .errors import DatabaseRefused, Diverged, ReplicationClosed, Stale
 from .follower import Follower
 from .limits import ReplicationLimits
 from .log import check_in_history
-from .primary import Primary
+from .primary import Primary, make_promise
 from .records import (
     Claim,
     Join,
@@ -239,8 +239,9 @@ class Replica:
             The primary; close it in the end.
 
         Raises:
-            DatabaseRefused: There is no copy yet, or it has diverged; the replica stays as it is. DestinationInUse: The
-            old primary is still there, say; the file can be opened again as a replica.
+            DatabaseRefused, ValueError, DestinationInvalid: There is no copy yet, or it has diverged, or an argument is
+            wrong; the replica stays as it is. DestinationInUse: The old primary is still there, say; the file can be
+            opened again as a replica.
         """
         self._check_open()
         if not self._applier.database or self._applier.diverged is not None:
@@ -249,6 +250,9 @@ class Replica:
         places = self._follower.destinations
         if destination is None:
             destination = places[0] if self._listener is None else self._listener.destination
+        # What can be seen to be wrong must leave the replica as it is.
+        Destination.parse(destination)
+        make_promise(commit, acknowledgements, timeout)
         self.close()
         return Primary(
             self.path,
