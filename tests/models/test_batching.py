@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from messenger.models.batching import Batcher, InferCall
+from messenger.models.batching import Batch, Batcher, InferCall
 from messenger.models.calls import as_rows
 from messenger.models.errors import BadAnswer, CommandFailed, Overloaded
 from messenger.models.jobs import Inference, Job
@@ -51,6 +51,21 @@ def test_calls_are_joined_and_each_gets_its_own() -> None:
     batch.settle(ok({"version": 7, "predictions": [1, 2, 3, 4, 5, 6]}), None)
     assert [predictions_of(call) for call in calls] == [[1, 2], [3], [4, 5, 6]]
     assert calls[0].job.result(0).version == 7
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_infinite_values_do_not_arrive_as_missing_ones(value: float) -> None:
+    for rows in ([[1.0, None], [value, 1.0]], [{"x": None}, {"x": value}]):
+        with pytest.raises(ValueError, match="infinite values cannot be sent as JSON"):
+            Batch("m", 0, [call_of(rows)]).encode(npy=True)
+    batch = Batch("m", 0, [call_of(np.array([[1.0, value]]))])
+    _, array = decode_command(batch.encode(npy=True))
+    assert array is not None
+    assert array.tolist() == [[1.0, value]]
+    with pytest.raises(ValueError, match="infinite values cannot be sent as JSON"):
+        batch.encode(npy=False)
+    missing = Batch("m", 0, [call_of([[1.0, None], [float("nan"), 1.0]])])
+    assert json.loads(missing.encode(npy=True))["data"]["rows"] == [[1.0, None], [None, 1.0]]
 
 
 def test_a_single_call_is_sent_as_the_contract_says() -> None:

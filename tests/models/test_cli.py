@@ -98,6 +98,20 @@ def test_many_rows_are_sent_in_parts_and_stay_in_order(run: Run, folder: Path, t
     assert rows[1:] == [["a, b", "0.5", str(number), str(number + 0.5)] for number in range(7_500)]
 
 
+def test_cells_are_read_as_a_training_reads_them(run: Run, folder: Path, tmp_path: Path) -> None:
+    """A spreadsheet's mark in front of the header, truth values, ways to write that a value is missing."""
+    make_linear(folder)
+    text = "\ufeffx0,x1,note\n1,true,NA\n2,FALSE,yes\n"
+    path = tmp_path / "rows.csv"
+    path.write_text(text, encoding="utf-8")
+    for finished in (run("infer", "sum", path, "--json"), run("infer", "sum", "--json", text=text)):
+        assert finished.returncode == 0, finished.stderr
+        assert json.loads(finished.stdout)["predictions"] == [2.0, 2.0]
+    finished = run("infer", "sum", text="x0,x1\n1,NA\n")
+    assert finished.returncode == 4
+    assert "values are missing" in finished.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "status", "said"),
     [

@@ -291,6 +291,17 @@ def wait_progress(manager: ModelServerManager, name: str, wine: Data) -> Job[Tra
     return job
 
 
+def test_on_progress_that_raises_harms_nobody(new_manager: NewManager, wine: Data) -> None:
+    manager = new_manager()
+    progress: Inbox[Progress] = Inbox()
+    job = manager.train("wine", data=wine.as_dicts(), target="class", on_progress=lambda _: 1 / 0, job_id="mine")
+    manager.watch("mine", progress)
+    assert job.result(timeout=TRAIN_S).version == 1
+    assert progress.wait(1)
+    # The rows that were trained on are not kept.
+    assert manager._known["mine"].call is None
+
+
 def left_behind(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.name.endswith(".tmp")]
 

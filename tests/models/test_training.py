@@ -12,10 +12,10 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from messenger.models.errors import TrainingDataInvalid
+from messenger.models.errors import CommandFailed, TrainingDataInvalid
 from messenger.models.scoring import Model
 from messenger.models.store import FILE_NAMES, Manifest
-from messenger.models.table import METHODS, Request, prepare, read_columns
+from messenger.models.table import METHODS, Request, Table, prepare, read_columns
 from messenger.models.training import Line, Made, train
 from tests.models.conftest import Data, write_csv
 
@@ -127,7 +127,62 @@ def test_missing_values_are_lightgbms(tmp_path: Path, wine: Data) -> None:
         run(tmp_path, method="linear", data=rows, target="class")
 
 
-COLUMNS = {"x": [float(number) for number in range(20)], "y": [0, 1] * 10}
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "lightgbm"])
+def test_rows_with_missing_values_are_refused_where_they_mean_nothing(
+    method: str, tmp_path: Path, diabetes: Data
+) -> None:
+    """ONNX computes with NaN, and some class came of it."""
+    params = {} if method == "linear" else {"steps": 2}
+    _, model, _ = run(tmp_path, method=method, data=str(diabetes.path), target=diabetes.target, params=params)
+    for value in (None, float("inf")):
+        with pytest.raises(CommandFailed, match="missing, or not finite in float32"):
+            model.predict([[value, *diabetes.rows[0][1:]]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_class_that_only_the_rows_held_back_have(method: str, tmp_path: Path) -> None:
+    """The metrics took the second class that the model knew for the second of all, or failed."""
+    answers = ["a", *["b", "c"] * 29, "b"]
+    data = {"x": [0.0 if answer == "c" else 1.0 for answer in answers], "y": answers}
+    params = {} if method in ("linear", "neural_network") else {"steps": 10}
+    held_back = [seed for seed in range(20) if 0 not in prepare_seed(data, seed).train_y]
+    made, model, _ = run(tmp_path, method=method, data=data, target="y", seed=held_back[0], params=params)
+    assert made.classes == ["a", "b", "c"]
+    assert made.metrics["accuracy"] == 11 / 12
+    assert model.predict([[0.0], [1.0]]).tolist() == ["c", "b"]
+
+
+def prepare_seed(data: dict[str, Any], seed: int) -> Table:
+    return prepare(Request(name="m", method="linear", data=data, target="y", seed=seed))
+
+
+@pytest.mark.parametrize("method", ["lightgbm", "linear"])
+def test_a_metric_that_is_no_number_is_left_out(method: str, tmp_path: Path) -> None:
+    """There is no r2 of one row; as NaN it was null on its way to the server, which then lost the training."""
+    data = {"x": [float(number) for number in range(10)], "y": [number + 0.5 for number in range(10)]}
+    made, _, _ = run(tmp_path, method=method, data=data, target="y", validation=0.1)
+    assert set(made.metrics) == {"rmse", "mae"}
+    assert msgspec.json.decode(msgspec.json.encode(made), type=Made) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x,y\n2020-01-01,1\n2020-01-02,0\n", "column 'x' is not of numbers .*dates"),
+        ("x,y\n2020-01-01 10:00:00,1\n2020-01-02 10:00:00,0\n", "column 'x' is not of numbers .*dates"),
+        ("x,y\n1,2020-01-01\n2,2020-01-02\n", "target 'y' is not of numbers: .*dates"),
+        ("é,y\n1,0\n2,1\n", "cannot be read: 'utf-8'"),
+    ],
+)
+def test_files_that_mean_something_else_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    header, first, second, _ = text.split("\n")
+    path = tmp_path / "d.csv"
+    path.write_text("\n".join([header, *[first, second] * 10, ""]), encoding="latin-1")
+    with pytest.raises(TrainingDataInvalid, match=reason):
+        run(tmp_path, method="lightgbm", data=str(path), target="y")
+
+
+COLUMNS: dict[str, list[Any]] = {"x": [float(number) for number in range(20)], "y": [0, 1] * 10}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +198,7 @@ COLUMNS = {"x": [float(number) for number in range(20)], "y": [0, 1] * 10}
         ({"data": {**COLUMNS, "y": ["a"] * 20}}, "1 classes"),
         ({"data": {**COLUMNS, "y": ["a", None] * 10}}, "missing"),
         ({"data": {**COLUMNS, "y": [0.5, None] * 10}}, "missing"),
+        ({"data": {**COLUMNS, "y": ["a", "b", "", "a"] * 5}}, "missing"),
         ({"data": {**COLUMNS, "y": ["a", "b"] * 10}, "task": "regression"}, "not of numbers"),
         ({"data": {"x": [1.0], "y": [1, 2]}}, "cannot be read"),
         ({"data": "nowhere.csv"}, "cannot be read"),
@@ -183,6 +239,14 @@ def test_a_process_reports_and_ends(tmp_path: Path, wine: Data) -> None:
     assert progress[-1].metric == "multi_logloss"
     assert last.made is not None
     assert last.made.rows == 178
+
+
+def test_a_model_that_cannot_be_written_is_no_fault_of_the_data(tmp_path: Path) -> None:
+    request = Request(name="m", method="lightgbm", data=COLUMNS, target="y", params={"steps": 1})
+    status, lines = run_process(msgspec.json.encode(request), tmp_path / "vanished")
+    assert status == 1
+    assert lines[-1].is_local
+    assert "No such file" in lines[-1].error
 
 
 @pytest.mark.parametrize("request_bytes", [b"", b"{}", b"[", b'{"name": 1}'])

@@ -50,6 +50,11 @@ EXTRA = ("lightgbm", "numpy", "onnx", "onnxruntime", "pyarrow", "skl2onnx", "skl
 # Rows of a file that travel together, and how many such parts are under way at a time.
 CHUNK_ROWS = 1_000
 CHUNKS_MAX = 4
+# How a missing value may be written in a CSV: what the reader of trainings, pyarrow, takes for one.
+MISSING = {
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "N/A", "NA", "NULL"),
+    *("NaN", "n/a", "nan", "null"),
+}
 # A server that was told to end is killed after this; less than what a command has after a signal.
 END_S = 0.8
 STATUSES = """\b
@@ -277,7 +282,12 @@ def _infer(name: str, file: str, at: str, as_json: bool, version: int | None, ti
     With --json print one object: name, version, predictions.
     """
     with contextlib.ExitStack() as stack:
-        source = sys.stdin if file == "-" else stack.enter_context(open(file, newline="", encoding="utf-8"))
+        source = sys.stdin
+        if file == "-":
+            sys.stdin.reconfigure(encoding="utf-8-sig", newline="")  # type: ignore[union-attr]  # It is a text file.
+        else:
+            # Spreadsheets put a mark in front of the header, which a training passes over too.
+            source = stack.enter_context(open(file, newline="", encoding="utf-8-sig"))
         reader = csv.DictReader(source, strict=True)
         columns = list(reader.fieldnames or [])
         if not columns:
@@ -331,11 +341,16 @@ def _read_chunks(reader: "csv.DictReader[str]") -> Iterator[list[dict[str, Any]]
 
 
 def _number(text: str) -> float | str | None:
-    """Return a cell as the server takes it; what is no number may stand in a column that is no feature."""
-    if not text:
+    """Return a cell as the server takes it, and as a training read it.
+
+    What is no number may stand in a column that is no feature.
+    """
+    if text in MISSING:
         return None
+    if (truth := text.lower()) in ("true", "false"):
+        return float(truth == "true")
     try:
-        return float(text)
+        return text if "_" in text else float(text)
     except ValueError:
         return text
 

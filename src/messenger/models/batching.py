@@ -10,6 +10,7 @@ queue that grows without an end, or a wait of which the caller is not warned.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -74,25 +75,21 @@ class Batch(msgspec.Struct, eq=False):
         """Return the command; `npy` says whether the server takes arrays as binary.
 
         Raises:
-            TypeError: The rows cannot be sent.
+            TypeError, ValueError: The rows cannot be sent.
         """
         data: dict[str, Any] = {"name": self.name}
         if self.version:
             data["version"] = self.version
         if len(self.calls) > 1:
             data["parts"] = [call.row_count for call in self.calls]
-        first = self.calls[0].rows
-        if isinstance(first, list):
-            data["rows"] = first if len(self.calls) == 1 else [row for call in self.calls for row in call.rows]
-            return encode(Command(cmd="INFER", data=data))
-        if len(self.calls) > 1:
+        rows = self.calls[0].rows
+        if len(self.calls) > 1 and isinstance(rows, list):
+            rows = [row for call in self.calls for row in call.rows]
+        elif len(self.calls) > 1:
             import numpy as np
 
-            first = np.concatenate([call.rows for call in self.calls])
-        if npy and first.size > NPY_VALUES_MIN:
-            return encode(Command(cmd="INFER", data=data, npy=True), first)
-        data["rows"] = first.tolist()
-        return encode(Command(cmd="INFER", data=data))
+            rows = np.concatenate([call.rows for call in self.calls])
+        return encode_infer(data, rows, npy)
 
     def settle(self, answer: Answer, array: "NDArray[Any] | None") -> None:
         """Give each call its part of an answer.
@@ -141,6 +138,36 @@ class Batch(msgspec.Struct, eq=False):
                 call.job.settle_error(outcome)
             else:
                 call.job.settle(Inference(self.name, version, outcome))
+
+
+def encode_infer(data: dict[str, Any], rows: Any, npy: bool, takes_npy: bool = False) -> bytes:
+    """Return an `INFER` with its rows: many values of a matrix as binary, if `npy` says so, and others as JSON.
+
+    Raises:
+        TypeError: The rows cannot be sent.
+        ValueError: There are infinite values among them, which JSON has not: they would arrive as missing ones.
+    """
+    is_list = isinstance(rows, list)
+    if is_list or not npy or rows.size <= NPY_VALUES_MIN:
+        plain = rows if is_list else rows.tolist()
+        contents = encode(Command(cmd="INFER", data={**data, "rows": plain}, npy=takes_npy))
+        # Only in what has missing values can there be infinite ones, so most rows need no closer look.
+        if b"null" not in contents or not has_infinity(plain):
+            return contents
+        if is_list or not npy:
+            raise ValueError(
+                "infinite values cannot be sent as JSON: give the rows as a NumPy matrix, or leave them out"
+            )
+    return encode(Command(cmd="INFER", data=data, npy=True), rows)
+
+
+def has_infinity(rows: Iterable[Any]) -> bool:
+    """Return whether a value in lists of values, or in dictionaries of them, is infinite."""
+    for row in rows:
+        values = row.values() if isinstance(row, dict) else row
+        if isinstance(values, Iterable) and not isinstance(values, str) and (inf in values or -inf in values):
+            return True
+    return False
 
 
 def _shape(call: InferCall, predictions: Any) -> Any:

@@ -11,11 +11,11 @@ import msgspec
 
 from messenger import Connection, DeliveryError, Destination, Message, Messenger, MessengerError
 
-from .batching import Batch, InferCall
+from .batching import Batch, InferCall, encode_infer
 from .calls import Convert, ModelCalls, OnProgress, as_rows, as_training
 from .errors import TrainingCancelled, error_of
 from .jobs import Inference, Job, Progress, Training
-from .limits import CALL_TIMEOUT_S, NPY_VALUES_MIN, TRAIN_TIMEOUT_S
+from .limits import CALL_TIMEOUT_S, TRAIN_TIMEOUT_S
 from .protocol import PROGRESS, Answer, Command, decode_answer, encode
 
 # After a server's deadline its answer is still on its way.
@@ -43,12 +43,7 @@ class ModelClient(ModelCalls):
         """Predict; see `ModelCalls.infer`."""
         rows, row_count, kind = as_rows(rows)
         data: dict[str, Any] = {"name": name, "version": version, "timeout": timeout}
-        is_list = isinstance(rows, list)
-        if is_list or rows.size <= NPY_VALUES_MIN:
-            data["rows"] = rows
-            contents = encode(Command(cmd="INFER", data=data, npy=not is_list))
-        else:
-            contents = encode(Command(cmd="INFER", data=data, npy=True), rows)
+        contents = encode_infer(data, rows, npy=True, takes_npy=not isinstance(rows, list))
         job: Job[Inference] = Job()
         now = time.monotonic()
         batch = Batch(name, version, [InferCall(job, rows, row_count, kind, now, now + timeout)])

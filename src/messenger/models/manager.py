@@ -7,6 +7,7 @@ face of all of them.
 Source: docs/models.md.
 """
 
+import logging
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ from .protocol import Answer, Command, encode
 from .store import Manifest, default_folder
 from .supervisor import Slot, SlotState, Supervisor
 
+logger = logging.getLogger("messenger.models")
 SERVER_MODULE = "messenger.models.server"
 
 
@@ -49,6 +51,10 @@ class _Known:
         self.job = job
         self.call: Call | None = None
         self.watchers: list[OnProgress] = [] if on_progress is None else [on_progress]
+
+    def note_end(self, job: Any) -> None:
+        """Let go of the command, which may hold all rows that were trained on."""
+        self.call = None
 
     @property
     def state(self) -> str:
@@ -248,6 +254,7 @@ class ModelServerManager(ModelCalls):
             finished = [job_id for job_id, other in self._known.items() if other.job.done()]
             for job_id in finished[: max(0, len(finished) - FINISHED_JOBS_MAX)]:
                 del self._known[job_id]
+        job.add_done_callback(known.note_end)
 
     def _note_trained(self, training: Training, is_served: bool) -> Training:
         if is_served:
@@ -318,7 +325,10 @@ class ModelServerManager(ModelCalls):
         known = self._known.get(progress.job)
         if known is not None and not known.job.done():
             for watcher in list(known.watchers):
-                watcher(progress)
+                try:
+                    watcher(progress)
+                except Exception:
+                    logger.exception("! on_progress of job %r failed; others who watch it are told", progress.job)
 
 
 def make_words(command: Sequence[str | Path] | None, listener: Listener, folder: Path, count: int) -> list[str]:

@@ -74,7 +74,11 @@ def train_sklearn(request: Request, table: Table, report: Report) -> tuple[bytes
             data = to_onnx(model, table.train_x[:1].astype(np.float32), options=options).SerializeToString()
     except TypeError as error:
         raise TrainingDataInvalid(f"{request.method} does not take these params: {error}") from error
-    scores = model.predict_proba(table.test_x) if table.classes else model.predict(table.test_x)
+    scores = model.predict(table.test_x)
+    if table.classes:
+        # A class of few rows may be among those held back alone. Then the model does not know it.
+        scores = np.zeros((len(table.test_x), len(table.classes)))
+        scores[:, model.classes_] = model.predict_proba(table.test_x)
     check_same(data, table, model.predict(table.test_x))
     report(steps, steps, "", None)
     return data, measure(table, scores)
@@ -172,7 +176,7 @@ def check_same(data: bytes, table: Table, predicted: "NDArray[Any]") -> None:
 
 
 def measure(table: Table, scores: "NDArray[Any]") -> dict[str, float]:
-    """Return metrics on the rows that were held back.
+    """Return metrics on the rows that were held back, without those that are no number, as r2 of a single row.
 
     Args:
         table: What they were held back from.
@@ -193,6 +197,7 @@ def measure(table: Table, scores: "NDArray[Any]") -> dict[str, float]:
         found = {
             "rmse": np.sqrt(metrics.mean_squared_error(table.test_y, scores)),
             "mae": metrics.mean_absolute_error(table.test_y, scores),
-            "r2": metrics.r2_score(table.test_y, scores),
         }
-    return {name: float(value) for name, value in found.items()}
+        if len(table.test_y) > 1:
+            found["r2"] = metrics.r2_score(table.test_y, scores)
+    return {name: float(value) for name, value in found.items() if np.isfinite(value)}

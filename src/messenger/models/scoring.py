@@ -151,6 +151,11 @@ def _load_onnx(manifest: Manifest, data: bytes) -> tuple[Any, Any]:
     run, input_name, outputs = session.run, given.name, [session.get_outputs()[0].name]
 
     def score(matrix: "NDArray[Any]") -> "NDArray[Any]":
+        if not np.isfinite(matrix).all():
+            raise CommandFailed(
+                f"values are missing, or not finite in {matrix.dtype}; model {manifest.name!r}, of the method "
+                f"{manifest.method!r}, does not take such rows"
+            )
         scores: NDArray[Any] = run(outputs, {input_name: matrix})[0]
         return scores if scores.ndim == 1 else scores.reshape(len(matrix))
 

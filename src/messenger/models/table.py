@@ -93,11 +93,12 @@ def read_columns(data: str | list[dict[str, Any]] | dict[str, list[Any]]) -> dic
             table = pyarrow.Table.from_pylist(data)
         else:
             table = pyarrow.table(data)
-    except (OSError, pyarrow.ArrowException) as error:
+        names = table.column_names
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise TrainingDataInvalid(f"the data cannot be read: {error}") from error
-    if len(set(table.column_names)) < len(table.column_names):
-        raise TrainingDataInvalid(f"two columns have one name: {sorted(table.column_names)}")
-    return {name: table.column(name).to_numpy() for name in table.column_names}
+    if len(set(names)) < len(names):
+        raise TrainingDataInvalid(f"two columns have one name: {sorted(names)}")
+    return {name: table.column(name).to_numpy() for name in names}
 
 
 def prepare(request: Request) -> Table:
@@ -121,6 +122,7 @@ def prepare(request: Request) -> Table:
     matrix = np.empty((count, len(names)))
     for index, name in enumerate(names):
         try:
+            refuse_dates(columns[name])
             matrix[:, index] = columns[name]
         except (TypeError, ValueError) as error:
             raise TrainingDataInvalid(
@@ -135,6 +137,16 @@ def prepare(request: Request) -> Table:
         matrix, goal, test_size=request.validation, random_state=request.seed, stratify=goal if is_even else None
     )
     return Table(names, train_x, train_y, test_x, test_y, task, classes)
+
+
+def refuse_dates(column: "NDArray[Any]") -> None:
+    """Raise if a column is of dates or times: NumPy would count them in a unit that nobody has named.
+
+    Raises:
+        ValueError: It is.
+    """
+    if column.dtype.kind in "mM":
+        raise ValueError(f"it is of dates or times, {column.dtype}")
 
 
 def guess_task(target: "NDArray[Any]") -> Task:
@@ -157,7 +169,8 @@ def number_classes(target: "NDArray[Any]") -> "tuple[list[str | int | float | bo
         raise TrainingDataInvalid(f"the target mixes types, or values are missing: {error}") from error
     values = classes.tolist()
     kinds = {type(value) for value in values}
-    if not kinds <= {str, int, float, bool} or len(kinds) > 1 or any(value != value for value in values):
+    is_missing = "" in values or any(value != value for value in values)
+    if not kinds <= {str, int, float, bool} or len(kinds) > 1 or is_missing:
         raise TrainingDataInvalid("the target mixes types, or values are missing")
     if not 2 <= len(values) <= CLASSES_MAX:
         raise TrainingDataInvalid(f"the target has {len(values)} classes, it must be 2 to {CLASSES_MAX}")
@@ -169,6 +182,7 @@ def as_numbers(target: "NDArray[Any]", name: str) -> "NDArray[np.float64]":
     import numpy as np
 
     try:
+        refuse_dates(target)
         numbers = target.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise TrainingDataInvalid(f"the target {name!r} is not of numbers: {error}") from error

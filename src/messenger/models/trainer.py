@@ -234,7 +234,7 @@ class Trainer:
             if task.state != "RUNNING":
                 return None
         if last.error:
-            raise TrainingDataInvalid(last.error)
+            raise ModelError(last.error) if last.is_local else TrainingDataInvalid(last.error)
         if process.returncode or last.made is None:
             errors.seek(max(0, errors.seek(0, os.SEEK_END) - ERROR_CHARS_MAX // 2))
             said = errors.read().decode(errors="replace").strip()

@@ -36,7 +36,7 @@ class Made(msgspec.Struct, kw_only=True):
 
 
 class Line(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A line of standard output: progress, the result, or an error."""
+    """A line of standard output: progress, the result, or an error, of the data unless `is_local`, as a full disk."""
 
     step: int = 0
     of: int = 0
@@ -44,6 +44,7 @@ class Line(msgspec.Struct, kw_only=True, omit_defaults=True):
     value: float | None = None
     made: Made | None = None
     error: str = ""
+    is_local: bool = False
 
 
 def train(request: Request, path: Path, report: Report) -> Made:
@@ -101,7 +102,7 @@ def main() -> Literal[0, 1]:
         say(Line(made=train(request, Path(sys.argv[1]), report)))
     except Exception as error:
         # Whatever a library raises on some data, the caller is told.
-        say(Line(error=show_error(error)))
+        say(Line(error=show_error(error), is_local=isinstance(error, OSError | MemoryError)))
         return 1
     return 0
 
