@@ -505,6 +505,46 @@ def test_send_waits_for_room_in_order(run: Run) -> None:
     run(main())
 
 
+def test_nobody_overtakes_those_that_wait_for_room(run: Run) -> None:
+    """What came made room at once, and a task that it awoke sent before those that waited were asked."""
+    received: list[bytes] = []
+
+    def note(message: Message) -> None:
+        received.append(message.contents)
+        if message.source_callback_id:
+            message.messenger.send_message((message.link.handle, "client"), b"wants an acknowledgement at once")
+            message.reply(b"")
+
+    async def main() -> None:
+        async with Pair(note, limits=Limits(queue_msgs_max=2, window_msgs=1)) as pair:
+
+            async def send(number: int) -> None:
+                await pair.client.send_message(pair.to, b"%d" % number)
+
+            async def ask_and_send() -> None:
+                await pair.client.request(pair.to, b"0")
+                await send(4)
+
+            await pair.client.request(pair.to, b"-")
+            async with asyncio.TaskGroup() as group:
+                for step in (ask_and_send(), send(1), send(2), send(3)):
+                    group.create_task(step)
+        assert received == [b"-", *(b"%d" % number for number in range(5))]
+        received.clear()
+        async with Pair(note, limits=Limits(queue_msgs_max=2)) as pair:
+            await pair.client.request(pair.to, b"-")
+            loop = pair.client._loop
+            loop._is_look_planned = True  # As after a response, until the tasks that it awakens have had their step.
+            sent = [asyncio.ensure_future(pair.client.send_message(pair.to, b"%d" % number)) for number in range(4)]
+            loop.flush()
+            sent.append(asyncio.ensure_future(pair.client.send_message(pair.to, b"4")))
+            loop._look()
+            await asyncio.gather(*sent)
+        assert received == [b"-", *(b"%d" % number for number in range(5))]
+
+    run(main())
+
+
 def test_no_room_before_the_timeout(run: Run) -> None:
     async def main() -> None:
         async with AsyncMessenger(limits=Limits(queue_msgs_max=1)) as client:

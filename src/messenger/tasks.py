@@ -305,6 +305,8 @@ class TaskLoop(Loop):
             self._touched.add(link)
             if exchange.is_urgent:
                 exchange.flush(monotonic())
+            if self._room_wanted_count:
+                self._announce_room()  # Before a task can send, and overtake those that wait.
             if exchange.calls or self.state is not State.RUNNING:
                 self._finish_turn()
             elif not (self._is_look_planned or self._is_turn_planned):
@@ -378,6 +380,8 @@ class TaskLoop(Loop):
         self._exchange.flush(monotonic())
         if not self._is_look_planned:
             self._look_again()
+        elif self._room_wanted_count:
+            self._announce_room()
 
     def flush_soon(self, outlet: Outlet, now: float) -> None:
         """Send what was queued: at once if nothing is on its way there, else together with what follows.
