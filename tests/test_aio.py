@@ -830,6 +830,85 @@ def test_reader_that_stops_cancels_the_writer(run: Run, way: str) -> None:
     run(main())
 
 
+def test_stream_that_waits_for_room_and_is_not_read(run: Run) -> None:
+    """It was sent when there was room, for nobody, and its writer waited for its reader for ever."""
+
+    async def main() -> None:
+        async with AsyncMessenger(limits=Limits(queue_msgs_max=1)) as client, AsyncMessenger() as server:
+
+            def open_stream(timeout: float = TIMEOUT_S) -> Any:
+                return client.stream("inproc://later", b"stream", timeout=timeout)
+
+            await client.send_message("inproc://later", b"")
+            stream = open_stream()
+            reading = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+            stream.close()
+            with pytest.raises(StopAsyncIteration):
+                await reading
+            stream = open_stream()
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(stream), 0.01)
+            assert [part async for part in stream] == []
+            stream = open_stream(0.01)
+            with pytest.raises(QueueFull):
+                await anext(stream)
+            assert [part async for part in stream] == []
+            stream = open_stream()
+            del stream
+            received: list[bytes] = []
+            server.listen_for_connection("inproc://later", lambda message: received.append(message.contents))
+            await until(lambda: received)
+            await client.send_message("inproc://later", b"next")
+            await until(lambda: len(received) == 2)
+            assert received == [b"", b"next"]
+            assert client.statistics().outstanding_msgs == 0
+
+    run(main())
+
+
+def test_parts_that_are_not_awaited_come_before_the_last(run: Run) -> None:
+    """A last one that was text, or had options, overtook those that waited for the reader, which were lost."""
+
+    async def write(message: Message) -> None:
+        for number in range(50):
+            message.reply(b"%d" % number, more=True)
+        if message.contents == b"text":
+            sent = message.reply("end")
+        elif message.contents == b"options":
+            sent = message.reply(b"end", timeout=TIMEOUT_S)
+        else:
+            sent = message.reply(b"end")
+        assert type(await sent) is int
+
+    async def main() -> None:
+        async with Pair(write, limits=Limits(window_msgs=40)) as pair:
+            for contents in (b"bytes", b"text", b"options"):
+                parts = [part.contents async for part in pair.client.stream(pair.to, contents)]
+                assert parts == [*(b"%d" % number for number in range(50)), b"end"]
+
+    run(main())
+
+
+def test_one_task_reads_a_stream(run: Run) -> None:
+    async def write(message: Message) -> None:
+        await message.reply(b"1", more=True)
+        await asyncio.sleep(0.05)
+        await message.reply(b"2")
+
+    async def main() -> None:
+        async with Pair(write) as pair:
+            stream = pair.client.stream(pair.to, b"")
+            first = asyncio.create_task(anext(stream))
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="another task"):
+                await anext(stream)
+            assert (await first).contents == b"1"
+            assert [part.contents async for part in stream] == [b"2"]
+
+    run(main())
+
+
 def test_streams_end_with_their_error(run: Run) -> None:
     async def fail(message: Message) -> None:
         await message.reply(b"1", more=True)

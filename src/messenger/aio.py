@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar, overload
 from .arguments import check_close_timeout
 from .base import BaseMessenger
 from .endpoint import Connection, Listener, To
+from .errors import MessengerError
 from .futures import Done, NoRoom, Response, Sent, Steps, TaskParts, TypedResponse
 from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
 from .message import Callback, Contents, ErrorCallback, Message
@@ -68,6 +69,9 @@ class AsyncMessenger(BaseMessenger):
             "timeout": timeout,
             "redeliver": redeliver,
         }
+        if type(to) is Message and to.credit is not None and self._loop.has_waiting(to):
+            full = self._behind_parts(to, timeout)
+            return self._later(full, lambda: send(to, contents, callback, **options))
         try:
             return Sent(send(to, contents, callback, **options))
         except NoRoom as error:
@@ -204,12 +208,15 @@ class AsyncMessenger(BaseMessenger):
         return future
 
     def _answer(self, message: Message, contents: bytes) -> Any:
-        answer = super()._answer
         if message.credit is not None and self._loop.has_waiting(message):
-            full = NoRoom(message.link, message, monotonic() + TIMEOUT_S, "parts of the same response wait for room")
-            return self._later(full, lambda: answer(message, contents))
-        sent: Any = answer(message, contents)
+            return self.send_message(message, contents)
+        sent: Any = super()._answer(message, contents)
         return sent if type(sent) is not int else Sent(sent)
+
+    def _behind_parts(self, message: Message, timeout: float) -> NoRoom:
+        """Return why something that answers a message must wait, after parts of the same response that do."""
+        why = "parts of the same response that were sent before wait for room"
+        return NoRoom(message.link, message, monotonic() + timeout, why)
 
     def _reply_part(  # type: ignore[override]  # As `send_message`.
         self, message: Message, contents: Contents, *, timeout: float = TIMEOUT_S
@@ -223,7 +230,7 @@ class AsyncMessenger(BaseMessenger):
             return message_id
 
         if self._loop.has_waiting(message):
-            full = NoRoom(message.link, message, monotonic() + timeout, "parts before it wait for room")
+            full = self._behind_parts(message, timeout)
         else:
             try:
                 return Sent(reply())
@@ -262,15 +269,15 @@ class AsyncStream:
                 come before was returned before. QueueFull: Nothing was sent.
         """
         loop, parts = self._messenger._loop, self._parts
-        if self._opening is not None:
-            await self._opening
-            self._opening = None
-        if not parts.done:
-            try:
+        try:
+            if self._opening is not None:
+                await self._opening
+                self._opening = None
+            if not parts.done:
                 await loop.await_part(parts, monotonic() + self._timeout)
-            except asyncio.CancelledError:
-                self.close()
-                raise
+        except (asyncio.CancelledError, MessengerError):
+            self.close()
+            raise
         part = self._messenger._take_part(parts)
         if part is None:
             raise StopAsyncIteration
@@ -278,9 +285,10 @@ class AsyncStream:
 
     def close(self) -> Awaitable[None]:
         """Read no more: the sender's next part raises `Cancelled` there, and its task is cancelled. Does not wait."""
-        if self._opening is not None:
-            self._opening.cancel()
         self._messenger._end_stream(self._parts)
+        opening, self._opening = self._opening, None
+        if opening is not None and not opening.done():
+            opening.set_result(None)  # Whoever waits for it finds the end.
         return Done()
 
     async def __aenter__(self) -> Self:
@@ -292,5 +300,7 @@ class AsyncStream:
         self.close()
 
     def __del__(self) -> None:
-        if not self._parts.is_over and self._parts.message_id:
+        if self._opening is not None:
+            self._messenger._loop.call_there(self._opening.cancel)
+        if not self._parts.is_over:
             self._messenger._abandon_stream(self._parts)

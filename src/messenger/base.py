@@ -300,7 +300,7 @@ class BaseMessenger:
         data = as_bytes(contents)
         deadline_at = monotonic() + timeout
         with self._loop.lock:
-            while not parts.message_id:
+            while not (parts.message_id or parts.is_over):
                 self._require_open()
                 outlet, _, _ = self._endpoints.route(to, self._loop)
                 if type(to) is Message:

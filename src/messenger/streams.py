@@ -145,7 +145,9 @@ class Streams(Outcomes):
             self._sweep_at = min(self._sweep_at, deadline_at)
 
     def end_stream(self, parts: Parts) -> None:
-        """Nobody reads any more: tell the other end, unless it has sent all."""
+        """Nobody reads any more: tell the other end, unless it has sent all, or was never asked."""
+        if not parts.message_id:
+            parts.done = parts.is_over = True
         self.cancel(parts.message_id)
         parts.waiting.clear()
 

@@ -415,6 +415,8 @@ class TaskLoop(Loop):
 
     async def await_part(self, parts: TaskParts, deadline_at: float) -> None:
         """Wait until there is something to take of a stream, or its deadline has ended it."""
+        if parts.waiter is not None:
+            raise RuntimeError("another task waits for the next part of this stream; give each task its own")
         self._exchange.await_part(parts, deadline_at)
         self._look_again()
         parts.waiter = self._event_loop.create_future()
