@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -28,6 +29,7 @@ from messenger import (
     QueueFull,
 )
 from messenger.link import FOREVER
+from messenger.tasks import TaskLoop
 from tests.asyncio_cancel import cancel_at_random
 from tests.conftest import MEASUREMENTS_MAX, TIMEOUT_S, wait_until
 
@@ -738,6 +740,42 @@ def test_wrong_thread_no_event_loop_and_fork(run: Run) -> None:
     run(main())
 
 
+def test_other_threads_ask_whether_a_message_was_cancelled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a plain function ran here, they took input there, from sockets that only this thread may use."""
+    polled_by: set[int] = set()
+    poll = TaskLoop.poll
+
+    def note_poll(loop: TaskLoop, now: float) -> None:
+        polled_by.add(threading.get_ident())
+        poll(loop, now)
+
+    monkeypatch.setattr(TaskLoop, "poll", note_poll)
+
+    def work(message: Message) -> None:
+        begun.set()
+        while not message.cancelled and not stop.is_set():
+            time.sleep(0.0001)
+
+    def busy(message: Message) -> None:
+        assert not message.cancelled
+        time.sleep(0.05)
+        answer(message)
+
+    async def main() -> None:
+        async with Pair(lambda message: asyncio.to_thread(work, message)) as pair:
+            working = pair.client.request(pair.to, b"")
+            await until(begun.is_set)
+            await pair.client.request(pair.server.listen_for_connection("inproc://busy", busy).endpoints[0], b"")
+            working.cancel()
+
+    begun, stop = threading.Event(), threading.Event()
+    try:
+        run(main())
+    finally:
+        stop.set()
+    assert polled_by == {threading.get_ident()}
+
+
 def test_talks_to_a_messenger_of_threads_both_ways(run: Run) -> None:
     with Messenger("threads") as threads:
         threads.listen_for_connection("inproc://threads", answer)
@@ -953,6 +991,9 @@ def test_coroutines_of_one_key_run_one_after_the_other(run: Run) -> None:
 
     async def work(message: Message) -> None:
         nonlocal most_active
+        if message.contents == b"incomparable":
+            await message.reply(b"")
+            return
         key, number = message.contents[:1], int(message.contents[1:])
         assert key not in active
         active.add(key)
@@ -962,9 +1003,18 @@ def test_coroutines_of_one_key_run_one_after_the_other(run: Run) -> None:
         active.discard(key)
         await message.reply(b"")
 
-    def key_of(message: Message) -> bytes:
+    class Incomparable:
+        def __hash__(self) -> int:
+            return 1
+
+        def __eq__(self, _: object) -> bool:
+            raise ArithmeticError("planted")
+
+    def key_of(message: Message) -> object:
         if message.contents == b"fail":
             raise ValueError("no key")
+        if message.contents == b"incomparable":
+            return Incomparable()
         return message.contents[:1]
 
     async def main() -> None:
@@ -972,12 +1022,17 @@ def test_coroutines_of_one_key_run_one_after_the_other(run: Run) -> None:
             server.listen_for_connection("inproc://keys", work, workers=3, order_by=key_of)
             asked = [client.request("inproc://keys", b"%c%d" % (b"abcdef"[n % 6], n)) for n in range(60)]
             given_up = client.request("inproc://keys", b"a99")
+            incomparable = [client.request("inproc://keys", b"incomparable") for _ in range(2)]
             given_up.cancel()
             with pytest.raises(HandlerError, match="no key"):
                 await client.request("inproc://keys", b"fail")
+            with pytest.raises(HandlerError, match="planted"):
+                await incomparable[1]
             await asyncio.gather(*asked)
             assert all(numbers == sorted(numbers) for numbers in order.values())
             assert (len(order), most_active) == (6, 3)
             assert (await client.request("inproc://keys", b"a100")).contents == b""
+            sessions = client._exchange.handshake.sessions
+            await until(lambda: not any(session.unprocessed_count for session in sessions))
 
     run(main())

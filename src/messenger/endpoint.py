@@ -224,18 +224,15 @@ class Workers:
         if not message.number and self._queue.qsize() + self._order.waiting_count >= self._backlog_max:
             self._driver.count_drop("workers_full")
             return
-        key: Hashable = None
-        if self._order_by is not None:
-            try:
-                key = self._order_by(message)
-                hash(key)
-            except BaseException as error:
-                self._driver.run_in_worker(partial(_fail, error), message)
-                return
-        with self._lock:
-            self._pending_count += 1
-            if self._order_by is None or self._order.admit(key, message):
-                self._queue.put((key, message))
+        try:
+            key = None if self._order_by is None else self._order_by(message)
+            with self._lock:
+                may_start = self._order_by is None or self._order.admit(key, message)
+                self._pending_count += 1
+                if may_start:
+                    self._queue.put((key, message))
+        except BaseException as error:  # Of the key, which may not even be comparable.
+            self._driver.run_in_worker(partial(_fail, error), message)
 
     def stop(self) -> None:
         """Let each thread end once nothing waits; does not wait."""

@@ -169,21 +169,21 @@ class Handlers:
             work.coroutine.close()
             self._exchange.drop("workers_full")
             return
-        if lane.order is not None:
-            try:
+        try:
+            if lane.order is not None:
                 work = work._replace(key=endpoint.order_by(message))
-                hash(work.key)
-            except BaseException as error:
+            if self._starts:
+                lane.add(work)
+            else:
                 work.coroutine.close()
-                self._report(work.callback, message, error)
-                return
-        self._note_running(message)
-        if not self._starts:
+        except BaseException as error:  # Of the key, which may not even be comparable.
             work.coroutine.close()
+            self._report(work.callback, message, error)
             return
-        self._lanes[endpoint] = lane
-        lane.add(work)
-        self._start_waiting(lane)
+        self._note_running(message)
+        if self._starts:
+            self._lanes[endpoint] = lane
+            self._start_waiting(lane)
 
     def _note_running(self, message: Message) -> None:
         session = message.link

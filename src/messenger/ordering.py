@@ -28,7 +28,7 @@ class KeyOrder(Generic[T]):
         """Return whether a message may start now; else it waits, and a `release` returns it.
 
         Raises:
-            TypeError: The key cannot be hashed.
+            TypeError: The key cannot be hashed, or what else it raises when it is compared.
         """
         waiting = self._waiting.get(key)
         if waiting is None:

@@ -148,7 +148,8 @@ class TaskLoop(Loop):
 
     def is_own_thread(self) -> bool:
         """Return whether the caller is a callback that is a plain function. No lock needed."""
-        return self._callback_at != FOREVER
+        # Other threads may ask whether a message was cancelled, also while a callback runs.
+        return self._callback_at != FOREVER and self._guard.thread_id == threading.get_ident()
 
     def close(self, timeout: float) -> Awaitable[None]:
         """Stop when all is settled or `timeout` is over; what is returned waits for that, except in a callback."""

@@ -102,6 +102,35 @@ def test_a_key_function_that_fails_is_told_to_the_sender(messenger: MessengerFac
     wait_until(lambda: all(not s.unprocessed_count for s in client._exchange.handshake.sessions))
 
 
+class Incomparable:
+    """A key that can be hashed, and raises when it is compared with another of the same hash."""
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, _: object) -> bool:
+        raise ArithmeticError("planted")
+
+
+def test_a_key_that_cannot_be_compared_is_told_to_the_sender(messenger: MessengerFactory, destination: To) -> None:
+    """It never counted as processed, so it filled the window, and a close waited for it."""
+    server, client = messenger(), messenger(limits=Limits(window_msgs=7))
+    work = Work()
+    work.gates[b"1"] = threading.Event()
+    server.listen_for_connection(destination, work, workers=2, order_by=lambda _: Incomparable())
+    first: Inbox[Message] = Inbox()
+    client.send_message(destination, b"1", first)
+    work.began.wait()
+    for _ in range(5):
+        with pytest.raises(HandlerError, match="ArithmeticError: planted"):
+            client.request(destination, b"2")
+    work.gates[b"1"].set()
+    assert contents_of(first.wait()) == [b"did 1"]
+    assert client.request(destination, b"3").contents == b"did 3"
+    wait_until(lambda: all(not s.unprocessed_count for s in client._exchange.handshake.sessions))
+    assert server._endpoints.are_idle()
+
+
 def test_what_waits_for_its_key_runs_before_a_close(messenger: MessengerFactory, destination: To) -> None:
     server, client = messenger(), messenger()
     work = Work()
