@@ -300,7 +300,8 @@ class AsyncStream:
         self.close()
 
     def __del__(self) -> None:
-        if self._opening is not None:
-            self._messenger._loop.call_there(self._opening.cancel)
+        opening = self._opening
+        if opening is not None:
+            self._messenger._loop.call_there(lambda: opening.cancel() and None)
         if not self._parts.is_over:
             self._messenger._abandon_stream(self._parts)

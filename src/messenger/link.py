@@ -33,6 +33,7 @@ class Outlet:
         callback: Run on every message that arrives here: a listener's SLC, or a connection's callback.
         hears_responses: Whether `callback` also runs on responses, after their own callbacks.
         queue: What has not been given to the network yet.
+        given_up_count: Messages that were given up since the queue was last looked through for them.
         is_plain: Whether no message in the queue is large, has an option, or another deadline than the default.
         is_dirty: Whether it is to be flushed at the end of the turn.
         has_workers: Whether `callback` only hands messages to threads, so that its return does not mean that they ran.
@@ -51,6 +52,7 @@ class Outlet:
         self.hears_responses = True
         self.queue: deque[Outgoing] = deque()
         self.queue_bytes = 0
+        self.given_up_count = 0
         self.is_plain = True
         self.is_dirty = False
         self.has_workers = False

@@ -22,7 +22,7 @@ from .limits import BATCH_MSGS_MAX, SILENT_LOG_S
 from .link import FOREVER, Link, Outlet
 from .message import ErrorCallback, Message, Taker
 from .outgoing import Outgoing
-from .session import Session
+from .session import ESTABLISHED, Session
 from .wire import NOOP, Control, ControlKind, Option, OptionKind, Reason, decode_identity
 
 # A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.
@@ -124,9 +124,27 @@ class Outcomes:
         if isinstance(outlet, Session):
             entry.deadline_at = 0.0
             outlet.is_plain = False
-            outlet.controls.tell_cancelled(entry.message_id)
+            if outlet.state is ESTABLISHED:  # Else it has never left.
+                outlet.controls.tell_cancelled(entry.message_id)
             self.mark_dirty(outlet)
             self.is_urgent = True  # It leaves before callbacks run.
+            outlet.given_up_count += 1
+            if 2 * outlet.given_up_count > len(outlet.queue):
+                # Not each time, since it takes as long as the queue is.
+                self._drop_given_up(outlet)
+
+    def _drop_given_up(self, session: Session) -> None:
+        """Take out of a queue what was given up; its outcomes are told already, and the other end never had it."""
+        session.given_up_count = 0
+        if not session.queue:
+            return
+        queue, session.queue = session.queue, deque()
+        given_up: list[Outgoing] = []
+        for outgoing in queue:
+            (session.queue if outgoing.deadline_at else given_up).append(outgoing)
+        self._discard(session, given_up, "it was cancelled")
+        for outgoing in given_up:
+            session.controls.pending.pop((ControlKind.CANCEL, outgoing.message_id), None)
 
     def drop(self, kind: str) -> None:
         """Count something that a peer sent, or that was for a peer, and that goes no further."""
