@@ -289,20 +289,29 @@ def test_all_tasks_of_a_message_are_cancelled(run: Run) -> None:
 def test_task_that_is_cancelled_before_its_first_step_gives_the_message_up(run: Run) -> None:
     """A group does so with its tasks, if its body raises before it awaits."""
 
-    async def ask(pair: Pair) -> None:
+    received: list[bytes] = []
+
+    def note(message: Message) -> None:
+        received.append(message.contents)
+        message.reply(b"")
+
+    async def start_and_raise(call: Coroutine[Any, Any, Any]) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(pair.client.request(pair.to, b""))
-            group.create_task(pair.client.send_message(pair.to, b"waits for room"))
+            group.create_task(call)
             raise ValueError("planted")
 
     async def main() -> None:
-        async with Pair(answer, limits=Limits(queue_msgs_max=1)) as pair:
+        async with AsyncMessenger(limits=Limits(queue_msgs_max=1)) as client, AsyncMessenger() as server:
+            to = "inproc://later"
             with pytest.raises(ExceptionGroup):
-                await ask(pair)
-            assert pair.client.statistics().outstanding_msgs == 0
-            await until(lambda: pair.server.statistics().received_msgs == 1)
-            assert (await pair.client.request(pair.to, b"")).contents == b"answer to "
-            assert pair.client.statistics().sent_msgs == 2
+                await start_and_raise(client.request(to, b"cancelled"))
+            assert client.statistics().outstanding_msgs == 0
+            await client.send_message(to, b"fills the queue")
+            with pytest.raises(ExceptionGroup):
+                await start_and_raise(client.send_message(to, b"waits for room"))
+            server.listen_for_connection(to, note)
+            await client.request(to, b"last")
+            assert received == [b"fills the queue", b"last"]
 
     run(main())
 
@@ -710,6 +719,64 @@ def test_program_that_does_not_close(uses_uvloop: bool) -> None:
         assert "never awaited" not in done.stderr, done.stderr
         assert "destroyed" not in done.stderr, done.stderr
         wait_until(lambda: came and came[0].is_sender_gone)
+
+
+@pytest.mark.parametrize("factory", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("way", ["a close that is not awaited", "a loop that is closed", "a loop that is left"])
+def test_program_whose_event_loop_ends_first(way: str, factory: str) -> None:
+    """Peers are told, and nothing is raised or left open by this library, whatever still waits."""
+    code = """if True:
+        import asyncio, logging, sys
+        import uvloop
+        logging.basicConfig()
+        from messenger import AsyncMessenger, Limits
+        async def tell(error):
+            pass
+        async def read(messenger, to):
+            async for _ in messenger.stream(to, b""):
+                pass
+        async def main():
+            one, two = AsyncMessenger("one", limits=Limits(queue_msgs_max=1)), AsyncMessenger("two")
+            if sys.argv[2] == "a close that is not awaited":
+                await asyncio.gather(*[each.request(sys.argv[1], b"") for each in (one, two)])
+                one.close(), two.close()
+                return
+            for each in (one, two):
+                await each.send_message(sys.argv[1], b"", on_error=tell)
+                while each.statistics().queued_msgs:
+                    await asyncio.sleep(0.01)
+            if sys.argv[2] == "a loop that is closed":
+                waiting = asyncio.create_task(read(one, sys.argv[1]))
+                await one.send_message("inproc://nobody", b"")
+                room = one.send_message("inproc://nobody", b"")
+                await asyncio.sleep(0.01)
+                waiting._log_destroy_pending = False  # That is the program's own.
+                return waiting, room
+        loop = asyncio.new_event_loop() if sys.argv[3] == "asyncio" else uvloop.new_event_loop()
+        if sys.argv[2] == "a close that is not awaited":
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                runner.run(main())
+        else:
+            kept = loop.run_until_complete(main())
+        if sys.argv[2] == "a loop that is closed":
+            loop.close()
+        """
+    with Messenger() as peer:
+        came: list[Message] = []
+
+        def note(message: Message) -> None:
+            came.append(message)
+            if way == "a close that is not awaited":
+                message.reply(b"")
+
+        to = f"tcp://127.0.0.1:{peer.listen_for_connection('tcp://127.0.0.1:0', note).port}"
+        done = subprocess.run(
+            [sys.executable, "-X", "dev", "-c", code, to, way, factory], capture_output=True, text=True, timeout=30
+        )
+        assert done.returncode == 0, done.stderr
+        for text in ("Traceback", "CRITICAL", "never awaited", "destroyed", "Unclosed socket"):
+            assert text not in done.stderr, done.stderr
+        wait_until(lambda: {each.sender for each in came if each.is_sender_gone} == {"one", "two"})
 
 
 def test_wrong_thread_no_event_loop_and_fork(run: Run) -> None:

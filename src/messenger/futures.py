@@ -139,8 +139,9 @@ class TaskParts(Parts):
 
     def wake_up(self) -> None:
         """Wake the task."""
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        waiter = self.waiter
+        if waiter is not None and not waiter.done() and not waiter.get_loop().is_closed():
+            waiter.set_result(None)
 
 
 class NoRoom(QueueFull):

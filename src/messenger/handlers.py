@@ -148,8 +148,8 @@ class Handlers:
         """Run the coroutine that a callback returned, now or when its lane has room."""
         if type(result) is Sent or not isinstance(result, Coroutine):
             return
-        if self.event_loop.is_closed():
-            result.close()
+        if not self.event_loop.is_running():
+            result.close()  # The program ends.
             return
         work = Work(callback, argument, result)
         if not isinstance(argument, Message):

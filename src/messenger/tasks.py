@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -39,6 +39,8 @@ logger = logging.getLogger("messenger")
 # How often a socket that is being closed is asked whether it is: at first, and later.
 SOCKET_POLL_S = 0.001
 SOCKET_POLL_S_MAX = 0.02
+# A socket sends what it has for at least so long, also when the time of a close is over.
+LAST_LINGER_S = 0.05
 
 
 _Place = tuple[Outlet, Message | None]
@@ -170,7 +172,7 @@ class TaskLoop(Loop):
             self._announce_room()
             if self._event_loop.is_running():
                 self._plan_turn()
-                self._closer = self._event_loop.create_task(self._close(), name=f"{self._name} closes")
+                self._start_closer()
 
     def end_at_exit(self) -> None:
         """Say goodbye, although no event loop runs any more."""
@@ -180,25 +182,32 @@ class TaskLoop(Loop):
         started.discard(self)
 
     async def _close(self) -> None:
-        try:
-            while not self._is_over():
-                self._turned.clear()
-                waiting = asyncio.ensure_future(self._turned.wait())
-                await asyncio.wait((waiting,), timeout=min(max(0.0, self.close_at - monotonic()), SLEEP_S_MAX))
-                waiting.cancel()
-            # Or each that is cancelled would make room for one that waits.
-            self._handlers.discard_waiting()
-            await self._handlers.end(0.0)
-        finally:
-            # Also if this task is cancelled, because the program ends.
-            self._stop()
-            links = [link for endpoint in self._endpoints.detach_all() for link in endpoint.links]
-            closing = self._event_loop.create_task(self._close_sockets(links, max(0.05, self.close_at - monotonic())))
-            self._closing_sockets.add(closing)
-            started.discard(self)
+        while not self._is_over():
+            self._turned.clear()
+            waiting = asyncio.ensure_future(self._turned.wait())
+            await asyncio.wait((waiting,), timeout=min(max(0.0, self.close_at - monotonic()), SLEEP_S_MAX))
+            waiting.cancel()
+        # Or each that is cancelled would make room for one that waits.
+        self._handlers.discard_waiting()
+        await self._handlers.end(0.0)
+        self._stop()
+        started.discard(self)
+        links = [link for endpoint in self._endpoints.detach_all() for link in endpoint.links]
+        self.close_links(links, max(LAST_LINGER_S, self.close_at - monotonic()))
         # What the end of all messages has started.
         await self._handlers.end(CLOSE_TIMEOUT_S)
         await asyncio.gather(*self._closing_sockets)
+
+    def _start_closer(self) -> None:
+        self._closer = self._event_loop.create_task(self._close(), name=f"{self._name} closes")
+        self._closer.add_done_callback(self._finish_close)
+
+    def _finish_close(self, _: object) -> None:
+        """Do at once what the task that closes has not done, because it was cancelled: the program ends."""
+        if self.state is not State.CLOSED:
+            self._stop()
+        started.discard(self)
+        self._endpoints.close_all(LAST_LINGER_S)
 
     def _is_over(self) -> bool:
         return monotonic() >= self.close_at or (not self._handlers and super()._is_over())
@@ -209,7 +218,7 @@ class TaskLoop(Loop):
             self._note_failure(error)
             self._stop()
             if self._closer is None:
-                self._closer = self._event_loop.create_task(self._close(), name=f"{self._name} closes")
+                self._start_closer()
             self._turned.set()
 
     def _stop(self) -> None:
@@ -253,24 +262,26 @@ class TaskLoop(Loop):
             if not self._event_loop.is_closed():
                 raise
 
-    def close_links(self, links: Iterable[SocketLink]) -> Awaitable[None]:
+    def close_links(self, links: Sequence[SocketLink], linger_s: float = CLOSE_TIMEOUT_S) -> Awaitable[None]:
         """Close sockets that nobody uses any more; what is returned waits until their endpoints are free."""
-        task = self._event_loop.create_task(self._close_sockets(links, CLOSE_TIMEOUT_S))
+        ends_at = monotonic() + max([link.begin_close(linger_s) for link in links], default=0.0)
+        task = self._event_loop.create_task(self._await_stop(links, ends_at))
         self._closing_sockets.add(task)
-        task.add_done_callback(self._closing_sockets.discard)
-        return asyncio.shield(task)
 
-    async def _close_sockets(self, links: Iterable[SocketLink], linger_s: float) -> None:
-        links = list(links)
-        ends_at = monotonic() + max(link.begin_close(linger_s) for link in links) if links else 0.0
-        try:
-            pause_s = SOCKET_POLL_S
-            while not all([link.has_stopped() for link in links]) and monotonic() < ends_at:  # noqa: C419  # Ask all.
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, SOCKET_POLL_S_MAX)
-        finally:
+        def end_close(_: object) -> None:
+            self._closing_sockets.discard(task)
             for link in links:
                 link.end_close()
+
+        # Also of a task that is cancelled before its first step.
+        task.add_done_callback(end_close)
+        return asyncio.shield(task)
+
+    async def _await_stop(self, links: Sequence[SocketLink], ends_at: float) -> None:
+        pause_s = SOCKET_POLL_S
+        while not all([link.has_stopped() for link in links]) and monotonic() < ends_at:  # noqa: C419  # Ask all.
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, SOCKET_POLL_S_MAX)
 
     # Turns.
 
@@ -464,6 +475,8 @@ class TaskLoop(Loop):
 
     def _announce_room(self) -> None:
         """Send for those who wait for room, as far as there is."""
+        if self._event_loop.is_closed():
+            self._room_wanted.clear()  # Nobody waits any more.
         # What is sent here does not come back here.
         self._room_wanted_count = 0
         for place, waiting in list(self._room_wanted.items()):
