@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -484,6 +484,20 @@ def test_callback_that_is_a_plain_function_cannot_wait(run: Run) -> None:
             await client.send_message("inproc://full", b"")
             await until(lambda: caught)
             assert "plain function" in str(caught[0])
+
+    run(main())
+
+
+def test_callback_that_returns_a_generator_is_told(run: Run) -> None:
+    async def generate(message: Message) -> AsyncIterator[bytes]:
+        yield message.contents
+
+    async def main() -> None:
+        with pytest.raises(TypeError, match="a generator function"):
+            AsyncMessenger().listen_for_connection("inproc://a", generate)
+        async with Pair(lambda message: generate(message)) as pair:
+            with pytest.raises(HandlerError, match=r"TypeError: .* returned a generator"):
+                await pair.client.request(pair.to, b"")
 
     run(main())
 

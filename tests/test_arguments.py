@@ -1,13 +1,13 @@
 """What callers give by mistake: each refusal names the argument, its value, and what it must be. Nothing is sent."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import msgspec
 import pytest
 
-from messenger import ContentsInvalid, KeyPair, Limits, Message, Messenger, Security, typed
+from messenger import ContentsInvalid, HandlerError, KeyPair, Limits, Message, Messenger, Security, typed
 from tests.conftest import Inbox, wait_until
 
 
@@ -102,6 +102,40 @@ def test_workers_have_a_limit() -> None:
         server.listen_for_connection("inproc://a", print, workers=4)
     with Messenger() as server, pytest.raises(ValueError, match=r"limits\.workers_max is 1000"):
         server.listen_for_connection("inproc://a", print, workers=10**9)
+
+
+def generator_function(_: object) -> Iterator[bytes]:
+    yield b"part"
+
+
+async def async_generator_function(_: object) -> AsyncIterator[bytes]:
+    yield b"part"
+
+
+class GeneratorObject:
+    def __call__(self, _: object) -> Iterator[bytes]:
+        yield b"part"
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [generator_function, async_generator_function, GeneratorObject(), functools.partial(generator_function)],
+)
+def test_a_generator_function_is_refused(client: Messenger, callback: Any) -> None:
+    """Nothing of it ran, and its senders were told nothing."""
+    text = r"a generator function, .* message\.reply\(part, more=True\)"
+    with pytest.raises(TypeError, match=f"^callback is .*{text}"):
+        client.listen_for_connection("inproc://a", callback)
+    with pytest.raises(TypeError, match=text):
+        client.register_callback(64, callback)
+    with pytest.raises(TypeError, match=text):
+        client.make_connection("inproc://a", callback=callback)
+    with pytest.raises(TypeError, match=f"^order_by is .*{text}"):
+        client.listen_for_connection("inproc://a", print, workers=1, order_by=callback)
+    with Messenger() as server:
+        server.listen_for_connection("inproc://a", lambda message: callback(message))
+        with Messenger() as other, pytest.raises(HandlerError, match=r"TypeError: .* returned a generator"):
+            other.request("inproc://a", b"")
 
 
 @pytest.mark.parametrize(

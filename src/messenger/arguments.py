@@ -76,6 +76,12 @@ def check_callable(name: str, value: object, *, may_be_none: bool = True, may_be
         return
     if not callable(value):
         raise TypeError(f"{name} is {shown(value)}, it must be callable{' or None' if may_be_none else ''}")
+    call = getattr(type(value), "__call__", None)  # noqa: B004  # Whether it can be called is not the question.
+    if any(kind(each) for each in (value, call) for kind in (inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
+        raise TypeError(
+            f"{name} is {shown(value)}, a generator function, of which nothing would run; it must not yield: call "
+            "message.reply(part, more=True) for each part"
+        )
     if not may_be_coroutine and is_coroutine_function(value):
         raise TypeError(
             f"{name} is {shown(value)}, a coroutine function, which nothing would run here; give a plain function, or "

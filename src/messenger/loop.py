@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from enum import Enum
 from time import monotonic
-from types import CoroutineType
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any
 
 from .endpoint import Endpoints
@@ -337,6 +337,7 @@ class Loop:
 
     def _take_result(self, callback: Any, argument: Any, result: Any) -> None:
         """Do something with what a callback has returned. A coroutine is work that nothing here would do."""
+        refuse_generator(callback, result)
         if type(result) is CoroutineType:
             result.close()
             raise TypeError(
@@ -368,6 +369,15 @@ class Loop:
         """Count a message that goes no further. Takes the lock."""
         with self.lock:
             self._exchange.drop(kind)
+
+
+def refuse_generator(callback: Any, result: Any) -> None:
+    """Raise if a callback has returned a generator: nothing of the callback has run, and nothing would run it."""
+    if type(result) in (GeneratorType, AsyncGeneratorType):
+        raise TypeError(
+            f"{callback!r} returned a generator, of which nothing has run; it must not yield: call message.reply(part, "
+            "more=True) for each part"
+        )
 
 
 # Loops that serve.

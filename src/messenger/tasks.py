@@ -28,7 +28,7 @@ from .futures import Done, NoRoom, Response, Steps, TaskParts
 from .handlers import TIMER_S_MIN, Handlers
 from .limits import CLOSE_TIMEOUT_S, POLL_S
 from .link import FOREVER, Outlet
-from .loop import Loop, State, started
+from .loop import Loop, State, refuse_generator, started
 from .message import Message
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX, spin_s_max
@@ -498,6 +498,7 @@ class TaskLoop(Loop):
 
     def _take_result(self, callback: Any, argument: Any, result: Any) -> None:
         """Run a coroutine that a callback has returned."""
+        refuse_generator(callback, result)
         self._handlers.take_result(callback, argument, result)
 
     def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
