@@ -300,8 +300,7 @@ class AsyncStream:
         self.close()
 
     def __del__(self) -> None:
-        opening = self._opening
-        if opening is not None:
-            self._messenger._loop.call_there(lambda: opening.cancel() and None)
+        if self._opening is not None:
+            self._messenger._loop.call_there(self._opening.cancel)
         if not self._parts.is_over:
             self._messenger._abandon_stream(self._parts)

@@ -249,7 +249,7 @@ class TaskLoop(Loop):
         """Have a turn soon. Any thread, no lock needed."""
         self.call_there(self._plan_turn)
 
-    def call_there(self, function: Callable[[], None]) -> None:
+    def call_there(self, function: Callable[[], object]) -> None:
         """Call a function on the event loop: now if that runs here, else soon. Any thread, no lock needed."""
         if not self.is_serving:
             return
