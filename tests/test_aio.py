@@ -502,6 +502,24 @@ def test_callback_that_returns_a_generator_is_told(run: Run) -> None:
     run(main())
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="there are no eager tasks")
+def test_tasks_of_callbacks_are_not_eager() -> None:
+    """They began in the middle of a turn, so they could not wait for room, like plain functions."""
+
+    async def write(message: Message) -> None:
+        for _ in range(100):
+            await message.reply(b"", more=True)
+        await message.reply(b"end")
+        await message.messenger.close()
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(vars(asyncio)["eager_task_factory"])
+        async with Pair(write, limits=Limits(window_msgs=40)) as pair:
+            assert len([part async for part in pair.client.stream(pair.to, b"")]) == 101
+
+    asyncio.run(main())
+
+
 # Room.
 
 

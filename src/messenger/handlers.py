@@ -204,7 +204,9 @@ class Handlers:
 
     def _start(self, work: Work, lane: Lane | None) -> None:
         argument = work.argument
-        task = self.event_loop.create_task(self._run(work))
+        # Not by the event loop's task factory, whose tasks may take their first step here (`eager_task_factory`): in
+        # the middle of a turn, where nothing can wait.
+        task = asyncio.Task(self._run(work), loop=self.event_loop)
         self._tasks[task] = argument
         if isinstance(argument, Message) and argument.source_callback_id and argument.number:
             awaited = self._awaited.setdefault(argument.link, {})

@@ -199,7 +199,8 @@ class TaskLoop(Loop):
         await asyncio.gather(*self._closing_sockets)
 
     def _start_closer(self) -> None:
-        self._closer = self._event_loop.create_task(self._close(), name=f"{self._name} closes")
+        # These, too, must not begin in the middle of a turn.
+        self._closer = asyncio.Task(self._close(), loop=self._event_loop, name=f"{self._name} closes")
         self._closer.add_done_callback(self._finish_close)
 
     def _finish_close(self, _: object) -> None:
@@ -265,7 +266,7 @@ class TaskLoop(Loop):
     def close_links(self, links: Sequence[SocketLink], linger_s: float = CLOSE_TIMEOUT_S) -> Awaitable[None]:
         """Close sockets that nobody uses any more; what is returned waits until their endpoints are free."""
         ends_at = monotonic() + max([link.begin_close(linger_s) for link in links], default=0.0)
-        task = self._event_loop.create_task(self._await_stop(links, ends_at))
+        task = asyncio.Task(self._await_stop(links, ends_at), loop=self._event_loop)
         self._closing_sockets.add(task)
 
         def end_close(_: object) -> None:
