@@ -472,4 +472,5 @@ def _locked() -> threading.Lock:
 
 @interrupts.sleeps
 def _await(wake: threading.Lock, timeout: float) -> None:
-    wake.acquire(timeout=timeout)
+    # Who waits looks again; `acquire` takes no more than some 300 years.
+    wake.acquire(timeout=min(timeout, SLEEP_S_MAX))

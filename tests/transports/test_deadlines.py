@@ -301,3 +301,24 @@ def test_a_plain_peer_has_no_deadline(messenger: MessengerFactory, plain: PlainP
     [message] = messages.wait()
     assert message.deadline is None
     assert not message.cancelled
+
+
+@pytest.mark.threads_only
+def test_a_timeout_may_be_longer_than_a_lock_can_be_waited_for(messenger: MessengerFactory, destination: To) -> None:
+    """Of several threads, those that do not lead got an `OverflowError`."""
+    server, client = messenger(), messenger()
+
+    def answer(message: Message) -> None:
+        time.sleep(0.05)
+        message.reply(b"answer")
+
+    server.listen_for_connection(destination, answer, workers=3)
+    answers: Inbox[Message] = Inbox()
+    threads = [
+        threading.Thread(target=lambda: answers(client.request(destination, b"", timeout=1e18))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    assert contents_of(answers.wait(3)) == [b"answer"] * 3
+    for thread in threads:
+        thread.join(TIMEOUT_S)
