@@ -816,6 +816,15 @@ def test_wrong_thread_no_event_loop_and_fork(run: Run) -> None:
         AsyncMessenger().make_connection("inproc://a")
     with pytest.raises(RuntimeError, match="running event loop"):
         AsyncMessenger().request("inproc://a", b"")
+    with asyncio.Runner() as runner:
+
+        async def make() -> AsyncMessenger:
+            return await AsyncMessenger().__aenter__()
+
+        messenger = runner.run(make())
+        with pytest.raises(RuntimeError, match="running event loop"):
+            messenger.request("inproc://a", b"")
+        runner.run(messenger.__aexit__(None, None, None))
 
     async def main() -> None:
         async with AsyncMessenger() as messenger:
@@ -873,6 +882,20 @@ def test_other_threads_ask_whether_a_message_was_cancelled(run: Run, monkeypatch
     finally:
         stop.set()
     assert polled_by == {threading.get_ident()}
+
+
+def test_request_without_an_event_loop_makes_none() -> None:
+    """Up to Python 3.13 a future makes one in the main thread, which nobody closes."""
+    code = """if True:
+        from messenger import AsyncMessenger
+        try:
+            AsyncMessenger().request("inproc://a", b"")
+        except RuntimeError as error:
+            print(error)
+        """
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True, timeout=30)
+    assert "running event loop" in done.stdout
+    assert not done.stderr
 
 
 def test_talks_to_a_messenger_of_threads_both_ways(run: Run) -> None:

@@ -130,14 +130,12 @@ class AsyncMessenger(BaseMessenger):
             MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid. Nothing was sent.
         """
         codec = None if response_type is None else codec_of(response_type)
-        response: Response[Any]
-        try:
-            response = Response() if codec is None else TypedResponse(codec, encoding)
-        except RuntimeError:
-            # There is no event loop here. The lock says what to do about that, or starting does.
+        if asyncio._get_running_loop() is None:
+            # A future would make an event loop of its own. The lock says what to do, or starting does.
             with self._loop.lock:
                 self._require_open()
-            raise
+            raise RuntimeError("a request needs a running event loop; make it in a coroutine or a callback")
+        response: Response[Any] = Response() if codec is None else TypedResponse(codec, encoding)
         if encoding != "msgpack":
             contents = encode_as(contents, encoding)
         send = super().send_message
