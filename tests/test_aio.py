@@ -432,6 +432,26 @@ def test_every_callback_may_be_a_coroutine_function(run: Run) -> None:
     assert seen[3] == "error NotDelivered"
 
 
+def test_sender_is_told_what_a_group_of_tasks_raised(run: Run) -> None:
+    async def fail(text: str) -> None:
+        raise LookupError(text)
+
+    async def work(_: Message) -> None:
+        async with asyncio.TaskGroup() as outer:
+            outer.create_task(fail("one"))
+            async with asyncio.TaskGroup() as inner:
+                inner.create_task(fail("two"))
+
+    async def main() -> None:
+        async with Pair(work) as pair:
+            with pytest.raises(HandlerError, match="LookupError: one") as raised:
+                await pair.client.request(pair.to, b"")
+            assert raised.value.type_name == "ExceptionGroup"
+            assert "LookupError: two" in str(raised.value)
+
+    run(main())
+
+
 @pytest.mark.parametrize("raised", [ValueError("planted"), SystemExit(3)], ids=repr)
 def test_coroutine_raises(run: Run, raised: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     async def fail(message: Message) -> None:
@@ -669,6 +689,33 @@ def test_close_that_is_over_starts_nothing_more(run: Run, order_by: Any) -> None
             assert events == ["starts", "starts", "cancelled", "cancelled"]
 
     run(main())
+
+
+def test_close_waits_once_for_what_does_not_end(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    release = asyncio.Event()
+
+    async def stay(_: Message) -> None:
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async def main() -> None:
+        async with AsyncMessenger() as client:
+            server = AsyncMessenger()
+            server.listen_for_connection("inproc://stay", stay)
+            await client.send_message("inproc://stay", b"")
+            await until(lambda: server.statistics().received_msgs)
+            await asyncio.sleep(0.01)
+            started_at = time.monotonic()
+            await server.close(0)
+            assert 1.0 <= time.monotonic() - started_at < 2.0
+            release.set()
+            await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
+
+    run(main())
+    assert [text for text in caplog.messages if "still run" in text] == ["! 1 callbacks still run after the close"]
 
 
 def test_callbacks_close_their_messenger(run: Run) -> None:

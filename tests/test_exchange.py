@@ -25,7 +25,7 @@ from messenger import (
 )
 from messenger.errors import Cancelled, HandlerError, IdentityInUse, NoHandler
 from messenger.exchange import BATCH_PROCESSED, Exchange
-from messenger.failures import ERROR_TEXT_MAX
+from messenger.failures import ERROR_TEXT_MAX, _text_of
 from messenger.limits import HELLO_S_MAX, LARGE_BYTES_MIN, SILENT_LOG_S
 from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.message import Waiter
@@ -1151,7 +1151,16 @@ class Unprintable(Exception):
         raise RuntimeError("and so does its text")
 
 
-@pytest.mark.parametrize("raised", [OSError("\udcff is no file"), Unprintable(), SystemExit(1), KeyError("\0")])
+def deep_group() -> BaseException:
+    raised: Exception = ValueError("deep")
+    for _ in range(5_000):
+        raised = ExceptionGroup("a group", [raised])
+    return raised
+
+
+@pytest.mark.parametrize(
+    "raised", [OSError("\udcff is no file"), Unprintable(), SystemExit(1), KeyError("\0"), deep_group()]
+)
 def test_whatever_a_callback_raises_can_be_told(raised: BaseException) -> None:
     world = World()
     world.connect()
@@ -1163,6 +1172,15 @@ def test_whatever_a_callback_raises_can_be_told(raised: BaseException) -> None:
     assert isinstance(error, HandlerError)
     assert (error.message_id, error.type_name) == (message_id, type(raised).__name__)
     assert response.contents == b"another"
+
+
+def test_of_a_group_is_told_what_was_raised_in_it() -> None:
+    inner = [ExceptionGroup("inner", [ValueError("one"), Unprintable()]), *(KeyError(n) for n in range(1_000))]
+    text = _text_of(ExceptionGroup("outer", inner))
+    assert text.startswith(
+        "outer (1001 sub-exceptions); ValueError: one; Unprintable: (its text cannot be shown); KeyError: 0; KeyError"
+    )
+    assert len(text) == ERROR_TEXT_MAX
 
 
 def test_the_second_of_two_outcomes_is_counted() -> None:

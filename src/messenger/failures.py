@@ -31,12 +31,24 @@ def decode_failure(option: Option) -> tuple[type[DeliveryError], str, tuple[str,
 
 
 def _text_of(error: BaseException) -> str:
+    """Return an exception's text, and of a group, such as a `TaskGroup` raises, what was raised in it."""
+    text = _own_text_of(error)
+    inner = [error]
+    while inner and len(text) < ERROR_TEXT_MAX:
+        each = inner.pop(0)
+        if isinstance(each, BaseExceptionGroup):
+            inner[:0] = each.exceptions
+        elif each is not error:
+            text += f"; {type(each).__name__}: {_own_text_of(each)}"
+    return _printable(text[:ERROR_TEXT_MAX])
+
+
+def _own_text_of(error: BaseException) -> str:
     """Return an exception's text as far as it has one: its `__str__` is a user's, and may raise."""
     try:
-        text = str(error)
+        return str(error)
     except Exception:
-        text = "(its text cannot be shown)"
-    return _printable(text[:ERROR_TEXT_MAX])
+        return "(its text cannot be shown)"
 
 
 def _printable(text: str) -> str:

@@ -115,6 +115,7 @@ class Handlers:
         self._expiry: asyncio.TimerHandle | None = None
         self._expiry_at = FOREVER
         self._starts = True
+        self._unstoppable: set[asyncio.Task[None]] = set()
         exchange.on_cancelled = self._cancel_tasks
 
     def __bool__(self) -> bool:
@@ -134,15 +135,19 @@ class Handlers:
             self._expiry.cancel()
 
     async def end(self, wait_s: float) -> None:
-        """Wait for the tasks of callbacks, then cancel them."""
-        if self._tasks and wait_s:
-            await asyncio.wait(self._tasks, timeout=wait_s)
-        for task in self._tasks:
+        """Wait for the tasks of callbacks, then cancel them. Those that do not end then are not waited for again."""
+        tasks = self._tasks.keys() - self._unstoppable
+        if tasks and wait_s:
+            await asyncio.wait(tasks, timeout=wait_s)
+        tasks = self._tasks.keys() - self._unstoppable
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
-        if self._tasks:
-            logger.error("! %d callbacks still run after the close", len(self._tasks))
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
+        tasks &= self._tasks.keys()
+        if tasks:
+            self._unstoppable |= tasks
+            logger.error("! %d callbacks still run after the close", len(tasks))
 
     def take_result(self, callback: Any, argument: Any, result: Any) -> None:
         """Run the coroutine that a callback returned, now or when its lane has room."""
