@@ -931,6 +931,71 @@ def test_other_threads_ask_whether_a_message_was_cancelled(run: Run, monkeypatch
     assert polled_by == {threading.get_ident()}
 
 
+@pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_close_between_two_runs_of_the_event_loop(factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """`loop.run_until_complete(messenger.close())` makes the call before the event loop runs; nothing was closed."""
+
+    async def make(identity: str, to: str) -> AsyncMessenger:
+        messenger = AsyncMessenger(identity)
+        await messenger.request(to, b"")
+        return messenger
+
+    with Messenger() as peer:
+        came: list[Message] = []
+
+        def note(message: Message) -> None:
+            came.append(message)
+            message.reply(b"")
+
+        to = f"tcp://127.0.0.1:{peer.listen_for_connection('tcp://127.0.0.1:0', note).port}"
+        loop = factory()
+        closed, left = [loop.run_until_complete(make(name, to)) for name in ("one", "two")]
+        loop.run_until_complete(closed.close())
+        assert "closed" in repr(closed)
+        wait_until(lambda: came[0].is_sender_gone)
+        loop.close()
+        left.close()
+        assert "closed" in repr(left)
+        wait_until(lambda: came[1].is_sender_gone)
+
+
+@pytest.mark.parametrize("factory", ["asyncio", "uvloop"])
+def test_program_that_ends_while_a_thread_runs_the_event_loop(factory: str) -> None:
+    """Two threads used the sockets then, and libzmq aborted the process."""
+    code = """if True:
+        import asyncio, sys, threading, time
+        import uvloop
+        from messenger import AsyncMessenger
+        loop = asyncio.new_event_loop() if sys.argv[2] == "asyncio" else uvloop.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        async def ask(messenger):
+            try:
+                while True:
+                    await asyncio.gather(*[messenger.request(sys.argv[1], b"") for _ in range(20)])
+            except Exception:
+                pass
+        async def main():
+            messenger = AsyncMessenger("client")
+            await messenger.request(sys.argv[1], b"")
+            return [loop.create_task(ask(messenger)) for _ in range(5)]
+        kept = asyncio.run_coroutine_threadsafe(main(), loop).result()
+        time.sleep(0.1)
+        """
+    with Messenger() as peer:
+        came: list[Message] = []
+
+        def note(message: Message) -> None:
+            if not came:
+                came.append(message)
+            message.reply(b"")
+
+        to = f"tcp://127.0.0.1:{peer.listen_for_connection('tcp://127.0.0.1:0', note).port}"
+        done = subprocess.run([sys.executable, "-c", code, to, factory], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        assert "atexit" not in done.stderr, done.stderr
+        wait_until(lambda: came[0].is_sender_gone)
+
+
 def test_request_without_an_event_loop_makes_none() -> None:
     """Up to Python 3.13 a future makes one in the main thread, which nobody closes."""
     code = """if True:

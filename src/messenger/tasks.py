@@ -17,7 +17,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from . import interrupts
@@ -156,30 +156,39 @@ class TaskLoop(Loop):
     def close(self, timeout: float) -> Awaitable[None]:
         """Stop when all is settled or `timeout` is over; what is returned waits for that, except in a callback."""
         with self.lock:
-            self.begin_close(timeout)
-            if self._closer is None or self.is_own_thread() or self._handlers.runs_in(asyncio.current_task()):
-                return Done()
-            return asyncio.shield(self._closer)
-
-    def begin_close(self, timeout: float) -> None:
-        """Close as `close` does."""
-        if self.state is State.NEW:
-            self.state = State.CLOSED
-        if self.state is State.RUNNING:
-            self.state = State.CLOSING
-            self.close_at = monotonic() + timeout
-            self._exchange.ask_all()
-            self._announce_room()
-            if self._event_loop.is_running():
+            if self.state is State.NEW:
+                self.state = State.CLOSED
+            elif self.state is State.RUNNING and self._event_loop.is_closed():
+                self._finish_close()
+            elif self.state is State.RUNNING:
+                self.state = State.CLOSING
+                self.close_at = monotonic() + timeout
+                self._exchange.ask_all()
+                self._announce_room()
                 self._plan_turn()
                 self._start_closer()
+            if self._closer is None or self.is_own_thread():
+                return Done()
+            task = asyncio.current_task(self._event_loop)
+            return Done() if self._handlers.runs_in(task) else asyncio.shield(self._closer)
+
+    def begin_close(self, timeout: float) -> None:
+        """Close as `close` does, at the end of the program, if a daemon thread still runs the event loop."""
+        if self._runs_elsewhere():
+            self._event_loop.call_soon_threadsafe(self.close, timeout)
 
     def end_at_exit(self) -> None:
-        """Say goodbye, although no event loop runs any more."""
+        """Wait for a thread that still runs the event loop, for a while; if none does, say goodbye here."""
+        give_up_at = monotonic() + 2 * CLOSE_TIMEOUT_S
+        while self._runs_elsewhere():
+            if (self._closer is not None and self._closer.done()) or monotonic() >= give_up_at:
+                return
+            sleep(SOCKET_POLL_S)
         self._guard.event_loop = None
-        self._stop()
-        self._endpoints.close_all(CLOSE_TIMEOUT_S)
-        started.discard(self)
+        self._finish_close(linger_s=CLOSE_TIMEOUT_S)
+
+    def _runs_elsewhere(self) -> bool:
+        return self._event_loop.is_running() and self._guard.thread_id != threading.get_ident()
 
     async def _close(self) -> None:
         while not self._is_over():
@@ -203,12 +212,12 @@ class TaskLoop(Loop):
         self._closer = asyncio.Task(self._close(), loop=self._event_loop, name=f"{self._name} closes")
         self._closer.add_done_callback(self._finish_close)
 
-    def _finish_close(self, _: object) -> None:
-        """Do at once what the task that closes has not done, because it was cancelled: the program ends."""
+    def _finish_close(self, _: object = None, linger_s: float = LAST_LINGER_S) -> None:
+        """Do at once what the task that closes has not done, because it was cancelled or nothing runs it."""
         if self.state is not State.CLOSED:
             self._stop()
         started.discard(self)
-        self._endpoints.close_all(LAST_LINGER_S)
+        self._endpoints.close_all(linger_s)
 
     def _is_over(self) -> bool:
         return monotonic() >= self.close_at or (not self._handlers and super()._is_over())
@@ -332,11 +341,10 @@ class TaskLoop(Loop):
 
     def _look(self) -> None:
         self._is_look_planned = False
-        if self.state is not State.CLOSED:
-            try:
-                self._look_again()
-            except Exception as error:
-                self._fail(error)
+        try:
+            self._look_again()
+        except Exception as error:
+            self._fail(error)
 
     def _handle_timer(self) -> None:
         self._timer = None
@@ -362,6 +370,8 @@ class TaskLoop(Loop):
 
     def _look_again(self) -> None:
         """Read the events of what was used; plan a turn for input and callbacks, and set the timer for deadlines."""
+        if self.state is State.CLOSED:
+            return  # The event loop may have ended, too.
         exchange = self._exchange
         if self._read_events() or exchange.calls:
             self._plan_turn()
