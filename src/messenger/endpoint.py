@@ -52,7 +52,7 @@ class Driver(Protocol):
 
 
 class _Endpoint:
-    # How many of its messages may be in its callback at one time, 0 if that was not said; and those of one key, 1.
+    # Only a listener has others, see there.
     worker_count = 0
     order_by: "KeyFunction | None" = None
 
@@ -138,7 +138,7 @@ class Listener(_Endpoint):
         destination: What was opened; a port of 0 has become the port that was free.
         identity: What plain peers see as the sender of its messages.
         closed: Whether `close` was called.
-        worker_count: How many of its messages may be in its callback at one time, 0 if that was not said.
+        worker_count: How many of its messages may be in its callback at one time; 0 without workers.
         order_by: Names the key of a message; those of one key are in the callback one after the other (`KeyOrder`).
     """
 

@@ -82,7 +82,7 @@ def take() -> bool:
 
 
 def raise_deferred() -> None:
-    """Raise a Ctrl-C that was deferred by the one function that shields here; called where that may be interrupted."""
+    """Raise a deferred Ctrl-C: for a function that shields, where it is whole, unless another around it shields too."""
     is_main = threading.current_thread() is threading.main_thread()
     if _deferred and is_main and _count_shields(sys._getframe()) == 1 and take():
         raise KeyboardInterrupt

@@ -29,9 +29,9 @@ retransmission timeout (RFC 6298) an empty frame asks for them; it carries the n
 receiver that lacks anything before it says so. A receiver that is busy is thus asked, with back-off, and never
 flooded.
 
-Receiving. Only the next number is accepted; lower ones are duplicates, higher ones show a gap. So the receiver keeps
-a handful of integers. Acknowledgements travel on every frame, and on one of their own if nothing goes the other way
-for a moment.
+Receiving. Only the next number is accepted; lower ones are duplicates, higher ones show a gap. So all that the receiver
+keeps is bounded by the window. Acknowledgements travel on every frame, and on one of their own if nothing goes the
+other way for a moment.
 
 What must never happen here: a message processed twice or out of order; a window exceeded; a number that a peer claims
 believed without a check.

@@ -52,7 +52,7 @@ def encode_as(contents: Any, encoding: Encoding) -> Any:
     """
     if isinstance(contents, msgspec.Struct):
         return encode(contents, encoding)
-    encode(None, encoding)
+    encode(None, encoding)  # For its ValueError.
     return contents
 
 

@@ -308,7 +308,7 @@ def test_bytes_for_a_plain_peer_that_does_not_read(
     for _ in range(100 - full_count):
         mute.receive()
     # Another thread tells that libzmq has let go of them, some time later.
-    [flow] = [link._outflows.of(b"mute") for link in server.listener.links if b"mute" in link._outflows._of]
+    [flow] = [link._outflows.of(b"mute") for link in server.listener.links if b"mute" in link._outflows._by_peer]
     wait_until(lambda: not flow.held_bytes())
     mute.send(b"", b"2-0-x")
     assert mute.receive()[2].startswith(b"0-2-")

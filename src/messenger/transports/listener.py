@@ -59,7 +59,7 @@ class ListenerLink(SocketLink):
         self.is_shared = True
         self._warned_at = -CROWDED_LOG_S
         self._limits = limits
-        # What was cut last, by routing ids.
+        # Hashes of the routing ids whose connections were cut last.
         self._cut: set[int] = set()
         self._outflows = Outflows()
         # The routing ids of plain peers that do not have their identity as routing id (transports/curve.py).
@@ -159,7 +159,7 @@ class ListenerLink(SocketLink):
     def _receive_one(self) -> None:
         socket = self.socket
         peer = socket.recv(NOBLOCK)
-        # A frame of pyzmq knows whether more follow, which to ask for costs more than to make one.
+        # A frame of pyzmq knows whether more follow. To make one costs less than to ask the socket.
         first = socket.recv(NOBLOCK, copy=False)
         if self.watched:
             self._note_taken(first)

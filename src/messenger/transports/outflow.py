@@ -46,15 +46,15 @@ class Outflows:
     """Those of all plain peers of a listener, by what its core knows them by."""
 
     def __init__(self) -> None:
-        self._of: dict[bytes, Outflow] = {}
+        self._by_peer: dict[bytes, Outflow] = {}
         self._sweep_count = OUTFLOWS_SWEEP_MIN
 
     def of(self, peer: bytes) -> Outflow:
         """Return that of a peer, and now and then forget those of which nothing is held."""
-        outflow = self._of.get(peer)
+        outflow = self._by_peer.get(peer)
         if outflow is None:
-            if len(self._of) >= self._sweep_count:
-                self._of = {other: flow for other, flow in self._of.items() if flow.held_bytes()}
-                self._sweep_count = max(OUTFLOWS_SWEEP_MIN, 2 * len(self._of))
-            outflow = self._of[peer] = Outflow()
+            if len(self._by_peer) >= self._sweep_count:
+                self._by_peer = {other: flow for other, flow in self._by_peer.items() if flow.held_bytes()}
+                self._sweep_count = max(OUTFLOWS_SWEEP_MIN, 2 * len(self._by_peer))
+            outflow = self._by_peer[peer] = Outflow()
         return outflow

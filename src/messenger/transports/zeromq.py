@@ -78,7 +78,7 @@ class SocketLink(Link):
         watched: Those of which each message must be noticed.
         taken_count: Messages that were taken while there were any such.
         emptied_at: When there was nothing to take, the last time while there were any such.
-        left_bytes: What waited of connections that have ended since there was nothing to take.
+        left_bytes: What waited of connections that have ended; 0 again when there is nothing to take.
         whole_bytes_max: More than all frames of a message together may have.
         held_bytes_max: More than may wait here of what one connection has sent.
         wrap_bytes: What each frame has on the wire beside its contents and their length.
@@ -182,7 +182,7 @@ class SocketLink(Link):
             inflow.end_watch()
 
     def _note_empty(self) -> None:
-        """Nothing is held here any more, of those whose messages come."""
+        """There is nothing to take: so of those that have given a message nothing waits, but for a part of the next."""
         self.emptied_at = time.monotonic()
         self.left_bytes = 0
         for inflow in list(self.watched.values()):
