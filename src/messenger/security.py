@@ -31,9 +31,9 @@ _ENTRY = re.compile(r"(public-key|secret-key|name) = \"([^\"]*)\"")
 Place = str | os.PathLike[str]
 
 
-def is_key(text: str) -> bool:
-    """Return whether a text is a public key, as far as its form tells."""
-    return _KEY.fullmatch(text) is not None
+def is_key(text: object) -> bool:
+    """Return whether something is a public key, as far as its form tells; a secret one has the same."""
+    return isinstance(text, str) and _KEY.fullmatch(text) is not None
 
 
 class KeyPair:
@@ -52,6 +52,8 @@ class KeyPair:
         Raises:
             SecurityError: It is none.
         """
+        if not isinstance(secret, str):
+            raise TypeError(f"a secret key is of type {type(secret).__name__}, it must be a str (it is not shown)")
         if not is_key(secret):
             raise SecurityError("a secret key is 40 characters of Z85, and this is none (it is not shown)")
         try:
@@ -182,6 +184,8 @@ class Security:
         if key is not None and allow is None and servers is None:
             raise SecurityError("a key alone lets nobody in and knows no server: give allow=…, servers=… or both")
         self.insecure = insecure
+        if not isinstance(insecure, bool):  # "no" would count as True.
+            raise TypeError(f"insecure is {insecure!r}, it must be True or False")
         if key is not None and not isinstance(key, (KeyPair, str, os.PathLike)):
             raise TypeError(f"key is of type {type(key).__name__}, it must be a KeyPair or the path of a secret file")
         self.key = KeyPair.load(key) if isinstance(key, (str, os.PathLike)) else key
@@ -283,8 +287,9 @@ def _check_name(name: object, source: str) -> None:
 def _parse_list(text: str, source: str) -> dict[str, str]:
     """Return key and identity of each line."""
     found: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        line = line.strip()
+    # Not `splitlines`: what looks like one line to who adds it must not hold a second key behind a U+2028 or the like.
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip(" \r")
         # A key may itself start with #, but has no space in it.
         if not line or line == "#" or line.startswith("# "):
             continue
@@ -293,13 +298,19 @@ def _parse_list(text: str, source: str) -> dict[str, str]:
             raise SecurityError(f"{source}, line {number}: does not start with a public key (`KEY NAME`)")
         if key in found:
             raise SecurityError(f"{source}, line {number}: the key {key} is there twice")
-        _check_name(name.strip(), f"{source}, line {number}")
-        found[key] = name.strip()
+        name = name.strip(" ")
+        _check_name(name, f"{source}, line {number}")
+        found[key] = name
     return found
 
 
 def _read(path: Place, bytes_max: int, is_secret: bool = False) -> str:
     """Return the text of a file that nobody but us could have written, nor read if it is secret."""
+    if is_key(path) and not os.path.lexists(path):
+        raise SecurityError(
+            "what was given in place of a file looks like a key itself, so it is not shown; give the path of a file, "
+            "KeyPair(…) for a secret key, or for an allow-list a mapping"
+        )
     # Neither waits for the other end of a pipe.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if is_secret else 0)
     try:
@@ -328,10 +339,12 @@ def _check_file(path: Place, found: os.stat_result, is_secret: bool) -> None:
         raise SecurityError(f"{path} is of user {found.st_uid}, not of {os.geteuid()}")
     mode = stat.S_IMODE(found.st_mode)
     if mode & (0o077 if is_secret else 0o022):
-        can, to = ("read or change", "600") if is_secret else ("change", "go-w")
-        raise SecurityError(
-            f"others can {can} {path}, its mode is {mode:04o}; chmod {to} it, or make new keys if they may have done so"
+        can, to, then = (
+            ("read or change", "600", "or make new keys if they may have done so")
+            if is_secret
+            else ("change", "go-w", "and look whether all its lines are yours")
         )
+        raise SecurityError(f"others can {can} {path}, its mode is {mode:04o}; chmod {to} it, {then}")
 
 
 def _write_new(path: Path, text: str) -> None:
@@ -342,5 +355,9 @@ def _write_new(path: Path, text: str) -> None:
         raise SecurityError(f"{path} is there already; nothing was written") from None
     except OSError as error:
         raise SecurityError(f"{path} cannot be written: {error.strerror}") from None
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # A half of a key is none.
+        raise SecurityError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,5 +1,6 @@
 """A8 and A6: key files that others can read, secrets in texts, allow-lists that let anybody in."""
 
+import errno
 import logging
 import os
 import pickle
@@ -21,6 +22,9 @@ from tests.conftest import MessengerFactory
 
 # Fixed, since it stands in the names of tests.
 PUBLIC = "a1B2." * 8
+OTHER = "b1B2." * 8
+# Python takes all of these for the end of a line, and no editor or terminal shows it.
+LINE_ENDS = ["\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 
 
 def mode_of(path: Path) -> int:
@@ -78,6 +82,32 @@ def test_nothing_is_overwritten(tmp_path: Path, kind: str) -> None:
     assert all(path.read_text() == "precious" for path in tmp_path.iterdir() if path.exists())
 
 
+def test_a_pair_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(descriptor: int, *_: Any, **__: Any) -> Any:
+        os.close(descriptor)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("builtins.open", fill)
+    with pytest.raises(SecurityError, match=r"alice.key cannot be written: No space left on device"):
+        KeyPair.generate("alice").save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_secret_in_place_of_a_path_is_not_shown() -> None:
+    """Public keys can be given so, and a secret one looks the same."""
+    for make in (
+        lambda: KeyPair.load(CANARY),
+        lambda: Security(key=CANARY, servers=PUBLIC),
+        lambda: Security(key=canary("x"), allow=CANARY),
+    ):
+        with pytest.raises(SecurityError, match="looks like a key itself, so it is not shown") as caught:
+            make()
+        assert CANARY not in str(caught.value)
+    with pytest.raises(TypeError, match="a secret key is of type bytes, it must be a str") as caught_type:
+        KeyPair(CANARY.encode())  # type: ignore[arg-type]
+    assert CANARY not in str(caught_type.value)
+
+
 @pytest.mark.parametrize("name", ["", "a/b", ".hidden", "../alice"])
 def test_a_name_is_no_path(tmp_path: Path, name: str) -> None:
     with pytest.raises(SecurityError, match="no name for a file"):
@@ -126,7 +156,7 @@ def test_a_list_that_others_can_change_is_refused(tmp_path: Path) -> None:
     allowed.write_text(f"{PUBLIC} alice\n")
     for mode in (0o664, 0o646):
         allowed.chmod(mode)
-        with pytest.raises(SecurityError, match=f"others can change {allowed}"):
+        with pytest.raises(SecurityError, match=f"others can change {allowed}, .*look whether all its lines are yours"):
             Security(key=canary("x"), allow=allowed)
     allowed.chmod(0o644)  # Public keys may be read.
     assert Security(key=canary("x"), allow=allowed).allowed == {PUBLIC: "alice"}
@@ -239,6 +269,7 @@ NONE_OF_THESE: list[tuple[Callable[[], Security], str]] = [
     (lambda: Security(servers=PUBLIC), "need a key of our own"),
     (lambda: Security(key=canary("x"), allow={PUBLIC: "alice"}, insecure=True), "leave one of the two out"),
     (lambda: Security(key="", allow={PUBLIC: "alice"}), "cannot be read"),
+    (lambda: Security(key=canary("x"), allow={PUBLIC.encode(): "alice"}), "b'.*' is no public key"),  # type: ignore[dict-item]
 ]
 
 
@@ -269,6 +300,8 @@ def test_a_listener_on_tcp_needs_an_allow_list(messenger: MessengerFactory) -> N
         (f"{PUBLIC} alice\n{PUBLIC} bob\n", "line 2: the key .* is there twice"),
         (f"{PUBLIC}\n", "0 bytes"),
         (f"{PUBLIC[:-1]} alice\n", "line 1: does not start"),
+        (f"{PUBLIC} alice\n{OTHER} bob\n{PUBLIC[:20]}", "line 3: does not start"),
+        *((f"{PUBLIC} alice{end}{OTHER} root\n", "line 1: 'alice.* is no identity") for end in LINE_ENDS),
     ],
 )
 def test_a_list_that_is_not_understood_is_refused(tmp_path: Path, lines: str, why: str) -> None:
@@ -277,6 +310,19 @@ def test_a_list_that_is_not_understood_is_refused(tmp_path: Path, lines: str, wh
     allowed.chmod(0o600)
     with pytest.raises(SecurityError, match=why):
         Security(key=canary("x"), allow=allowed)
+
+
+def test_a_list_may_have_the_line_ends_of_windows(tmp_path: Path) -> None:
+    allowed = tmp_path / "allowed"
+    allowed.write_bytes(f"{PUBLIC} alice\r\n\r\n{OTHER} bob\r\n".encode())
+    allowed.chmod(0o600)
+    assert Security(key=canary("x"), allow=allowed).allowed == {PUBLIC: "alice", OTHER: "bob"}
+
+
+@pytest.mark.parametrize("insecure", ["no", 1, None])
+def test_insecure_must_be_said_clearly(insecure: Any) -> None:
+    with pytest.raises(TypeError, match=r"insecure is .*, it must be True or False"):
+        Security(insecure=insecure)
 
 
 def test_a_list_has_comments_and_keys_that_look_like_some(tmp_path: Path) -> None:
