@@ -24,7 +24,7 @@ from .transports.listener import ListenerLink
 from .transports.local import best_endpoint
 from .transports.zap import Gate
 from .transports.zeromq import SocketLink
-from .wire import encode_identity
+from .wire import decode_identity, encode_identity
 
 logger = logging.getLogger("messenger")
 
@@ -464,10 +464,10 @@ class Endpoints:
         handshake = self._exchange.handshake
         for link in [link for endpoint in self._open for link in endpoint.links if isinstance(link, CurveListenerLink)]:
             link.forget_revoked()
-            for session in list(handshake.sessions):
-                if link.is_revoked(session):
-                    handshake.expel(session, "its key was taken off the allow-list")
-                    logger.warning("! the session with %r was ended, its key is not allowed any more", session.peer)
+            for session in [session for session in handshake.sessions if link.is_revoked(session)]:
+                handshake.expel(session, "its key was taken off the allow-list")
+                name = decode_identity(session.peer)
+                logger.warning("! the session with %r was ended, its key is not allowed any more", name)
 
     def detach_all(self) -> list[Connection | Listener]:
         """Forget all endpoints, once nobody uses the sockets, and return them. Called without the lock."""

@@ -147,6 +147,9 @@ KEY_FILE_BYTES_MAX = 4 * KIB
 GIVE_S = 0.02
 # A listener starts only when it has refused a random key, which takes milliseconds.
 SELF_TEST_S = 5.0
+# A reload waits so long for a messenger's lock; longer than that only a signal handler waits that has interrupted who
+# holds it.
+RELOAD_LOCK_S = 0.1
 # A connection that was refused tries again so much later, since the list may have changed.
 RETRY_S = 1.0
 # A process that ends closes all that it has; so long after a link of it, it is looked at whether anybody listens there.

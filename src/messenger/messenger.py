@@ -1,5 +1,6 @@
 """`Messenger`: the public calls of `base.py` for threads, on a thread of its own (`threads.py`)."""
 
+import _thread
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
@@ -8,7 +9,7 @@ from .arguments import check_close_timeout
 from .base import BaseMessenger, log_unheard
 from .endpoint import Connection, Listener, To
 from .errors import CalledFromCallback
-from .limits import CLOSE_TIMEOUT_S, TIMEOUT_S
+from .limits import CLOSE_TIMEOUT_S, RELOAD_LOCK_S, TIMEOUT_S
 from .link import FOREVER
 from .loop import State
 from .message import Contents, Message
@@ -199,6 +200,12 @@ class Messenger(BaseMessenger):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _cut_revoked(self) -> None:
+        if self._loop.may_wait(RELOAD_LOCK_S):
+            super()._cut_revoked()
+        else:
+            _thread.start_new_thread(super()._cut_revoked, ())  # Not `threading.Thread`, whose start takes locks.
 
     def _close_endpoint(self, endpoint: Connection | Listener) -> None:
         if self._detach_endpoint(endpoint):

@@ -190,7 +190,9 @@ class Security:
             raise TypeError(f"key is of type {type(key).__name__}, it must be a KeyPair or the path of a secret file")
         self.key = KeyPair.load(key) if isinstance(key, (str, os.PathLike)) else key
         self._allow = allow
-        self._lock = threading.Lock()
+        # A signal handler may reload while this thread does.
+        self._lock = threading.RLock()
+        self._reload_count = 0
         self._on_reload: list[Callable[[], None]] = []
         self._allowed: Mapping[str, str] = {} if allow is None else _load_allowed(allow)
         self._servers = _load_servers(servers)
@@ -210,12 +212,16 @@ class Security:
         Raises:
             SecurityError: The new list is empty or not safe, and the old one stays in force.
 
-        Thread: any.
+        Thread: any, also in a signal handler (of `asyncio`: `loop.add_signal_handler`).
         """
         if self.key is None or self._allow is None:
             raise SecurityError("there is no allow-list to reload")
         with self._lock:
-            self._allowed = _load_allowed(self._allow if allow is None else allow)
+            while True:
+                self._reload_count = count = self._reload_count + 1
+                self._allowed = _load_allowed(self._allow if allow is None else allow)
+                if self._reload_count == count:
+                    break  # Else a signal handler has read a newer one in between.
             self._allow = self._allow if allow is None else allow
             told = list(self._on_reload)
         for tell in told:

@@ -74,6 +74,16 @@ class ThreadLoop(Loop):
         self.lock = _Guard(self)
         self.acquire, self.release = self._lock.acquire, self._lock.release
 
+    def may_wait(self, timeout_s: float) -> bool:
+        """Return whether this thread may wait for the lock: not a signal handler that has interrupted who holds it.
+
+        Who has the lock for longer than `timeout_s` counts as such. Called without the lock.
+        """
+        if not self._lock.acquire(timeout=timeout_s):
+            return False
+        self.release()
+        return True
+
     def interrupt_at_release(self) -> None:
         """Raise a deferred Ctrl-C when the main thread gives the lock back. For a signal handler: takes no lock."""
 

@@ -91,6 +91,9 @@ def test_two_terminals(shell: Shell, fixed_ports: None) -> None:
         return took_s
 
     assert quickest(refuse, 2) < 2, "with the start of the program"
+    result = shell.run(f"{unlisted} --no-wait")
+    assert result.returncode == 3
+    assert "message 1024 to tcp://127.0.0.1:15447: refused there; a send without --no-wait is told why" in result.stderr
     assert f"! server refused the key {key} from 127.0.0.1, which is not on the allow-list" in shell.log
     keys = "".join(f"{shell.key_of(name)} {name}\n" for name in ("server", "alice", "mallory"))
     assert (shell.folder / "out").read_text() == f"{keys}'alice' 1024-0 'hello'\n"

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -121,6 +123,45 @@ def test_many_threads_reload_while_messages_go(server: SecuredServer) -> None:
         must_stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_a_signal_handler_reloads(server: SecuredServer, tmp_path: Path) -> None:
+    """It may interrupt whoever holds a messenger's lock, or reloads, in the same thread."""
+    alice, allowed = server.client(server.alice), tmp_path / "allowed"
+    assert ask(alice, server.destination) == b"alice said hello"
+    allowed.write_text(f"{server.bob.public} bob\n")
+    allowed.chmod(0o600)
+    before = signal.signal(signal.SIGHUP, lambda *_: server.security.reload(allowed))
+    try:
+        # So does a send, and what a handler is called in.
+        with server.messenger._loop.lock:
+            signal.raise_signal(signal.SIGHUP)
+            assert server.security.allowed == {server.bob.public: "bob"}
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(lambda: not server.messenger._exchange.handshake.sessions)
+    with pytest.raises(NotDelivered, match="not on the allow-list"):
+        ask(alice, server.destination)
+
+
+def test_what_a_signal_handler_has_read_is_not_replaced_by_what_is_older(
+    server: SecuredServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = [{server.alice.public: "alice"}, {server.bob.public: "bob"}, {server.bob.public: "bob"}]
+
+    def load(_: object) -> dict[str, str]:
+        found = lists.pop(0)
+        if len(lists) == 2:
+            signal.raise_signal(signal.SIGHUP)
+        return found
+
+    monkeypatch.setattr("messenger.security._load_allowed", load)
+    before = signal.signal(signal.SIGHUP, lambda *_: server.security.reload())
+    try:
+        server.security.reload()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert server.security.allowed == {server.bob.public: "bob"}
 
 
 FORK = """

@@ -166,8 +166,12 @@ def _send(
             # What never left is counted, which we tell ourselves.
             message_id = messenger.send_message(connection, data, remote_callback=remote_callback, timeout=timeout)
             messenger.close(timeout)
-            if messenger.statistics().dropped.get("not_delivered"):
-                raise NotDelivered(f"message {message_id} to {place}: nobody was there to take it", message_id)
+            dropped = messenger.statistics().dropped
+            if dropped.get("not_delivered"):
+                why = "nobody was there to take it"
+                if dropped.get("refused"):
+                    why = "refused there; a send without --no-wait is told why"
+                raise NotDelivered(f"message {message_id} to {place}: {why}", message_id)
             return 0
         response, _ = _round_trip(connection, data, remote_callback, timeout)
     text = _text(response.contents)

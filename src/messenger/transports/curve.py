@@ -123,12 +123,15 @@ class CurveListenerLink(ListenerLink):
     def may_speak_for(self, routing_id: bytes, identity: bytes) -> bool:
         """Return whether the key in a label is that of an identity; if not, log that."""
         key = key_in(routing_id.decode(errors="replace"))
-        own = self._gate.identity_of(key)
-        if own is not None and encode_identity(own) == identity:
+        if self._is_key_of(key, identity):
             return True
-        text = "a message that claims to be of %r, by the key %s of %r"
-        self._gate.log_refused(f"{key} {identity!r}", text, identity, key, own)
+        name, text = decode_identity(identity), "a message that claims to be of %r, by the key %s of %r"
+        self._gate.log_refused(f"{key} {name}", text, name, key, self._gate.identity_of(key))
         return False
+
+    def _is_key_of(self, key: str, identity: bytes) -> bool:
+        own = self._gate.identity_of(key)
+        return own is not None and encode_identity(own) == identity
 
     def flush(self, now: float) -> None:
         """Send what is queued for plain peers, but only to those whose key is on the list now."""
@@ -159,7 +162,8 @@ class CurveListenerLink(ListenerLink):
         """Return whether a session that came by this link, though it may have none now, has no key of its identity."""
         if session.handle is not self.handle or len(session.routing_id) != NAME_CHARS:
             return False
-        return session.link in (self, None) and not self.may_speak_for(session.routing_id, session.peer)
+        key = key_in(session.routing_id.decode())
+        return session.link in (self, None) and not self._is_key_of(key, session.peer)
 
 
 def _name_of(frame: zmq.Frame) -> str:
