@@ -25,8 +25,8 @@ from messenger import (
 )
 from messenger.errors import Cancelled, HandlerError, IdentityInUse, NoHandler
 from messenger.exchange import BATCH_PROCESSED, Exchange
-from messenger.failures import ERROR_TEXT_MAX, _text_of
-from messenger.limits import HELLO_S_MAX, LARGE_BYTES_MIN, SILENT_LOG_S
+from messenger.failures import _text_of
+from messenger.limits import ERROR_TEXT_MAX, HELLO_S_MAX, LARGE_BYTES_MIN, SILENT_LOG_S
 from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.message import Waiter
 from messenger.session import Session, State

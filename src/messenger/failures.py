@@ -5,11 +5,9 @@ would obey is written out.
 """
 
 from .errors import DeliveryError, HandlerError, NoHandler, NotDelivered
+from .limits import ERROR_NAME_MAX, ERROR_TEXT_MAX
 from .wire import Option, OptionKind
 
-# Of an exception's text and name.
-ERROR_TEXT_MAX = 2_000
-ERROR_NAME_MAX = 200
 _DID_NOT_RUN: dict[int, tuple[type[DeliveryError], str]] = {
     OptionKind.NO_HANDLER: (NoHandler, "there is nothing to run at the receiver: no callback, no such callback id"),
     OptionKind.TOO_LARGE: (NotDelivered, "the contents are larger than the receiver's limits.message_bytes_max"),

@@ -71,6 +71,9 @@ ROUTING_ID_BYTES_MAX = 255
 TURN_MSGS_MAX = 250
 # The same for connections that come and go at one socket.
 TURN_NEWS_MAX = 50
+# Characters of what a callback raised there, its text and its name, in our exceptions and log.
+ERROR_TEXT_MAX = 2_000
+ERROR_NAME_MAX = 200
 # So long nobody wakes for those of a listener again: a flood of them took a turn of the loop for every two.
 NEWS_PAUSE_S = 0.02
 # A peer may send a message of a million frames, which takes seconds to drop; a turn drops at most so many.
@@ -102,6 +105,9 @@ DESCRIPTORS_RESERVED = 32
 
 # A connection that has not said who it is by then is cut. A handshake with keys takes three round trips.
 HANDSHAKE_S = 3.0
+
+# So many routing ids are remembered of those whose connections were cut.
+CUT_IDS_MAX = 1_000
 
 # A socket that has as many connections as it may have says so, once in so many seconds.
 CROWDED_LOG_S = 60.0
@@ -149,7 +155,7 @@ GIVE_S = 0.02
 SELF_TEST_S = 5.0
 # A reload waits so long for a messenger's lock; longer than that only a signal handler waits that has interrupted who
 # holds it.
-RELOAD_LOCK_S = 0.1
+RELOAD_LOCK_S = 0.02
 # A connection that was refused tries again so much later, since the list may have changed.
 RETRY_S = 1.0
 # A process that ends closes all that it has; so long after a link of it, it is looked at whether anybody listens there.

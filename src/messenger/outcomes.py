@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, OutcomeUnknown
-from .failures import ERROR_TEXT_MAX, readable
+from .failures import readable
 from .handshake import Handshake
-from .limits import BATCH_MSGS_MAX, SILENT_LOG_S
+from .limits import BATCH_MSGS_MAX, ERROR_TEXT_MAX, SILENT_LOG_S
 from .link import FOREVER, Link, Outlet
 from .message import ErrorCallback, Message, Taker
 from .outgoing import Outgoing

@@ -18,7 +18,7 @@ import zmq
 
 from ..errors import DestinationInUse, DestinationInvalid, MessengerError
 from ..exchange import Exchange
-from ..limits import CROWDED_LOG_S, ROUTING_ID_BYTES_MAX, Limits
+from ..limits import CROWDED_LOG_S, CUT_IDS_MAX, ROUTING_ID_BYTES_MAX, Limits
 from ..link import Link
 from ..message import Callback
 from ..outgoing import Outgoing
@@ -30,8 +30,6 @@ from .zeromq import ACCEPTED, BAD_PROTOCOL, DOWN, HUNG_UP, NOBLOCK, SNDMORE_NOBL
 logger = logging.getLogger("messenger")
 # Of all messengers of the process, which share its descriptors.
 _tcp_listeners: "set[ListenerLink]" = set()
-# So many routing ids are remembered of those whose connections were cut.
-CUT_MAX = 1_000
 
 
 class ListenerLink(SocketLink):
@@ -186,7 +184,7 @@ class ListenerLink(SocketLink):
         """Cut the connection that a frame came by, but not whoever has its descriptor when the next frame is taken."""
         mark = hash(routing_id)
         if mark not in self._cut:
-            if len(self._cut) >= CUT_MAX:
+            if len(self._cut) >= CUT_IDS_MAX:
                 self._cut.clear()
             self._cut.add(mark)
             with contextlib.suppress(zmq.ZMQError):  # Peers older than ZMTP 3, of which libzmq does not tell.
