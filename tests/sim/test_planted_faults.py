@@ -14,7 +14,7 @@ from messenger.exchange import Exchange
 from messenger.handshake import Handshake
 from messenger.limits import HELLO_S_MIN
 from messenger.link import FOREVER
-from messenger.outgoing import Batch
+from messenger.outgoing import Batch, Outgoing
 from messenger.session import Session, State
 from messenger.wire import Kind, encode_left_ms, encode_response
 from tests.sim.simulator import simulate
@@ -102,9 +102,9 @@ def nonce_unchecked_at_listener(monkeypatch: pytest.MonkeyPatch) -> None:
     def at_listener(real: Any, shake: Handshake, link: Any, routing_id: bytes, header: Any, *rest: Any) -> None:
         challenged = shake._challenged.get(header.source_incarnation)
         if header.kind == Kind.RESPONSE and challenged is not None:
-            _, extra, now = rest
+            _, now = rest
             header = header._replace(dest_incarnation=challenged.incarnation)
-            rest = (encode_response(header.source_incarnation, challenged.incarnation, challenged.nonce), extra, now)
+            rest = (encode_response(header.source_incarnation, challenged.incarnation, challenged.nonce), now)
         real(shake, link, routing_id, header, *rest)
 
     wrap(monkeypatch, Handshake, "_receive_at_listener", at_listener)
@@ -243,7 +243,7 @@ def received_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answers_given_to_the_successor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Exchange, "_discard_answers", lambda *arguments: None)
+    monkeypatch.setattr(Outgoing, "is_answer", False)
 
 
 def processed_of_another_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:

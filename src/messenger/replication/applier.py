@@ -147,12 +147,12 @@ class Applier:
         self._file_lock.release()
 
     def _close_file(self) -> None:
+        if self._wal is not None:
+            self._wal.close(self.head.lsn)
+            self._wal = None
         if self._connection is not None:
             database.close_connection(self._connection)
             self._connection = None
-        if self._wal is not None:
-            self._wal.close()
-            self._wal = None
 
     # Entries.
 

@@ -211,10 +211,22 @@ class WalSync:
                 f"{self._path} was removed, or another file was put in its place, while it was open"
             )
 
-    def close(self) -> None:
-        """Give the descriptor back."""
+    def close(self, newest_lsn: int) -> None:
+        """Make all durable for who still waits, and give the descriptor back; before SQLite closes and removes the WAL.
+
+        Args:
+            newest_lsn: Of the newest commit; there will be no other.
+        """
         with self._lock:
-            if self._descriptor >= 0:
+            if self._descriptor < 0:
+                return
+            try:
+                if self.failure is None:
+                    os.fdatasync(self._descriptor)
+                    self.durable_lsn = newest_lsn
+            except OSError as error:
+                self.failure = error
+            finally:
                 os.close(self._descriptor)
             self._descriptor = -1
             self.failure = self.failure or OSError("the file is closed")

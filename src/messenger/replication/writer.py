@@ -130,11 +130,11 @@ class Writer:
 
     def close(self) -> None:
         """Close the file."""
+        if hasattr(self, "wal"):
+            self.wal.close(self.log.head.lsn)
         if self._connection is not None:
             database.close_connection(self._connection)
             self._connection = None
-        if hasattr(self, "wal"):
-            self.wal.close()
         self._file_lock.release()
 
     @property
