@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import apsw
 import pytest
 
-from messenger import DestinationInvalid
+from messenger import DestinationInvalid, Limits, Messenger
 from messenger.replication import (
     DatabaseRefused,
     Position,
@@ -330,6 +331,31 @@ def test_two_replicas_of_one_name_do_not_take_turns(cluster: Cluster) -> None:
     wait_until(lambda: "first has a replica named copy here; give each a name" in second.status().trouble)
     first.close()
     wait_streaming(primary, second)
+
+
+def test_messages_may_be_small(cluster: Cluster) -> None:
+    limits = Limits(message_bytes_max=50_000)
+    with (
+        Messenger("one", limits=limits) as one,
+        Messenger("two", limits=limits) as two,
+        Primary(cluster.folder / "primary.db", one, cluster.port) as primary,
+    ):
+        primary.execute("CREATE TABLE pages (page BLOB)")
+        for _ in range(20):
+            primary.execute("INSERT INTO pages VALUES (randomblob(20000))")
+        with Replica(cluster.folder / "replica.db", two, cluster.port) as replica:
+            assert_equal(primary, replica)
+        for size_bytes in [20_000] * 20 + [10] * 2_000 + [45_000]:
+            primary.execute("INSERT INTO pages VALUES (randomblob(?))", (size_bytes,))
+        with Replica(cluster.folder / "replica.db", two, cluster.port) as replica:
+            assert_equal(primary, replica)
+            assert replica.status().snapshot_count == 0
+            wait_streaming(primary, replica)
+            with ThreadPoolExecutor(8) as pool:
+                for _ in range(100):
+                    pool.submit(primary.execute, "INSERT INTO pages VALUES (randomblob(9000))")
+            assert_equal(primary, replica)
+            assert replica.status().trouble == ""
 
 
 def test_garbage_is_counted_and_harms_nobody(cluster: Cluster) -> None:

@@ -328,7 +328,8 @@ class Feed:
             if not room:
                 return False
             after_lsn = peer.sent
-        entries = read_entries(reader, after_lsn, min(room, CATCH_UP_TRANSACTIONS), CATCH_UP_BYTES)
+        bytes_max = min(CATCH_UP_BYTES, source.limits.in_flight_bytes_max)
+        entries = read_entries(reader, after_lsn, min(room, CATCH_UP_TRANSACTIONS), bytes_max)
         if not entries:
             return False  # Only the writer has it yet.
         if entries[0].lsn != after_lsn + 1:

@@ -57,6 +57,8 @@ CHECK_PINNED_S = 30.0
 GROUP_MAX = 64
 # What a message has besides the changes of one transaction, at most.
 MESSAGE_ROOM_BYTES = 1 * KIB
+# And for each further transaction in it.
+ENTRY_ROOM_BYTES = 64
 # One message to a replica that catches up holds at most about so much, and so many transactions.
 CATCH_UP_BYTES = 256 * KIB
 CATCH_UP_TRANSACTIONS = 512

@@ -30,7 +30,7 @@ from .claims import Claims
 from .confirm import Level, Waiter
 from .errors import DiskFailed, Fenced, NotConfirmed
 from .hub import Hub
-from .limits import MESSAGE_ROOM_BYTES, ReplicationLimits
+from .limits import ENTRY_ROOM_BYTES, MESSAGE_ROOM_BYTES, ReplicationLimits
 from .log import check_in_history, read_age_s
 from .records import Claim, Part, PartKind, Position
 from .rows import Rows
@@ -492,9 +492,14 @@ class Primary:
 
 
 def _fit(limits: ReplicationLimits, messenger: Messenger) -> ReplicationLimits:
-    """Return limits by which each transaction fits into a message."""
-    most_bytes = min(limits.transaction_bytes_max, messenger.limits.message_bytes_max - MESSAGE_ROOM_BYTES)
-    return msgspec.structs.replace(limits, transaction_bytes_max=most_bytes)
+    """Return limits by which each transaction fits into a message, and all that may be under way together does."""
+    most_bytes = max(2, messenger.limits.message_bytes_max - MESSAGE_ROOM_BYTES)
+    return msgspec.structs.replace(
+        limits,
+        transaction_bytes_max=min(limits.transaction_bytes_max, most_bytes),
+        in_flight_bytes_max=min(limits.in_flight_bytes_max, most_bytes // 2),
+        in_flight_transactions_max=min(limits.in_flight_transactions_max, max(1, most_bytes // 2 // ENTRY_ROOM_BYTES)),
+    )
 
 
 def _make_fenced(path: str, term: int, destinations: tuple[str, ...]) -> Fenced:

@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING, Self
 import apsw
 
 from .database import open_reader
-from .limits import SNAPSHOT_IN_FLIGHT_BYTES, SNAPSHOT_PART_BYTES, SNAPSHOT_STEP_PAGES, SNAPSHOT_SYNC_BYTES
+from .limits import (
+    MESSAGE_ROOM_BYTES,
+    SNAPSHOT_IN_FLIGHT_BYTES,
+    SNAPSHOT_PART_BYTES,
+    SNAPSHOT_STEP_PAGES,
+    SNAPSHOT_SYNC_BYTES,
+)
 from .log import read_head
 from .records import CHECKSUM_BYTES, Head, SnapshotBegin, SnapshotEnd, SnapshotPart, encode
 
@@ -125,6 +131,7 @@ class SnapshotSource:
         total = os.fstat(self._descriptor).st_size
         digest = blake2b(digest_size=CHECKSUM_BYTES)
         feed.snapshot_acked = offset = 0
+        part_bytes = min(SNAPSHOT_PART_BYTES, self._source.messenger.limits.message_bytes_max - MESSAGE_ROOM_BYTES)
         with lock:
             peer.snapshot_bytes, peer.snapshot_bytes_total = 0, total
         feed.send(SnapshotBegin(feed.stream, total))
@@ -136,7 +143,7 @@ class SnapshotSource:
                 feed.news.wait(0.05)
                 feed.news.clear()
                 continue
-            data = os.pread(self._descriptor, SNAPSHOT_PART_BYTES, offset)
+            data = os.pread(self._descriptor, part_bytes, offset)
             digest.update(data)
             feed.ask(encode(SnapshotPart(feed.stream, offset, data)))
             offset += len(data)
