@@ -223,11 +223,96 @@ def strange_onnx(domain: str = "", external: str = "") -> bytes:
     return data
 
 
-@pytest.mark.parametrize("data", [strange_onnx(domain="com.evil"), strange_onnx(external="../../../../etc/passwd")])
-def test_an_onnx_model_stays_within_itself(folder: Path, data: bytes) -> None:
+def nested_onnx(node: Any = None, initializer: Any = None) -> bytes:
+    """Returns a model with something in the graph of a branch, which runs always."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    ones = numpy_helper.from_array(np.ones((2, 1), np.float32), "ones")
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [2, 1])
+    identity = helper.make_node("Identity", ["ones"], ["out"])
+    branch = helper.make_graph([node or identity], "then", [], [out], [initializer or ones])
+    other = helper.make_graph([identity], "else", [], [out], [ones])
+    graph = helper.make_graph(
+        [
+            helper.make_node("If", ["yes"], ["w"], then_branch=branch, else_branch=other),
+            helper.make_node("MatMul", ["X", "w"], ["Y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, [None, 2])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [None, 1])],
+        [numpy_helper.from_array(np.array(True), "yes")],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    data: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    return data
+
+
+def elsewhere(name: str, *dims: int) -> Any:
+    from onnx import TensorProto
+
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="secret.bin")
+    return tensor
+
+
+def nested_cases() -> dict[str, bytes]:
+    import numpy as np
+    from onnx import SparseTensorProto, helper, numpy_helper
+
+    indices = numpy_helper.from_array(np.array([0, 1]), "indices")
+    sparse = SparseTensorProto(values=elsewhere("values", 2), indices=indices, dims=[2, 1])
+    return {
+        "data of a branch": nested_onnx(initializer=elsewhere("ones", 2, 1)),
+        "a constant": nested_onnx(node=helper.make_node("Constant", [], ["out"], value=elsewhere("w", 2, 1))),
+        "a sparse constant": nested_onnx(node=helper.make_node("Constant", [], ["out"], sparse_value=sparse)),
+        "an operator": nested_onnx(node=helper.make_node("Gelu", ["ones"], ["out"], domain="com.microsoft")),
+    }
+
+
+NESTED = nested_cases()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [strange_onnx(domain="com.evil"), strange_onnx(external="../../../../etc/passwd"), *NESTED.values()],
+    ids=["domain", "external", *NESTED],
+)
+def test_an_onnx_model_stays_within_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    """In the graphs of branches, and in constants, files beside the process were read as a model's weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.bin").write_bytes(bytes(8))
     make_linear(folder)
     put_file(folder, data)
-    with pytest.raises(ModelFileInvalid):
+    with pytest.raises(ModelFileInvalid, match=r"not ONNX's own|other files"):
+        load(folder)
+
+
+def test_a_model_with_a_branch_is_loaded(folder: Path) -> None:
+    make_linear(folder)
+    put_file(folder, nested_onnx())
+    assert load(folder).predict([[1.0, 2.0]]).tolist() == [3.0]
+
+
+@pytest.mark.parametrize("shapes", [[], [[None, 2], [None, 2]], [[]], [[2]]], ids=str)
+def test_an_onnx_model_that_takes_no_matrix_is_refused(folder: Path, shapes: list[list[int | None]]) -> None:
+    from onnx import TensorProto, helper
+
+    inputs = [helper.make_tensor_value_info(f"X{n}", TensorProto.FLOAT, shape) for n, shape in enumerate(shapes)]
+    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["one"], ["Y"])],
+        "g",
+        inputs,
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [1])],
+        [one],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    make_linear(folder)
+    put_file(folder, model.SerializeToString())
+    with pytest.raises(ModelFileInvalid, match="not one matrix of floats"):
         load(folder)
 
 

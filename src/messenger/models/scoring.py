@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Domains of the operators that are part of ONNX.
 ONNX_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
+ONNX_INPUTS = ("tensor(float)", "tensor(double)")
 # From so many rows on LightGBM may use all processors.
 PARALLEL_ROWS_MIN = 50_000
 
@@ -132,20 +133,25 @@ def _load_onnx(manifest: Manifest, data: bytes) -> tuple[Any, Any]:
 
     try:
         parsed = onnx.load_model_from_string(data)
+        _refuse_strange_parts(manifest.name, parsed)
         onnx.checker.check_model(parsed)
+    except ModelFileInvalid:
+        raise
     except Exception as error:
         # protobuf and the checker have exceptions of many kinds, and all mean that this is no model.
         raise ModelFileInvalid(f"model {manifest.name!r} is no ONNX model: {str(error)[:300]}") from error
-    strange = {node.domain for node in parsed.graph.node} - ONNX_DOMAINS
-    if strange or parsed.functions:
-        raise ModelFileInvalid(f"model {manifest.name!r} uses operators that are not ONNX's own: {sorted(strange)}")
-    if any(tensor.external_data for tensor in parsed.graph.initializer):
-        raise ModelFileInvalid(f"model {manifest.name!r} keeps data in other files")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelFileInvalid(f"model {manifest.name!r} cannot be run: {str(error)[:300]}") from error
+    inputs = session.get_inputs()
+    given = inputs[0] if inputs else None
+    if given is None or len(inputs) > 1 or len(given.shape) != 2 or given.type not in ONNX_INPUTS:
+        takes = ", ".join(f"{each.type} {each.shape}" for each in inputs) or "nothing"
+        raise ModelFileInvalid(f"model {manifest.name!r} takes {takes}, not one matrix of floats")
     if given.shape[-1] != len(manifest.features):
         raise ModelFileInvalid(f"model {manifest.name!r} takes {given.shape[-1]} features, not as its manifest")
     run, input_name, outputs = session.run, given.name, [session.get_outputs()[0].name]
@@ -160,6 +166,24 @@ def _load_onnx(manifest: Manifest, data: bytes) -> tuple[Any, Any]:
         return scores if scores.ndim == 1 else scores.reshape(len(matrix))
 
     return score, np.float64 if given.type == "tensor(double)" else np.float32
+
+
+def _refuse_strange_parts(name: str, parsed: Any) -> None:
+    """Raise if an ONNX model has an operator that ONNX does not define, or data in another file.
+
+    Such parts may stand anywhere: in the graphs within an `If`, in a constant, in a sparse tensor.
+    """
+    parts = [parsed]
+    while parts:
+        part = parts.pop()
+        kind = part.DESCRIPTOR.name
+        if kind == "FunctionProto" or (kind == "NodeProto" and part.domain not in ONNX_DOMAINS):
+            raise ModelFileInvalid(f"model {name!r} uses operators that are not ONNX's own: {part.domain!r}")
+        if kind == "TensorProto" and (part.external_data or part.data_location):
+            raise ModelFileInvalid(f"model {name!r} keeps data in other files")
+        for field, value in part.ListFields():
+            if field.message_type is not None:
+                parts += [value] if hasattr(value, "DESCRIPTOR") else value
 
 
 class LoadedModels:
