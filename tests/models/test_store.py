@@ -159,6 +159,15 @@ def test_garbage_for_the_current_version_is_refused(folder: Path) -> None:
         Store(folder).current("sum")
 
 
+def test_a_switch_that_fails_leaves_nothing(folder: Path) -> None:
+    make_linear(folder)
+    spoil_with_a_folder(folder / "sum")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(IsADirectoryError):
+        Store(folder).activate("sum", 1)
+    assert sorted(folder.rglob("*")) == before
+
+
 def spoil_with_garbage(model: Path) -> None:
     (model / "current").write_text("garbage")
 

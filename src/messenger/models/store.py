@@ -157,8 +157,12 @@ class Store:
             raise ModelFileInvalid(f"model {name!r} has no version {version}, only {self.versions(name)}")
         folder = self.folder / name
         temporary = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        _write(temporary, b"%d\n" % version)
-        temporary.rename(folder / CURRENT)
+        try:
+            _write(temporary, b"%d\n" % version)
+            temporary.rename(folder / CURRENT)
+        except OSError:  # Such as a full disk.
+            temporary.unlink(missing_ok=True)
+            raise
         _sync(folder)
 
     def make_temporary(self) -> Path:
