@@ -37,6 +37,7 @@ from tests.conftest import (
     TIMEOUT_S,
     Inbox,
     MessengerFactory,
+    PlainPeer,
     PlainPeers,
     StandingClock,
     free_port,
@@ -407,6 +408,47 @@ def test_a_new_manager_finds_the_jobs_of_servers_that_went_on(
         wait_until(found.cancelled)
     finally:
         server.close()
+
+
+def test_a_job_is_found_at_whichever_server_has_it(new_manager: NewManager, plain: PlainPeers) -> None:
+    """One server alone was asked, which as a rule was another one."""
+    manager = new_manager(servers=0)
+    dealers = [plain.dealer(manager.listener.destination, name) for name in (b"one", b"two")]
+    for dealer in dealers:
+        dealer.send(b"", b'0-0-{"action": 1, "result": "", "success": true, "err": ""}')
+    wait_until(lambda: len(manager.status().servers) == 2)
+
+    def answer(dealer: PlainPeer, cmd: str, **fields: Any) -> None:
+        callback_id, _, contents = dealer.receive()[-1].split(b"-", 2)
+        assert json.loads(contents) == {"cmd": cmd, "data": {"job": "monday"}}
+        body = json.dumps({"action": 0, "result": "", "success": False, "err": "", **fields}).encode()
+        dealer.send(b"", b"0-%b-" % callback_id + body)
+
+    training = {"name": "m", "version": 1, "method": "linear", "task": "regression", "metrics": {}}
+    training |= {"rows": 9, "features": ["x"], "elapsed_s": 1.0, "job": "monday"}
+    for first, second in (dealers, dealers[::-1]):
+        job = manager.job("monday")
+        answer(first, "JOB", err="there is no job", kind="JobUnknown")
+        assert job.cancel()
+        answer(second, "JOB", result=training, success=True)
+        for dealer in dealers:
+            answer(dealer, "CANCEL", result=False, success=True)
+        assert job.result(timeout=TIMEOUT_S).version == 1
+        job = manager.job("monday")
+        answer(first, "JOB", err="there is no job", kind="JobUnknown")
+        answer(second, "JOB", err="it failed", kind="TrainingDataInvalid")
+        with pytest.raises(TrainingDataInvalid, match="it failed"):
+            job.result(timeout=TIMEOUT_S)
+        job = manager.job("monday")
+        answer(first, "JOB", err="there is no job", kind="JobUnknown")
+        answer(second, "JOB", err="cancelled", kind="TrainingCancelled")
+        with pytest.raises(CancelledError):
+            job.result(timeout=TIMEOUT_S)
+        job = manager.job("monday")
+        for dealer in dealers:
+            answer(dealer, "JOB", err="there is no job", kind="JobUnknown")
+        with pytest.raises(CommandFailed, match="there is no job"):
+            job.result(timeout=TIMEOUT_S)
 
 
 def test_a_client_has_the_same_calls(new_manager: NewManager, messenger: MessengerFactory, wine: Data) -> None:

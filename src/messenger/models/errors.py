@@ -60,6 +60,10 @@ class TrainingCancelled(CommandFailed):
     """The training was cancelled. Its job ends as cancelled; this error is only how a server says so."""
 
 
+class JobUnknown(CommandFailed):
+    """The server has no such job; another one may have it."""
+
+
 # What a server or a manager may say in the field `kind` of an answer.
 _BY_KIND: dict[str, type[ModelError]] = {
     kind.__name__: kind
@@ -67,6 +71,7 @@ _BY_KIND: dict[str, type[ModelError]] = {
         ModelFileInvalid,
         TrainingDataInvalid,
         TrainingCancelled,
+        JobUnknown,
         ServerLost,
         NoServer,
         ManagerStopped,

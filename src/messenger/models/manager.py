@@ -23,6 +23,7 @@ from .batching import Batcher, InferCall
 from .calls import Convert, ModelCalls, OnProgress, as_rows, as_training
 from .desk import Desk
 from .dispatch import Dispatcher
+from .errors import JobUnknown
 from .jobs import Inference, Job, Progress, Training
 from .limits import (
     BATCH_ROWS_MAX,
@@ -240,6 +241,8 @@ class ModelServerManager(ModelCalls):
             call.convert = lambda answer: self._note_trained(convert(answer), bool(data.get("activate", True)))
         if cmd in ("LOAD", "UNLOAD"):
             self._call_all(call)
+        elif cmd == "JOB" and job.id:  # Likewise by `job`. Any server may have it.
+            self._call_all(call, one_does=True)
         else:
             self._dispatcher.submit(call)
         return job
@@ -261,8 +264,11 @@ class ModelServerManager(ModelCalls):
             self._served[training.name] = training.version
         return training
 
-    def _call_all(self, call: Call) -> None:
-        """Have a command carried out by all servers that are there; with none, by the first that comes."""
+    def _call_all(self, call: Call, one_does: bool = False) -> None:
+        """Have a command carried out by all servers that are there; with none, by the first that comes.
+
+        Its job ends when all have answered, or, if `one_does`, with the first that could do it.
+        """
         with self._dispatcher.lock:
             servers = [server for server in self._dispatcher.servers.values() if server.is_ready(time.monotonic())]
         job, convert = call.job, call.convert
@@ -274,14 +280,18 @@ class ModelServerManager(ModelCalls):
 
         def on_end(each: Job[Any]) -> None:
             nonlocal left
+            if each.cancelled():
+                job.settle_cancelled()
+                return
             error = each.exception()
             with lock:
                 left -= 1
                 errors.extend([error] if error is not None else [])
-                if left:
+                if left and not (one_does and error is None):
                     return
-            if errors:
-                job.settle_error(errors[0])
+            if error is not None or (errors and not one_does):
+                # That a server does not have a job says nothing if another has.
+                job.settle_error(next((each for each in errors if not isinstance(each, JobUnknown)), errors[0]))
                 return
             result = each.result()
             if isinstance(result, Manifest):
@@ -311,7 +321,10 @@ class ModelServerManager(ModelCalls):
             job=asked,
             convert=lambda answer: answer,
         )
-        self._dispatcher.submit(asking, server)
+        if server is None:
+            self._call_all(asking, one_does=True)
+        else:
+            self._dispatcher.submit(asking, server)
         return True
 
     # On the messenger's thread.

@@ -26,7 +26,7 @@ from typing import IO, Literal
 import msgspec
 
 from . import child
-from .errors import CommandFailed, ModelError, TrainingDataInvalid
+from .errors import CommandFailed, JobUnknown, ModelError, TrainingDataInvalid
 from .jobs import Progress, Training
 from .limits import ERROR_CHARS_MAX, FINISHED_JOBS_MAX, TRAININGS_QUEUED_MAX
 from .protocol import show_error
@@ -94,12 +94,12 @@ class Trainer:
         """Return a training, and be told when it has ended, at once if it has.
 
         Raises:
-            CommandFailed: There is no such job.
+            JobUnknown: There is no such job.
         """
         with self._lock:
             task = self._tasks.get(job_id)
             if task is None:
-                raise CommandFailed(f"there is no job {job_id!r} here")
+                raise JobUnknown(f"there is no job {job_id!r} here")
             is_final = task.state in FINAL
             if not is_final:
                 task.watchers.append(on_end)
@@ -111,12 +111,12 @@ class Trainer:
         """End a training, and return whether it had not ended yet.
 
         Raises:
-            CommandFailed: There is no such job.
+            JobUnknown: There is no such job.
         """
         with self._lock:
             task = self._tasks.get(job_id)
             if task is None:
-                raise CommandFailed(f"there is no job {job_id!r} here")
+                raise JobUnknown(f"there is no job {job_id!r} here")
             if task.state in FINAL:
                 return False
             was_queued = task.state == "QUEUED"
