@@ -240,11 +240,14 @@ class Handlers:
             task.exception()  # A Ctrl-C, which went to the event loop, is not to be logged again.
         work.coroutine.close()  # If it was cancelled before its first step, it was never started.
         if isinstance(argument, Message):
-            tasks = self._awaited.get(argument.link, {}).get(argument.source_callback_id, [])
-            if task in tasks:
+            awaited = self._awaited.get(argument.link)
+            tasks = None if awaited is None else awaited.get(argument.source_callback_id)
+            if awaited is not None and tasks is not None and task in tasks:
                 tasks.remove(task)
                 if not tasks:
-                    self._take_awaited(argument.link, argument.source_callback_id)
+                    del awaited[argument.source_callback_id]
+                    if not awaited:
+                        del self._awaited[argument.link]
             self._note_ended(argument)
         if lane is not None:
             lane.active_count -= 1

@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from time import monotonic, sleep
+from types import CoroutineType
 from typing import Any
 
 from . import interrupts
@@ -208,8 +209,7 @@ class TaskLoop(Loop):
         await asyncio.gather(*self._closing_sockets)
 
     def _start_closer(self) -> None:
-        # These, too, must not begin in the middle of a turn.
-        self._closer = asyncio.Task(self._close(), loop=self._event_loop, name=f"{self._name} closes")
+        self._closer = asyncio.Task(self._close(), loop=self._event_loop, name=f"{self._name} closes")  # Never eager.
         self._closer.add_done_callback(self._finish_close)
 
     def _finish_close(self, _: object = None, linger_s: float = LAST_LINGER_S) -> None:
@@ -509,7 +509,8 @@ class TaskLoop(Loop):
 
     def _take_result(self, callback: Any, argument: Any, result: Any) -> None:
         """Run a coroutine that a callback has returned."""
-        refuse_generator(callback, result)
+        if type(result) is not CoroutineType:
+            refuse_generator(callback, result)
         self._handlers.take_result(callback, argument, result)
 
     def _report(self, callback: Any, argument: Message | DeliveryError, error: BaseException) -> None:
