@@ -1,6 +1,7 @@
 """`AsyncMessenger`: what it does that threads do not. What both do is tested by tests/transports over both drivers."""
 
 import asyncio
+import functools
 import inspect
 import logging
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 import uvloop
 
@@ -27,6 +29,7 @@ from messenger import (
     NotDelivered,
     OutcomeUnknown,
     QueueFull,
+    typed,
 )
 from messenger.link import FOREVER
 from messenger.tasks import TaskLoop
@@ -538,6 +541,38 @@ def test_tasks_of_callbacks_are_not_eager() -> None:
             assert len([part async for part in pair.client.stream(pair.to, b"")]) == 101
 
     asyncio.run(main())
+
+
+def test_typed_takes_whatever_returns_a_coroutine(run: Run) -> None:
+    class Double(msgspec.Struct):
+        value: int
+
+    class Doubler:
+        async def __call__(self, command: Double) -> int:
+            await asyncio.sleep(0)
+            return 2 * command.value
+
+    def decorated(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        return call
+
+    @decorated
+    async def double(command: Double, message: Message) -> int:
+        await asyncio.sleep(0)
+        assert message.source_callback_id
+        return 2 * command.value
+
+    async def main() -> None:
+        for handler in (Doubler(), double):
+            async with Pair(typed(handler)) as pair:
+                assert await pair.client.request(pair.to, Double(4), response_type=int) == 8
+        with Messenger() as threads, pytest.raises(TypeError, match="use AsyncMessenger"):
+            threads.listen_for_connection("inproc://a", typed(Doubler()))
+
+    run(main())
 
 
 # Room.

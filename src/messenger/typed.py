@@ -145,20 +145,25 @@ def typed(handler: Callable[..., Any]) -> Callable[[Message], Any]:
             return message.reply(encode(result, encoding))
         return None
 
-    if inspect.iscoroutinefunction(handler):
+    async def finish(message: Message, result: Any, encoding: Encoding) -> None:
+        sent = reply(message, await result, encoding)
+        if sent is not None:
+            await sent
+
+    if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__):
 
         @wraps(handler)
         async def run_async(message: Message) -> None:
-            result, encoding = call(message)
-            sent = reply(message, await result, encoding)
-            if sent is not None:
-                await sent
+            await finish(message, *call(message))
 
         return run_async
 
     @wraps(handler)
     def run(message: Message) -> Any:
-        return reply(message, *call(message))
+        result, encoding = call(message)
+        if type(result) is types.CoroutineType:
+            return finish(message, result, encoding)  # As of a coroutine function with a decorator.
+        return reply(message, result, encoding)
 
     return run
 
