@@ -232,7 +232,7 @@ class Handshake:
 
     def _receive_at_connection(self, link: Link, header: Header, frame: bytes, now: float) -> None:
         session: Session = link.session
-        is_known = session.state is State.ESTABLISHED and header.source_incarnation == session.peer_incarnation
+        is_known = session.state is ESTABLISHED and header.source_incarnation == session.peer_incarnation
         if header.dest_incarnation != session.incarnation or session.state is State.CLOSED:
             self._owner.drop("stale_session")
         elif header.kind == Kind.CHALLENGE:
@@ -268,7 +268,7 @@ class Handshake:
             session.nonce = 0
             session.hello_at = FOREVER
             if not is_known:
-                if session.state is State.ESTABLISHED:
+                if session.state is ESTABLISHED:
                     self._owner.handle_ended(
                         session, "its process has ended, or has forgotten us; another one is there"
                     )
