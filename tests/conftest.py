@@ -21,6 +21,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 import pytest
 import uvloop
 import zmq
+from hypothesis import settings
 
 from messenger import Destination, Limits, Message, Messenger, Security
 from messenger.wire import decode_data_frame
@@ -32,6 +33,9 @@ __all__ = ["pytest_runtest_makereport"]
 
 # Long enough for a machine under load; a test that passes never waits for it.
 TIMEOUT_S = 10.0
+# A busy machine makes any example slow.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 MEASUREMENTS_MAX = 20
 # Below the range from which the kernel takes the local ports of connections, so that those do not get in the way.
 PORTS = range(10_000, 32_000)

@@ -363,7 +363,7 @@ def test_a_reader_that_is_forgotten_is_cancelled() -> None:
 STEPS = st.lists(st.sampled_from(["write", "write", "read", "deliver", "lose", "double", "cut", "wait"]), max_size=60)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(STEPS, st.integers(1, 40), st.integers(1, 60), st.lists(st.integers(0, 12), min_size=1, max_size=5))
 def test_whatever_a_link_loses_or_doubles_all_parts_come_once_and_in_order(
     steps: list[str], window_msgs: int, window_bytes: int, sizes: list[int]

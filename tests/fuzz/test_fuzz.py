@@ -23,7 +23,7 @@ def test_corpus(name: str) -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_wire(data: bytes) -> None:
     fuzz_wire(data)
     fuzz_wire(bytes((wire.MAGIC, wire.VERSION, wire.Kind.DATA)) + data)
@@ -33,7 +33,7 @@ STEPS = st.lists(st.tuples(st.integers(0, 11), st.binary(max_size=40)), max_size
 
 
 @given(STEPS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_exchange(steps: list[tuple[int, bytes]]) -> None:
     fuzz_exchange(b"".join(bytes([kind]) + data for kind, data in steps))
 

@@ -68,7 +68,7 @@ commands = st.sampled_from(["PRINT", "INFER", "LOAD", "UNLOAD", "LIST", "STATUS"
 
 
 @given(cmd=commands, data=fields | values)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_command_is_answered_once(server: ModelServer, cmd: str, data: Any) -> None:
     if cmd == "TRAIN" and isinstance(data, dict):
         data.pop("name", None)  # So that it is refused, and no process is started for it.
@@ -79,7 +79,7 @@ def test_any_command_is_answered_once(server: ModelServer, cmd: str, data: Any) 
 
 
 @given(contents=st.binary(max_size=100))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_answered_once(server: ModelServer, contents: bytes) -> None:
     assert not ask(server, contents).success
 
