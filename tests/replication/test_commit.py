@@ -506,7 +506,7 @@ def test_closing_ends_a_read_that_is_under_way(cluster: Cluster, role: str) -> N
             reader.execute("SELECT 1").fetchall()
             started.set()
             reader.execute(
-                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+                "SELECT (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n)"
             ).fetchall()
 
         reading = pool.submit(read)
