@@ -1,5 +1,6 @@
 """A3: another's identity, claimed in a HELLO, by a routing id, or by a frame of another's session; and revocation."""
 
+import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -60,14 +61,20 @@ def test_another_identity_while_its_owner_is_away(server: SecuredServer, victim:
 
 @pytest.mark.parametrize("claimed", [b"alice", b"alice#2", b"mallory", b"\x01", b"\0abcd"])
 def test_another_identity_by_routing_id(
-    server: SecuredServer, victim: Messenger, plain: PlainPeers, claimed: bytes
+    server: SecuredServer, victim: Messenger, plain: PlainPeers, claimed: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It has no effect: a peer is given its routing id, and is known by its key."""
-    liar = server.dealer(plain, server.bob, claimed)
-    liar.send(b"", b"1-0-x")
-    assert liar.receive() == [b"server", b"", b"0-1-bob said x"]
+    """It has no effect: a peer is given its routing id, and is known by its key, as the log says, once."""
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        liar = server.dealer(plain, server.bob, claimed)
+        liar.send(b"", b"1-0-x")
+        assert liar.receive() == [b"server", b"", b"0-1-bob said x"]
+        liar.close()
+        wait_until(lambda: b"bob" not in server.listener.links[0]._routing_ids)
+    said = f"takes a program without a session, by its key {server.bob.public}, for 'bob', whatever its routing id"
+    assert caplog.text.count(said) == 1
     assert ask(victim, server.destination) == b"alice said hello"
-    assert [message.sender for message in server.received.wait(3)] == ["alice", "bob", "alice"]
+    assert [message.sender for message in server.received.wait(4)] == ["alice", "bob", "bob", "alice"]
 
 
 def test_a_plain_victim_keeps_its_routing_id(server: SecuredServer, victim: Messenger, plain: PlainPeers) -> None:

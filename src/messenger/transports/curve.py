@@ -99,6 +99,7 @@ class CurveListenerLink(ListenerLink):
             self._plain.setdefault(descriptor, []).append(label)
             self._peers[label] = peer
             self._routing_ids[peer] = label
+            self._gate.log_plain(key_in(label.decode()), identity)
         return peer
 
     def _begin_inflow(self, descriptor: int) -> None:

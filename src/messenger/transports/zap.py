@@ -93,16 +93,26 @@ class Gate:
 
     def log_refused(self, about: str, text: str, *values: object) -> None:
         """Log a refusal, but not the same again and again: whoever is refused may try for ever."""
+        if self._may_log(about):
+            logger.warning(f"! %s refused {text}", self._owner, *values)
+
+    def log_plain(self, key: str, identity: str) -> None:
+        """Log who a plain peer is taken for, as seldom: what it claims by its routing id nobody sees, nor believes."""
+        if self._may_log(f"plain {key}"):
+            text = "= %s takes a program without a session, by its key %s, for %r, whatever its routing id claims"
+            logger.info(text, self._owner, key, identity)
+
+    def _may_log(self, about: str) -> bool:
         now = time.monotonic()
         with self._log_lock:
             if self._logged_at.get(about, now) > now:
-                return
+                return False
             if len(self._logged_at) >= REFUSAL_LOG_KEYS_MAX:
                 self._logged_at = {key: until for key, until in self._logged_at.items() if until > now}
                 if len(self._logged_at) >= REFUSAL_LOG_KEYS_MAX:
-                    return
+                    return False
             self._logged_at[about] = now + REFUSAL_LOG_S
-        logger.warning(f"! %s refused {text}", self._owner, *values)
+        return True
 
     def prove_refusal(self, endpoint: str) -> None:
         """Knock at a listener of this gate with a random key, which must be refused.
