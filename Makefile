@@ -28,7 +28,7 @@ check: $(VENV)/.installed ## Check format, lint, types and tidiness (seconds).
 	$(VENV)/bin/python -m pytest -q tests/test_tidy.py
 
 pytest: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -n 3 $(ARGS)
+	$(VENV)/bin/python -m pytest -n 4 $(ARGS)
 
 # pyenv hides the versions that are not selected, so its folder is looked at as well.
 test-all: ## Run the tests on each Python that this machine has, of 3.11, 3.12 and 3.13.

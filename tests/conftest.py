@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypeVar
@@ -39,6 +40,9 @@ settings.load_profile("patient")
 MEASUREMENTS_MAX = 20
 # Below the range from which the kernel takes the local ports of connections, so that those do not get in the way.
 PORTS = range(10_000, 32_000)
+# Each worker of pytest draws from its own share, and none again soon: it may not have been bound yet.
+WORKERS_MAX = 8
+_drawn_ports: deque[int] = deque(maxlen=1_000)
 
 T = TypeVar("T")
 
@@ -179,10 +183,12 @@ def is_port_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """Returns a port that nobody has now; drawn at random, because other test runs draw too."""
+    """Returns a port that nobody has now, and that no other test here gets; at random, as other test runs draw too."""
     rng = random.SystemRandom()
-    while not is_port_free(port := rng.choice(PORTS)):
+    own = PORTS[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS_MAX :: WORKERS_MAX]
+    while (port := rng.choice(own)) in _drawn_ports or not is_port_free(port):
         continue
+    _drawn_ports.append(port)
     return port
 
 

@@ -97,9 +97,9 @@ def run_on_failing_disk(scene: Scene, fault: Fault, timeout: float = 0.1) -> lis
 def test_disk_fails_at_each_call(tmp_path: Path, role: str, action: str, kinds: str) -> None:
     """Whichever call fails: both files stay whole, nothing confirmed is lost, and on a sound disk it goes on.
 
-    Of a replica's calls, which take longer, it is every other.
+    It is every other call, which takes long enough.
     """
-    for number in range(1, CALLS_MAX, 2 if role == "replica" else 1):
+    for number in range(1, CALLS_MAX, 2):
         folder = tmp_path / str(number)
         folder.mkdir()
         scene = Scene(folder)

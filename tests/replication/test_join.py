@@ -484,6 +484,7 @@ def test_a_progress_callback_that_raises_holds_up_nothing(cluster: Cluster) -> N
 
     replica = cluster.replica(on_progress=on_progress)
     wait_streaming(primary, replica)
+    wait_until(lambda: calls)
     assert len(calls) == 1
 
 

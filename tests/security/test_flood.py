@@ -90,7 +90,7 @@ def test_a_listed_peer_that_stops_in_its_handshake(
     messenger: MessengerFactory, plain: PlainPeers, monkeypatch: pytest.MonkeyPatch, passed_bytes: int
 ) -> None:
     """It is cut, wherever it stops: before its greeting, HELLO, INITIATE, and within that. Who is let in is not."""
-    monkeypatch.setattr(inflow_module, "HANDSHAKE_S", 0.5)
+    monkeypatch.setattr(inflow_module, "HANDSHAKE_S", 0.3)
     server = SecuredServer(messenger)
     server.dealer(plain, server.alice)
     wait_until(lambda: connected_count(server.listener) == 1)
@@ -106,7 +106,7 @@ def test_a_listed_peer_that_stops_in_its_handshake(
         is_over.set()
         assert not relay.is_alive(), "the relay ends only when it is cut"
     wait_until(lambda: connected_count(server.listener) == 1)
-    time.sleep(1)
+    time.sleep(0.6)
     assert list(inflows.values()) == let_in
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from messenger import Limits, Message, Messenger
 from messenger.limits import MIB
+from messenger.transports import inflow
 from tests.conftest import TIMEOUT_S, MessengerFactory, PlainPeers, dropped, wait_until
 from tests.security.conftest import SecuredServer
 from tests.security.flood import open_idle
@@ -64,7 +65,8 @@ def test_what_waits_of_all_is_bounded(messenger: MessengerFactory, plain: PlainP
     wait_until(is_cut)
 
 
-def test_strangers_are_cut(messenger: MessengerFactory, blocked: Blocked) -> None:
+def test_strangers_are_cut(messenger: MessengerFactory, blocked: Blocked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inflow, "HANDSHAKE_S", 0.5)
     server = SecuredServer(messenger)
     block(server.messenger, blocked)
     connections = open_idle(server.listener.port, 20, (b"",))

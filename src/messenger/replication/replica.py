@@ -87,6 +87,8 @@ class Replica:
         self.name = messenger.identity if name is None else name
         self._max_lag = max_lag
         self._on_progress = on_progress
+        # For one call at a time, so that one that raises is really not called again.
+        self._progress_lock = threading.RLock()
         self._changed = threading.Condition()
         self._is_closed = False
         self._limits = limits = limits or ReplicationLimits()
@@ -204,12 +206,18 @@ class Replica:
         with self._changed:
             self._changed.notify_all()
         if self._on_progress is not None and self._follower.state in (ReplicaState.SNAPSHOT, ReplicaState.CATCHING_UP):
-            try:
-                self._on_progress(self.status())
-            except Exception:
-                # What is replicated must not hang on whether somebody can show it.
-                logger.exception("! on_progress of %s raised, it is not called any more", self.name)
-                self._on_progress = None
+            with self._progress_lock:
+                self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        if self._on_progress is None:
+            return
+        try:
+            self._on_progress(self.status())
+        except Exception:
+            # What is replicated must not hang on whether somebody can show it.
+            logger.exception("! on_progress of %s raised, it is not called any more", self.name)
+            self._on_progress = None
 
     # Changing.
 
