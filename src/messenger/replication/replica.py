@@ -87,8 +87,8 @@ class Replica:
         self.name = messenger.identity if name is None else name
         self._max_lag = max_lag
         self._on_progress = on_progress
-        # For one call at a time, so that one that raises is really not called again.
-        self._progress_lock = threading.RLock()
+        # For one call at a time, so that one that raises is really not called again; others do not wait for it.
+        self._progress_lock = threading.Lock()
         self._changed = threading.Condition()
         self._is_closed = False
         self._limits = limits = limits or ReplicationLimits()
@@ -205,9 +205,12 @@ class Replica:
     def _on_change(self) -> None:
         with self._changed:
             self._changed.notify_all()
-        if self._on_progress is not None and self._follower.state in (ReplicaState.SNAPSHOT, ReplicaState.CATCHING_UP):
-            with self._progress_lock:
+        is_going_on = self._follower.state in (ReplicaState.SNAPSHOT, ReplicaState.CATCHING_UP)
+        if is_going_on and self._progress_lock.acquire(blocking=False):
+            try:
                 self._tell_progress()
+            finally:
+                self._progress_lock.release()
 
     def _tell_progress(self) -> None:
         if self._on_progress is None:
