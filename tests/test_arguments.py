@@ -117,13 +117,7 @@ class GeneratorObject:
         yield b"part"
 
 
-@pytest.mark.parametrize(
-    "callback",
-    [generator_function, async_generator_function, GeneratorObject(), functools.partial(generator_function)],
-)
-def test_a_generator_function_is_refused(client: Messenger, callback: Any) -> None:
-    """Nothing of it ran, and its senders were told nothing."""
-    text = r"a generator function, .* message\.reply\(part, more=True\)"
+def assert_refused_everywhere(client: Messenger, callback: Any, text: str) -> None:
     with pytest.raises(TypeError, match=f"^callback is .*{text}"):
         client.listen_for_connection("inproc://a", callback)
     with pytest.raises(TypeError, match=text):
@@ -132,6 +126,16 @@ def test_a_generator_function_is_refused(client: Messenger, callback: Any) -> No
         client.make_connection("inproc://a", callback=callback)
     with pytest.raises(TypeError, match=f"^order_by is .*{text}"):
         client.listen_for_connection("inproc://a", print, workers=1, order_by=callback)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [generator_function, async_generator_function, GeneratorObject(), functools.partial(generator_function)],
+)
+def test_a_generator_function_is_refused(client: Messenger, callback: Any) -> None:
+    """Nothing of it ran, and its senders were told nothing."""
+    text = r"a generator function, .* message\.reply\(part, more=True\)"
+    assert_refused_everywhere(client, callback, text)
     with Messenger() as server:
         server.listen_for_connection("inproc://a", lambda message: callback(message))
         with Messenger() as other, pytest.raises(HandlerError, match=r"TypeError: .* returned a generator"):
@@ -144,14 +148,7 @@ def test_a_generator_function_is_refused(client: Messenger, callback: Any) -> No
 )
 def test_a_coroutine_function_is_for_the_other_messenger(client: Messenger, callback: Any) -> None:
     text = "a coroutine function, which nothing would run here; .* use AsyncMessenger"
-    with pytest.raises(TypeError, match=f"^callback is .*{text}"):
-        client.listen_for_connection("inproc://a", callback)
-    with pytest.raises(TypeError, match=text):
-        client.register_callback(64, callback)
-    with pytest.raises(TypeError, match=text):
-        client.make_connection("inproc://a", callback=callback)
-    with pytest.raises(TypeError, match=f"^order_by is .*{text}"):
-        client.listen_for_connection("inproc://a", print, workers=1, order_by=callback)
+    assert_refused_everywhere(client, callback, text)
 
 
 @pytest.mark.parametrize("where", ["callback", "on_error", "listener", "worker"])
