@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test check test-all pytest sim cancel fuzz bench lock clean
+.PHONY: help run test check test-all test-compiled pytest sim cancel fuzz bench lock clean
 
 VENV ?= .venv
 VERSIONS := 3.11 3.12 3.13
@@ -61,8 +61,20 @@ fuzz: $(VENV)/.fuzz-installed ## Fuzz the parser and the core, guided by coverag
 	$(VENV)/bin/python -m tests.fuzz wire --seconds $(SECONDS)
 	$(VENV)/bin/python -m tests.fuzz exchange --seconds $(SECONDS)
 
-bench: $(VENV)/.bench-installed ## Measure beside pyzmq and other libraries; ARGS="--rounds N --only TEXT".
-	$(VENV)/bin/python -m benchmarks $(ARGS)
+# The library with a compiled core, in a folder of its own. Without a compiler there is none, and PYTHONPATH leads nowhere.
+COMPILED := build/compiled
+bench: $(VENV)/.bench-installed $(if $(COMPILED),$(COMPILED)/.built) ## Measure beside pyzmq and other libraries; ARGS="--rounds N --only TEXT".
+	PYTHONPATH=$(COMPILED) $(VENV)/bin/python -m benchmarks $(ARGS)
+
+test-compiled: $(VENV)/.installed $(COMPILED)/.built ## Run the tests on the compiled core.
+	@ls $(COMPILED)/messenger/wire.*.so
+	PYTHONPATH=$(CURDIR)/$(COMPILED) $(VENV)/bin/python -m pytest -n 4 $(ARGS)
+
+$(COMPILED)/.built: hatch_build.py pyproject.toml $(VENV)/.installed $(shell find src -name '*.py')
+	rm -rf $(COMPILED)
+	HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --target $(COMPILED) . || echo "note: the core was not compiled, so it is interpreted" >&2
+	@mkdir -p $(@D) && touch $@
 
 COMPILE = .venv-lock/bin/uv pip compile pyproject.toml --python .venv-lock/bin/python --universal --generate-hashes \
 	--no-emit-index-url --no-annotate --no-header --quiet

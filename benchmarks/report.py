@@ -14,6 +14,8 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
+from messenger import wire
+
 from .sample import ROOT, version_of
 from .works import CONTENDERS, Target, Work
 
@@ -80,6 +82,7 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "libzmq": zmq.zmq_version(),
+        "core": "interpreted" if wire.__file__.endswith(".py") else "compiled",
         **{distribution: version_of(distribution) or "not installed" for distribution in distributions},
     }
 

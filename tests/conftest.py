@@ -24,7 +24,7 @@ import uvloop
 import zmq
 from hypothesis import settings
 
-from messenger import Destination, Limits, Message, Messenger, Security
+from messenger import Destination, Limits, Message, Messenger, Security, wire
 from messenger.wire import decode_data_frame
 from tests.canary import pytest_runtest_makereport
 from tests.drivers import Host, HostedMessenger
@@ -268,8 +268,10 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves event loops out where only threads can do something, and outside of the tests of the transports, which are
-    the one body for all drivers; and uvloop on all transports but one, to save time.
+    the one body for all drivers; and uvloop on all transports but one, to save time. Skips what replaces a part of the
+    core, where that is compiled.
     """
+    is_compiled = not wire.__file__.endswith(".py")
 
     def is_wanted(item: pytest.Item) -> bool:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
@@ -279,6 +281,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return name == "thread" or (is_one_body and (name != "uvloop" or params.get("transport") == "tcp"))
 
     items[:] = [item for item in items if is_wanted(item)]
+    for item in items:
+        if is_compiled and item.get_closest_marker("replaces_core"):
+            item.add_marker(pytest.mark.skip("the core is compiled, so no part of it can be replaced"))
 
 
 @pytest.fixture

@@ -23,21 +23,18 @@ from messenger import (
     OutcomeUnknown,
     QueueFull,
 )
+from messenger.blocks import COUNT_MAX, Control, Option, OptionKind
 from messenger.errors import Cancelled, HandlerError, IdentityInUse, NoHandler
 from messenger.exchange import BATCH_PROCESSED, Exchange
 from messenger.failures import _text_of
 from messenger.limits import ERROR_TEXT_MAX, HELLO_S_MAX, LARGE_BYTES_MIN, SILENT_LOG_S
 from messenger.link import FOREVER, GoneOutlet, Link, Outlet
-from messenger.message import Waiter
 from messenger.session import Session, State
+from messenger.takers import Waiter
 from messenger.wire import (
-    COUNT_MAX,
     ID_MAX,
     Challenge,
-    Control,
     Kind,
-    Option,
-    OptionKind,
     Reason,
     decode_batch,
     decode_header,

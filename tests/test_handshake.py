@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from messenger.blocks import Control
 from messenger.handshake import Decoded, Handshake
 from messenger.limits import (
     ACK_DELAY_S,
@@ -24,7 +25,6 @@ from messenger.outgoing import Outgoing
 from messenger.session import Session, State
 from messenger.wire import (
     Challenge,
-    Control,
     Flag,
     Header,
     Hello,

@@ -70,6 +70,7 @@ def test_an_error_in_a_turn_of_an_event_loop(monkeypatch: pytest.MonkeyPatch, ca
     assert told(caplog) == ["! messenger-broken has ended by an error of its own, please report it"]
 
 
+@pytest.mark.replaces_core
 @pytest.mark.parametrize("broken_part", ["close_link", "abandon"])
 def test_a_core_that_cannot_even_be_closed(
     broken_part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

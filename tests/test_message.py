@@ -6,7 +6,8 @@ import pytest
 
 from messenger.errors import NotDelivered
 from messenger.link import Outlet
-from messenger.message import Message, Statistics, Waiter
+from messenger.message import Message, Statistics
+from messenger.takers import Waiter
 
 
 def message(contents: bytes = b"contents", peer: bytes = b"client", messenger: Any = None) -> Message:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from messenger.blocks import Option, OptionKind
 from messenger.errors import MalformedMessage
 from messenger.limits import (
     ACK_DELAY_S,
@@ -24,15 +25,7 @@ from messenger.link import FOREVER, Link
 from messenger.outgoing import Outgoing
 from messenger.roundtrip import Resends
 from messenger.session import Session, State
-from messenger.wire import (
-    Flag,
-    Kind,
-    Option,
-    OptionKind,
-    decode_batch,
-    decode_header,
-    decode_message,
-)
+from messenger.wire import Flag, Kind, decode_batch, decode_header, decode_message
 from tests.conftest import Data, data_of
 
 OURS, THEIRS = 11, 22

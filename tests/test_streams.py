@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from messenger import Cancelled, HandlerError, Limits, Message, OutcomeUnknown, QueueFull
+from messenger.blocks import Control, ControlKind, Option, OptionKind
 from messenger.control import Credit
 from messenger.limits import IDLE_PROBE_S, LARGE_BYTES_MIN
 from messenger.link import FOREVER
-from messenger.message import Waiter
-from messenger.streams import Parts
-from messenger.wire import NOOP, Control, ControlKind, Option, OptionKind
+from messenger.takers import Parts, Waiter
+from messenger.wire import NOOP
 from tests.test_exchange import World
 
 

@@ -87,6 +87,7 @@ class SilentLink(Link):
         """Send nothing but what sessions send."""
 
 
+@pytest.mark.replaces_core
 def test_idle_sessions_are_not_looked_at_when_another_one_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: Counter[Session] = Counter()
     original = Session.handle_deadline

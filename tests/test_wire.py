@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from messenger.blocks import Control, ControlKind, Option, OptionKind
 from messenger.errors import MalformedMessage
 from messenger.wire import (
     ECHO,
@@ -16,14 +17,10 @@ from messenger.wire import (
     VERSION,
     BuiltinCallback,
     Challenge,
-    Control,
-    ControlKind,
     Flag,
     Header,
     Hello,
     Kind,
-    Option,
-    OptionKind,
     Reason,
     decode_batch,
     decode_challenge,

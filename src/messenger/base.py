@@ -19,9 +19,9 @@ from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
 from .exchange import Exchange
 from .limits import TIMEOUT_S, Limits
 from .loop import Loop, State
-from .message import Callback, Contents, ErrorCallback, Message, Statistics, Taker
+from .message import Callback, Contents, ErrorCallback, Message, Statistics
 from .security import Security
-from .streams import Parts
+from .takers import Parts, Taker
 from .wire import NOOP, encode_identity
 
 logger = logging.getLogger("messenger")

@@ -13,8 +13,8 @@ Source: docs/protocol.md, "Controls".
 from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
+from .blocks import COUNT_MAX, Control, ControlKind
 from .limits import STREAM_SHARE
-from .wire import COUNT_MAX, Control, ControlKind
 
 
 class Credit:

@@ -14,15 +14,18 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
+from .blocks import Option, OptionKind
+from .compiled import mypyc_attr
 from .errors import HandlerError, LimitReached, MalformedMessage, MessageTooLarge, OutcomeUnknown, QueueFull
 from .failures import FAILURES, decode_failure, encode_failure
 from .handshake import Decoded, Handshake
 from .limits import BATCH_MSGS_MAX, LARGE_BYTES_MIN, TIMEOUT_S, Limits
 from .link import FOREVER, Link, Outlet, Random
-from .message import Callback, ErrorCallback, Message, Statistics, Taker
+from .message import Callback, ErrorCallback, Message, Statistics
 from .outgoing import Outgoing
 from .session import Session
-from .streams import Parts, Streams
+from .streams import Streams
+from .takers import Parts, Taker
 from .wire import (
     ECHO,
     ID_MAX,
@@ -32,8 +35,6 @@ from .wire import (
     REGISTERED_ID_MAX,
     REGISTERED_ID_MIN,
     Buffer,
-    Option,
-    OptionKind,
     decode_message,
     encode_message,
 )
@@ -43,6 +44,8 @@ from .wire import (
 BATCH_PROCESSED: Final[Any] = object()
 
 
+# The simulator watches one.
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Exchange(Streams):
     """The core of one messenger.
 
@@ -111,7 +114,8 @@ class Exchange(Streams):
             self._refuse_full(outlet)
         large = None
         if len(contents) >= self._large_bytes_min:
-            contents, large = b"", self._take_large(contents, outlet)
+            large = self._take_large(contents, outlet)
+            contents = b""
         message_id = self._next_id
         if callback is None and on_error is None:
             data = b"0-%d-%b" % (dest_callback_id, contents)  # type: ignore[str-format]

@@ -4,9 +4,9 @@ They travel as an option of an empty message (docs/protocol.md). The text is a p
 would obey is written out.
 """
 
+from .blocks import Option, OptionKind
 from .errors import DeliveryError, HandlerError, NoHandler, NotDelivered
 from .limits import ERROR_NAME_MAX, ERROR_TEXT_MAX
-from .wire import Option, OptionKind
 
 _DID_NOT_RUN: dict[int, tuple[type[DeliveryError], str]] = {
     OptionKind.NO_HANDLER: (NoHandler, "there is nothing to run at the receiver: no callback, no such callback id"),

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from .errors import QueueFull
 from .link import Outlet
-from .message import Message, Taker
-from .streams import Parts
+from .message import Message
+from .takers import Parts, Taker
 from .typed import Codec, Encoding
 
 T = TypeVar("T")

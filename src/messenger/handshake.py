@@ -27,6 +27,7 @@ Source: docs/protocol.md, "Session dialect".
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from .blocks import Control, Option
 from .errors import MalformedMessage
 from .limits import (
     CHALLENGE_S,
@@ -44,13 +45,11 @@ from .wire import (
     MAGIC,
     VERSION,
     Challenge,
-    Control,
     Flag,
     Header,
     Hello,
     Kind,
     Numbers,
-    Option,
     Reason,
     decode_batch,
     decode_challenge,

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from .compiled import mypyc_attr
 from .outgoing import Outgoing
+from .wire import ANY_SIZE
 
 FOREVER = float("inf")
+_NONE_CANCELLED: Mapping[int, None] = MappingProxyType({})
 
 
 class Random(Protocol):
@@ -24,6 +27,8 @@ class Random(Protocol):
         """Return a number of k bits."""
 
 
+# Transports have classes of their own on top of these two.
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Outlet:
     """What messages are queued at.
 
@@ -43,8 +48,6 @@ class Outlet:
         is_shared: Whether several peers are reached by it, so that a message needs its peer's routing id.
     """
 
-    cancelled: Mapping[int, None] = MappingProxyType({})
-
     def __init__(self, handle: Any, callback: Callable[[Any], object] | None) -> None:
         self.handle = handle
         self.owner: object = handle
@@ -58,7 +61,8 @@ class Outlet:
         self.has_workers = False
         self.is_shared = False
         self.peer_incarnation = 0
-        self.contents_max: float = FOREVER
+        self.contents_max = ANY_SIZE
+        self.cancelled: Mapping[int, None] = _NONE_CANCELLED
 
     @property
     def is_quiet(self) -> bool:
@@ -98,6 +102,7 @@ class GoneOutlet(Outlet):
         """Do nothing; the exchange ends what is queued."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Link(Outlet):
     """One socket: a connection's, or one of a listener's.
 

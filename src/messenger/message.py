@@ -1,4 +1,4 @@
-"""What users are given: messages that arrived, and counts; and who takes an outcome."""
+"""What users are given: messages that arrived, and counts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
@@ -128,37 +128,6 @@ class Message(msgspec.Struct, eq=False):
 
 Callback = Callable[[Message], object]
 ErrorCallback = Callable[[DeliveryError], object]
-
-
-class Taker:
-    """Takes an outcome in place of a callback, at once, inside the core: it only notes it and wakes who waits."""
-
-    __slots__ = ()
-
-    def __call__(self, response: Message) -> None:
-        """Take the response, where a callback would be called."""
-        self.settle(response, None)
-
-    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
-        """Note the outcome. Called once, by the core."""
-        raise NotImplementedError
-
-
-class Waiter(Taker):
-    """Notes the outcome, for a thread that waits for it."""
-
-    __slots__ = ("done", "error", "response")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.response: Message | None = None
-        self.error: DeliveryError | None = None
-
-    def settle(self, response: Message | None, error: DeliveryError | None) -> None:
-        """Note the outcome. Called once, by the core."""
-        self.response = response
-        self.error = error
-        self.done = True
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,21 +15,25 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from .blocks import Control, ControlKind, Option, OptionKind
+from .compiled import mypyc_attr
 from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, OutcomeUnknown
 from .failures import readable
 from .handshake import Handshake
 from .limits import BATCH_MSGS_MAX, ERROR_TEXT_MAX, SILENT_LOG_S
 from .link import FOREVER, Link, Outlet
-from .message import ErrorCallback, Message, Taker
+from .message import ErrorCallback, Message
 from .outgoing import Outgoing
 from .session import ESTABLISHED, Session
-from .wire import NOOP, Control, ControlKind, Option, OptionKind, Reason, decode_identity
+from .takers import Taker
+from .wire import NOOP, Reason, decode_identity
 
 # A sweep looks at an entry in about 0.05 microseconds; spaced so, sweeps take at most a twentieth of the time.
 SWEEP_SPACING_S_PER_ENTRY = 1e-6
 SWEEP_SPACING_S = 0.001
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Outcomes:
     """The half of the exchange that knows what is under way.
 

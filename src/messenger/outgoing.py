@@ -1,13 +1,11 @@
-"""What is on its way out: single messages, and the batches that went out in one frame each."""
+"""A message on its way out."""
 
 from typing import Any
 
 import msgspec
 
-from .wire import MSC_ID_MIN, Option, OptionKind, decode_message
-
-# Messages up to this size, on average, keep their bytes until they have their outcome: to let go of each costs more.
-KEPT_BYTES_MAX = 256
+from .blocks import Option, OptionKind
+from .wire import MSC_ID_MIN, decode_message
 
 
 # Python's collector does not look at these: a million of them would hold up everything for long, and often. It cannot
@@ -62,36 +60,3 @@ class Outgoing(msgspec.Struct, eq=False, gc=False):
     def whole(self) -> bytes:
         """Return the whole message in one piece."""
         return self.data if self.large is None else self.data + self.large
-
-
-class Batch:
-    """What went out in one frame, kept until it has been processed; its bytes only until it has been received.
-
-    Attributes:
-        first, last: The numbers of its messages.
-        datas: The bytes of each message, or of large ones what stands in front of their contents.
-        is_plain: Whether no message is large, has an option, or another deadline than the default.
-    """
-
-    __slots__ = ("datas", "first", "is_plain", "last", "messages", "size_bytes")
-
-    def __init__(self, first: int, messages: list[Outgoing], size_bytes: int, is_plain: bool) -> None:
-        self.first = first
-        self.last = first + len(messages) - 1
-        self.messages = messages
-        self.datas = [outgoing.data for outgoing in messages] if len(messages) > 1 else [messages[0].data]
-        self.size_bytes = size_bytes
-        self.is_plain = is_plain
-        if size_bytes > KEPT_BYTES_MAX * len(messages):
-            # A message whose response is awaited for long must not hold its bytes for as long.
-            for outgoing in messages:
-                if not outgoing.redeliver:
-                    outgoing.data = b""
-
-    def forget_bytes(self) -> None:
-        """Let go of what will not be sent again."""
-        self.datas = []
-        if not self.is_plain:
-            for outgoing in self.messages:
-                if not outgoing.redeliver:
-                    outgoing.large = None

@@ -44,6 +44,8 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
+from .batch import Batch
+from .blocks import Control, Option
 from .control import Controls
 from .errors import MalformedMessage
 from .limits import (
@@ -57,20 +59,10 @@ from .limits import (
     Limits,
 )
 from .link import FOREVER, Link, Outlet, Random
-from .outgoing import Batch, Outgoing
+from .outgoing import Outgoing
 from .roundtrip import Resends, RoundTrip
 from .running import Running
-from .wire import (
-    Control,
-    Flag,
-    Numbers,
-    Option,
-    decode_identity,
-    encode_controls,
-    encode_data,
-    encode_goodbye,
-    encode_left_ms,
-)
+from .wire import Flag, Numbers, decode_identity, encode_controls, encode_data, encode_goodbye, encode_left_ms
 
 
 class State(Enum):

@@ -3,8 +3,8 @@
 import threading
 
 from .errors import DeliveryError
-from .message import Message, Waiter
-from .streams import Parts
+from .message import Message
+from .takers import Parts, Waiter
 
 
 class ThreadWaiter(Waiter):

@@ -14,13 +14,11 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 from itertools import accumulate, pairwise
-from typing import Annotated, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
-import msgspec
-
+from .blocks import CONTROLS, COUNT_MAX, OPTIONS, Control, Option, decode_block, encode_block
 from .errors import MalformedMessage
 
-T = TypeVar("T")
 # What contents may be; all of these are bytes-like.
 Buffer = bytes | bytearray | memoryview
 
@@ -110,8 +108,6 @@ DATA_HEADER_BYTES = _DATA_FRAME.size
 # In a message's size: its contents follow as a frame of their own.
 _LARGE = 1 << 31
 _SIZE = struct.Struct("<I")
-# Of the messages of a frame, and of its controls.
-COUNT_MAX = 256
 _SIZES = [struct.Struct(f"<{count}I") for count in range(COUNT_MAX + 1)]
 
 
@@ -153,45 +149,6 @@ class Reason(IntEnum):
     KEY = 4
 
 
-class OptionKind(IntEnum):
-    """What an option says of one message of a batch."""
-
-    HANDLER_ERROR = 1  # It is an error response; name and text of the exception.
-    NO_HANDLER = 2  # It is an error response: nothing ran.
-    REDELIVERED = 3  # An earlier process may have run it.
-    MORE = 4  # It is a part of a response; more parts follow.
-    STREAM = 5  # Its response may come in parts.
-    TOO_LARGE = 6  # It is an error response: nothing ran, the receiver takes no contents of that size.
-
-
-class Option(msgspec.Struct, array_like=True, frozen=True):
-    """What is rare, of one message of a batch."""
-
-    index: int
-    kind: int
-    name: str = ""
-    text: str = ""
-
-
-class ControlKind(IntEnum):
-    """What an end says beside the numbered messages, so that it waits for no window; said twice, it changes nothing."""
-
-    CANCEL = 1  # I have given up my message; nobody waits for its response.
-    CREDIT = 2  # Of the parts that answer my message, I have taken so many, and so many bytes.
-
-
-class Control(msgspec.Struct, array_like=True, frozen=True):
-    """Something about a message of the end that says it, named by its `source_callback_id`."""
-
-    kind: int
-    message_id: int
-    taken_msgs: int = 0
-    taken_bytes: int = 0
-
-
-# A list that names more messages than a batch has is refused before it is built.
-_OPTIONS = msgspec.msgpack.Decoder(Annotated[list[Option], msgspec.Meta(max_length=COUNT_MAX)])
-_CONTROLS = msgspec.msgpack.Decoder(Annotated[list[Control], msgspec.Meta(max_length=COUNT_MAX)])
 # In place of the milliseconds that a message has left.
 NO_DEADLINE_MS = 2**32 - 1
 REFUSAL_BYTES_MAX = 1_000
@@ -208,7 +165,7 @@ class Header(NamedTuple):
 
 
 # A size that nothing exceeds.
-_ANY_SIZE = 2**64 - 1
+ANY_SIZE = 2**64 - 1
 
 
 class Hello(NamedTuple):
@@ -219,7 +176,7 @@ class Hello(NamedTuple):
     window_msgs: int
     window_bytes: int
     identity: bytes
-    message_bytes_max: int = _ANY_SIZE
+    message_bytes_max: int = ANY_SIZE
 
 
 class Challenge(NamedTuple):
@@ -230,7 +187,7 @@ class Challenge(NamedTuple):
     window_msgs: int
     window_bytes: int
     identity: bytes
-    message_bytes_max: int = _ANY_SIZE
+    message_bytes_max: int = ANY_SIZE
 
 
 # Of a DATA frame: first, received_through, processed_through, msg_count. That is acknowledgements, and a batch which
@@ -238,7 +195,7 @@ class Challenge(NamedTuple):
 Numbers = tuple[int, int, int, int]
 
 
-def encode_header(kind: Kind, source_incarnation: int, dest_incarnation: int, flags: int = 0) -> bytes:
+def encode_header(kind: int, source_incarnation: int, dest_incarnation: int, flags: int = 0) -> bytes:
     """Return a whole UNKNOWN frame, or the start of any other."""
     return _HEADER.pack(MAGIC, VERSION, kind, flags, source_incarnation, dest_incarnation)
 
@@ -340,7 +297,7 @@ def encode_data(
     if large:
         sizes = [size | _LARGE if is_large else size for size, is_large in zip(sizes, large, strict=True)]
     if options:
-        block += _encode_block(options)
+        block += encode_block(options)
     return b"".join((header, _SIZES[len(sizes)].pack(*sizes), block, *messages))
 
 
@@ -355,7 +312,7 @@ def encode_controls(
     source_incarnation: int, dest_incarnation: int, flags: int, numbers: Numbers, controls: Sequence[Control]
 ) -> bytes:
     """Return a DATA frame without messages and with at most 256 controls."""
-    return encode_data(source_incarnation, dest_incarnation, flags | Flag.CONTROLS, numbers, ()) + _encode_block(
+    return encode_data(source_incarnation, dest_incarnation, flags | Flag.CONTROLS, numbers, ()) + encode_block(
         controls
     )
 
@@ -368,24 +325,10 @@ def decode_controls(frame: bytes, count: int) -> list[Control]:
     """
     if count:
         raise MalformedMessage("a frame with controls has messages")
-    controls, end = _decode_block(_CONTROLS, frame, DATA_HEADER_BYTES)
+    controls, end = decode_block(CONTROLS, frame, DATA_HEADER_BYTES)
     if end != len(frame):
         raise MalformedMessage("the controls do not fit their frame")
     return controls
-
-
-def _encode_block(values: Sequence[Option] | Sequence[Control]) -> bytes:
-    encoded = msgspec.msgpack.encode(values)
-    return len(encoded).to_bytes(4, "little") + encoded
-
-
-def _decode_block(decoder: msgspec.msgpack.Decoder[list[T]], frame: bytes, start: int) -> tuple[list[T], int]:
-    """Return what stands in a block of a frame, and where the block ends."""
-    end = start + 4 + int.from_bytes(frame[start : start + 4], "little")
-    try:
-        return decoder.decode(frame[start + 4 : end]), end
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedMessage("a block of a session frame does not decode") from error
 
 
 def decode_data_frame(frame: bytes) -> tuple[int, int, int, Numbers] | None:
@@ -423,7 +366,7 @@ def decode_batch(
         end += 4 * count
     options: list[Option] = []
     if flags & Flag.OPTIONS:
-        options, end = _decode_block(_OPTIONS, frame, end)
+        options, end = decode_block(OPTIONS, frame, end)
     size_bytes = len(frame) - end
     large: dict[int, bytes] = {}
     if extra or max(sizes, default=0) >= _LARGE:

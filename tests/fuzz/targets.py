@@ -9,21 +9,20 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from messenger.blocks import Control, Option
 from messenger.errors import Cancelled, DeliveryError, LimitReached, MalformedMessage, MessageTooLarge, QueueFull
 from messenger.exchange import BATCH_PROCESSED, Exchange
 from messenger.limits import CHALLENGES_MAX, Limits
 from messenger.link import Link
 from messenger.message import Message
 from messenger.session import State
-from messenger.streams import Parts
+from messenger.takers import Parts
 from messenger.wire import (
     MAGIC,
     VERSION,
-    Control,
     Flag,
     Hello,
     Kind,
-    Option,
     decode_batch,
     decode_challenge,
     decode_controls,

@@ -16,12 +16,13 @@ import msgspec
 import pytest
 
 from messenger import DeliveryError, HandlerError, KeyPair, Limits, Listener, Message, NotDelivered, Security
+from messenger.blocks import OptionKind
 from messenger.limits import CHALLENGES_PER_IDENTITY_MAX, HANDSHAKE_S, KIB, MIB, REFUSAL_LOG_KEYS_MAX, REFUSAL_LOG_S
 from messenger.transports import inflow as inflow_module
 from messenger.transports import listener as listener_module
 from messenger.transports import zap
 from messenger.transports.sockets import Kernel
-from messenger.wire import OptionKind, encode_identity
+from messenger.wire import encode_identity
 from tests.conftest import (
     TIMEOUT_S,
     Inbox,

@@ -20,7 +20,7 @@ from messenger.limits import DESERTED_S, Limits
 from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.message import Message
 from messenger.session import Session
-from messenger.streams import Parts
+from messenger.takers import Parts
 from messenger.wire import ECHO, NOOP
 
 from .network import ConnectionLink, ListenerLink, SimLink

@@ -8,13 +8,14 @@ import msgspec
 import pytest
 
 from messenger import handshake
+from messenger.batch import Batch
 from messenger.control import Controls, Credit
 from messenger.errors import NotDelivered, OutcomeUnknown
 from messenger.exchange import Exchange
 from messenger.handshake import Handshake
 from messenger.limits import HELLO_S_MIN
 from messenger.link import FOREVER
-from messenger.outgoing import Batch, Outgoing
+from messenger.outgoing import Outgoing
 from messenger.session import Session, State
 from messenger.wire import Kind, encode_left_ms, encode_response
 from tests.sim.simulator import simulate
@@ -30,7 +31,7 @@ def wrap(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, fault: Callable
 
 def keep_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have messages keep their bytes, so that a fault which sends them once more than it should can."""
-    monkeypatch.setattr("messenger.outgoing.KEPT_BYTES_MAX", 1 << 40)
+    monkeypatch.setattr("messenger.batch.KEPT_BYTES_MAX", 1 << 40)
     monkeypatch.setattr(Batch, "forget_bytes", lambda batch: None)
 
 
@@ -419,6 +420,7 @@ FAULTS: list[tuple[Plant, set[str], int | range]] = [
 ]
 
 
+@pytest.mark.replaces_core
 @pytest.mark.parametrize(("plant", "rules", "seeds"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
 def test_fault_is_caught(
     plant: Plant,

@@ -125,6 +125,7 @@ def test_end_at_every_step(name: str, victim: int, how: str, chunk: int) -> None
     assert ended_count > 0.9 * run_count
 
 
+@pytest.mark.replaces_core
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep itself can fail: here what was sent to a process that ended is given to its successor."""
     sent_given_to_the_successor(monkeypatch)
