@@ -217,17 +217,28 @@ def docstrings(module: Module) -> Iterator[Finding]:
                 pending.append(node)
 
 
-def compiled_code(module: Module) -> Iterator[Finding]:
+def compiled_classes(module: Module) -> Iterator[Finding]:
     """mypyc drops what a class statement says beside the bases, silently: a struct would have another form."""
-    if module.layer in COMPILED:
-        for node in ast.walk(module.tree):
-            if isinstance(node, ast.ClassDef) and node.keywords:
-                yield Finding(node.lineno, f"class {node.name} has {node.keywords[0].arg}=, which mypyc drops")
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ClassDef) and node.keywords and module.layer in COMPILED:
+            yield Finding(node.lineno, f"class {node.name} has {node.keywords[0].arg}=, which mypyc drops")
+
+
+def compiled_defaults(module: Module) -> Iterator[Finding]:
+    """A call in compiled code that leaves a float to its default comes as 0.0, if the object's class is interpreted."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ClassDef) and node.decorator_list and module.layer in COMPILED:
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    positional = method.args.args[::-1][: len(method.args.defaults)]
+                    for argument in positional + method.args.kwonlyargs:
+                        if isinstance(argument.annotation, ast.Name) and argument.annotation.id == "float":
+                            yield Finding(method.lineno, f"{argument.arg} is a float that may be left to its default")
 
 
 RULES: tuple[Rule, ...] = (
     *(layers, purity, sizes, forbidden_code, asserts, swallowed_exceptions, unfinished_work, docstrings),
-    compiled_code,
+    *(compiled_classes, compiled_defaults),
 )
 
 
@@ -274,7 +285,12 @@ def function_of(lines_count: int) -> str:
 
 # Each line of a snippet that must be found is marked with `#!`.
 PLANTED: list[tuple[Rule, str, str]] = [
-    (compiled_code, "wire.py", "class Pair(Struct, frozen=True): #!\n    first: int\n"),
+    (compiled_classes, "wire.py", "class Pair(Struct, frozen=True): #!\n    first: int\n"),
+    (
+        compiled_defaults,
+        "link.py",
+        "@mypyc_attr()\nclass A:\n    def f(self, at: float, s: float = 1.0): #!\n        pass\n",
+    ),
     (layers, "wire.py", "import messenger.session #!"),
     (layers, "wire.py", "from messenger.session import Session #!"),
     (layers, "wire.py", "from messenger import session #!"),
