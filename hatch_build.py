@@ -1,10 +1,9 @@
-"""Compiles the pure core with mypyc when a wheel is built, if asked to; without this the package is plain Python.
+"""Compiles the core with mypyc when a wheel is built, if asked to; without this the package is plain Python.
 
     HATCH_BUILD_HOOK_ENABLE_CUSTOM=1 pip install .
 
-That needs a C compiler and Python's headers. The sources are the same and stay in the wheel. What runs users' code,
-waits, or looks at the stack when Ctrl-C comes is never compiled. An editable installation is not compiled either, as it
-would not follow its sources.
+That needs a C compiler and Python's headers. The sources are the same and stay in the wheel. What is compiled, and what
+cannot be, stands in docs/design.md. An editable installation is not compiled, as it would not follow its sources.
 """
 
 from pathlib import Path

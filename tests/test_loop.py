@@ -50,6 +50,7 @@ def test_an_error_in_the_loop_of_a_thread(monkeypatch: pytest.MonkeyPatch, caplo
         assert told(caplog) == ["! messenger-broken has ended by an error of its own, please report it"]
 
 
+@pytest.mark.replaces_core
 def test_an_error_in_a_turn_of_an_event_loop(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with AsyncMessenger("broken") as broken, AsyncMessenger() as silent:

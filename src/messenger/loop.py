@@ -21,6 +21,7 @@ from time import monotonic
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any
 
+from .compiled import mypyc_attr
 from .endpoint import Endpoints
 from .errors import Cancelled, ContentsInvalid, DeliveryError
 from .exchange import BATCH_PROCESSED, Exchange
@@ -44,6 +45,7 @@ class State(Enum):
     FORKED = "forked"
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Loop:
     """The links of one messenger, and the turns of its server loop. Methods are called with `lock` held unless they
     say otherwise.
