@@ -1,4 +1,4 @@
-"""What is said to mypyc, which may compile the pure core (hatch_build.py), and means nothing to the interpreter."""
+"""What is said to mypyc, which may compile the core (hatch_build.py), and means nothing to the interpreter."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
