@@ -75,6 +75,76 @@ def test_the_loops_thread_looks_if_callbacks_have_asked(
     assert slept == [0.0, SPIN_S, 0.0, SPIN_S]
 
 
+@pytest.fixture
+def sockets(
+    new_wakeup: Callable[[int], Wakeup], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Wakeup, list[int], Callable[[float], list[int]]]]:
+    """Gives two descriptors in place of sockets', and sleeps for so many seconds, then returns what has input."""
+    each = new_wakeup(2)
+    descriptors = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+    for descriptor in descriptors:
+        each.add(descriptor)
+    now = 0.0
+    monkeypatch.setattr(wakeup, "monotonic", lambda: now)
+    poll = wakeup._poll
+
+    def sleep(slept_s: float) -> list[int]:
+        def poll_later(epoll: select.epoll, timeout: float, spin_s: float) -> list[tuple[int, int]]:
+            nonlocal now
+            now += slept_s
+            return poll(epoll, 0, 0)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(wakeup, "_poll", poll_later)
+            each.sleep(1.0, asks=False)
+        return each.take_ready()
+
+    yield each, descriptors, sleep
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def test_input_after_a_sleep_is_taken_for_that_of_the_usual_socket(
+    sockets: tuple[Wakeup, list[int], Callable[[float], list[int]]],
+) -> None:
+    """As long as that was right; what is at another one is found in the next turn, which does not sleep."""
+    _, (usual, other), sleep = sockets
+    os.eventfd_write(usual, 1)
+    assert [sleep(0.001) for _ in range(2)] == [[usual]] * 2
+    os.eventfd_write(other, 1)
+    assert sleep(0.001) == [usual]
+    assert sorted(sleep(0.0)) == sorted([usual, other])
+    os.eventfd_read(usual)
+    assert sleep(0.001) == [other]
+
+
+def test_the_usual_socket_keeps_no_other_waiting_for_long(
+    sockets: tuple[Wakeup, list[int], Callable[[float], list[int]]],
+) -> None:
+    """Even if each turn seems to have slept, as on a machine that has no time for this thread."""
+    _, (usual, other), sleep = sockets
+    os.eventfd_write(usual, 1)
+    for _ in range(2):
+        sleep(0.001)
+    os.eventfd_write(other, 1)
+    turns = [sleep(0.001) for _ in range(wakeup.GUESSES_MAX + 1)]
+    assert turns[:-1] == [[usual]] * wakeup.GUESSES_MAX
+    assert sorted(turns[-1]) == sorted([usual, other])
+
+
+def test_a_socket_that_is_gone_is_not_guessed(
+    sockets: tuple[Wakeup, list[int], Callable[[float], list[int]]],
+) -> None:
+    """Another one may have its descriptor."""
+    each, (usual, other), sleep = sockets
+    os.eventfd_write(usual, 1)
+    for _ in range(2):
+        sleep(0.001)
+    each.remove(usual)
+    os.eventfd_write(other, 1)
+    assert sleep(0.001) == [other]
+
+
 def test_it_finds_what_comes_while_it_looks(
     new_wakeup: Callable[[int], Wakeup], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,8 @@ class Batch(msgspec.Struct, eq=False):
     @property
     def row_count(self) -> int:
         """Of all calls."""
-        return sum(call.row_count for call in self.calls)
+        calls = self.calls
+        return calls[0].row_count if len(calls) == 1 else sum([call.row_count for call in calls])
 
     def encode(self, npy: bool) -> bytes:
         """Return the command; `npy` says whether the server takes arrays as binary.

@@ -129,7 +129,7 @@ class Dispatcher:
                 # The usual case, made short: nothing waits.
                 infer_call.attempts = 1
                 call = self._give(server, Batch(name, version, [infer_call], infer_call.queued_at))
-                is_alone = sum(each.batch_count for each in self.servers.values()) == 1
+                is_alone = sum([each.batch_count for each in self.servers.values()]) == 1
             else:
                 error = self._queue_infer(name, version, infer_call)
         if error is not None:
