@@ -275,11 +275,8 @@ class ThreadLoop(Loop):
     def wait_for(self, waiter: ThreadWaiter | ThreadParts, deadline_at: float, give_up_at: float = FOREVER) -> None:
         """Wait as `await_outcome` does, but no longer than to `give_up_at`; what is not settled then stays open."""
         try:
-            # Before a lead is taken, so that the other end works meanwhile; who leads reads events afterwards anyway.
             if self._leader is not None:
                 self.flush()
-            elif self._exchange.is_dirty:
-                self._exchange.flush(monotonic())
             while not waiter.done and monotonic() < give_up_at:
                 if self.state is not State.RUNNING:
                     # The loop's own thread ends everything now.
