@@ -441,6 +441,19 @@ def test_a_transaction_inside_another_is_refused(cluster: Cluster) -> None:
     assert primary.execute(SELECT).fetchall() == [(1, "b")]
 
 
+def test_a_check_inside_a_transaction_waits_for_no_check_of_another_thread(cluster: Cluster) -> None:
+    """That one waits for the transaction."""
+    primary, _ = cluster.pair()
+    with ThreadPoolExecutor(1) as pool:
+        with primary.transaction():
+            other = pool.submit(primary.check, 20)
+            wait_until(primary._check_lock.locked)
+            with pytest.raises(StatementRefused, match="use its `tx`"):
+                primary.check()
+            assert not other.done()
+        assert other.result(20) == {"replica": ""}
+
+
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_transaction_that_sqlite_rolled_back_commits_nothing_more(cluster: Cluster, goes_on: bool) -> None:
     primary, replica = cluster.pair()

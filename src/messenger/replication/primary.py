@@ -335,11 +335,12 @@ class Primary:
             For each replica that answered in time, the first row that differs, or an empty text.
 
         Raises:
-            WriterBusy, Fenced, ReplicationClosed, apsw.Error.
+            WriterBusy, StatementRefused, Fenced, ReplicationClosed, apsw.Error.
 
         Thread: any, not within a transaction.
         """
         deadline_at = time.monotonic() + timeout
+        self._writer.check_not_mine()  # First, for who has the lock below may wait for this thread's transaction.
         with self._check_lock:
             waiter = Waiter()
             check = self._begin_check(waiter, deadline_at)
