@@ -4,8 +4,11 @@ SQLite blocks, an fsync blocks, and a transaction belongs to the thread that ope
 threads, with a `Messenger` of threads that has the identity, the keys and the limits of the program's `AsyncMessenger`,
 and the event loop only awaits them. A transaction has a thread to itself as long as it is open.
 
-What must never happen here: a call that blocks the event loop; a transaction that stays open because the task that
-opened it was cancelled.
+A call that needs the writer's turn may wait for a transaction of another task. Such calls have threads of their own, so
+however many of them wait, the task whose transaction they wait for can still read.
+
+What must never happen here: a call that blocks the event loop; a transaction, or a file, that stays open because the
+task that opened it was cancelled; a task that waits for its own transaction.
 """
 
 import asyncio
@@ -19,6 +22,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from messenger import AsyncMessenger, Destination, Messenger
 
+from .capture import Kind, classify
 from .errors import ReplicationClosed, StatementRefused
 from .limits import ASYNC_TRANSACTIONS_MAX
 from .primary import Primary
@@ -41,6 +45,9 @@ class _Bridge(Generic[B]):
         self._messenger = Messenger(messenger.identity, security=messenger.security, limits=messenger.limits)
         self._threads = ThreadPoolExecutor(ASYNC_TRANSACTIONS_MAX, thread_name_prefix="messenger-replication")
         self._made: B | None = None
+        # What makes it, and what closes it: each goes on when the task that waits for it is cancelled.
+        self._opening: Future[B] | None = None
+        self._closing: Future[None] | None = None
         self._is_closed = False
 
     @property
@@ -56,16 +63,36 @@ class _Bridge(Generic[B]):
     async def open(self) -> Self:
         """Open it. Twice is fine. Raises what the blocking class raises when it is made."""
         if self._made is None:
-            self._made = await self._call(self._make, self._messenger)
+            if self._is_closed:
+                raise ReplicationClosed(f"{type(self).__name__} is closed")
+            opening = self._opening
+            if opening is None:
+                opening = self._opening = self._threads.submit(self._make, self._messenger)
+            try:
+                self._made = await asyncio.shield(asyncio.wrap_future(opening))
+            except Exception:
+                if self._opening is opening:
+                    self._opening = None  # It may succeed another time.
+                raise
         return self
 
     async def close(self) -> None:
-        """Close it, and what carried its messages. Twice is fine."""
+        """Close it, and what carried its messages. Twice is fine; each returns when it is closed."""
         self._is_closed = True
-        if self._made is not None:
-            await asyncio.to_thread(self._made.close)
-        await asyncio.to_thread(self._messenger.close)
-        self._threads.shutdown(wait=False)
+        if self._closing is None:
+            thread = ThreadPoolExecutor(1, thread_name_prefix="messenger-close")
+            self._closing = thread.submit(self._close)
+            thread.shutdown(wait=False)
+        await asyncio.shield(asyncio.wrap_future(self._closing))
+
+    def _close(self) -> None:
+        made = self._made or _result_of(self._opening)
+        try:
+            if made is not None:
+                made.close()
+        finally:
+            self._messenger.close()
+            self._threads.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         try:
@@ -119,7 +146,10 @@ class AsyncTransaction:
 class AsyncPrimary(_Bridge[Primary]):
     """`Primary` for programs with asyncio. An async context manager, opened on entry.
 
-    A call that is cancelled goes on in its thread: what it was about to commit may be committed.
+    A call that is cancelled goes on in its thread: what it was about to commit may be committed. Within a transaction
+    the task that opened it uses `tx`, and may read; what would wait for the end of that transaction (a write, another
+    transaction, `check`, `close`) raises `StatementRefused`. Other tasks wait for it, also those that it has started:
+    it must not wait for them before its end.
 
     Args:
         path, destination, options: As `Primary` takes them.
@@ -137,6 +167,10 @@ class AsyncPrimary(_Bridge[Primary]):
     ) -> None:
         super().__init__(messenger, lambda carrier: Primary(path, carrier, destination, **options))
         self._slots = asyncio.Semaphore(ASYNC_TRANSACTIONS_MAX)
+        # For what needs the writer's turn.
+        self._writers = ThreadPoolExecutor(ASYNC_TRANSACTIONS_MAX, thread_name_prefix="messenger-writer")
+        # Of the transaction that is open.
+        self._owner: asyncio.Task[Any] | None = None
 
     @contextlib.asynccontextmanager
     async def transaction(
@@ -153,12 +187,14 @@ class AsyncPrimary(_Bridge[Primary]):
         Args:
             commit, acknowledgements, timeout: As `Primary.transaction` takes them, which also says what it raises.
         """
+        self._check_not_mine()
         context = self._blocking.transaction(commit=commit, acknowledgements=acknowledgements, timeout=timeout)
         async with self._slots:
             thread = ThreadPoolExecutor(1, thread_name_prefix="messenger-transaction")
             entering = thread.submit(context.__enter__)
             try:
                 transaction = await asyncio.wrap_future(entering)
+                self._owner = asyncio.current_task()
                 try:
                     yield AsyncTransaction(transaction, thread)
                 except BaseException as error:
@@ -174,8 +210,27 @@ class AsyncPrimary(_Bridge[Primary]):
 
     async def _leave(self, thread: ThreadPoolExecutor, context: Any, error: BaseException | None) -> None:
         """Commit, or roll back for an error, whether or not the task that waits for it is cancelled meanwhile."""
+        self._owner = None
         leaving = thread.submit(_leave, context, error)
         await asyncio.shield(asyncio.wrap_future(leaving))
+
+    def _check_not_mine(self) -> None:
+        """Refuse, by `StatementRefused`, what would wait for a transaction that the calling task has open."""
+        if self._owner is not None and self._owner is asyncio.current_task():
+            raise StatementRefused("a transaction is open in this task; use its `tx`")
+
+    async def close(self) -> None:
+        """Close it, once the transactions of other tasks have ended. Twice is fine; each returns when it is closed.
+
+        Raises:
+            StatementRefused: The calling task is in a transaction.
+        """
+        self._check_not_mine()
+        await super().close()
+
+    def _close(self) -> None:
+        self._writers.shutdown(wait=False)
+        super()._close()
 
     async def execute(
         self,
@@ -192,7 +247,10 @@ class AsyncPrimary(_Bridge[Primary]):
         def run() -> list[Row]:
             return list(execute(sql, bindings, commit=promise[0], acknowledgements=promise[1], timeout=promise[2]))
 
-        return await self._call(run)
+        if classify(sql) is Kind.READ:
+            return await self._call(run)
+        self._check_not_mine()
+        return await asyncio.get_running_loop().run_in_executor(self._writers, run)
 
     async def wait_confirmed(self, position: tuple[int, int], **promise: Any) -> None:
         """Wait until a transaction is confirmed; see `Primary.wait_confirmed`."""
@@ -200,7 +258,9 @@ class AsyncPrimary(_Bridge[Primary]):
 
     async def check(self, timeout: float = 60.0) -> dict[str, str]:  # noqa: ASYNC109  # As in `Primary`.
         """Compare the content of all replicas; see `Primary.check`."""
-        return await self._call(self._blocking.check, timeout)
+        check = self._blocking.check
+        self._check_not_mine()
+        return await asyncio.get_running_loop().run_in_executor(self._writers, check, timeout)
 
     async def status(self) -> PrimaryStatus:
         """Return what `Primary.status` returns."""
@@ -236,6 +296,7 @@ class AsyncReplica(_Bridge[Replica]):
     ) -> None:
         super().__init__(messenger, lambda carrier: Replica(path, carrier, destination, **options))
         self._async_messenger = messenger
+        self._promoting: Future[Primary] | None = None
 
     async def execute(self, sql: str, bindings: Any = None) -> list[Row]:
         """Read, and return the rows; see `Replica.execute`."""
@@ -260,13 +321,31 @@ class AsyncReplica(_Bridge[Replica]):
         return self._blocking.position
 
     async def promote(self, destination: Destination | str | int | None = None, **options: Any) -> AsyncPrimary:
-        """Become the primary, and return it, open; see `Replica.promote`. This replica is closed then."""
-        made = await self._call(self._blocking.promote, destination, **options)
+        """Become the primary, and return it, open; see `Replica.promote`. This replica is closed then.
+
+        A task that is cancelled here gets no primary; one that is made all the same is closed with this replica.
+        """
+        self._promoting = self._threads.submit(self._blocking.promote, destination, **options)
+        made = await asyncio.shield(asyncio.wrap_future(self._promoting))
+        self._promoting = None
         primary = AsyncPrimary(made.path, self._async_messenger, made.destination)
         # What carries its messages goes on with it.
         primary._made = made
         primary._messenger, self._messenger = self._messenger, primary._messenger
         return primary
+
+    def _close(self) -> None:
+        promoted = _result_of(self._promoting)
+        if promoted is not None:
+            promoted.close()
+        super()._close()
+
+
+def _result_of(making: "Future[B] | None") -> B | None:
+    """Return what was made for a task that was cancelled meanwhile; None if there is nothing, or it failed."""
+    if making is None or making.exception() is not None:
+        return None
+    return making.result()
 
 
 def _leave(context: Any, error: BaseException | None) -> None:
