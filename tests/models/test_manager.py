@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import statistics
@@ -11,6 +12,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -44,7 +46,7 @@ from tests.conftest import (
     quickest,
     wait_until,
 )
-from tests.models.conftest import Data, NewManager, make_linear
+from tests.models.conftest import Data, NewManager, make_linear, write_csv
 
 TRAIN_S = 50.0
 # Grows for minutes, and reports on the way.
@@ -282,6 +284,58 @@ def test_rows_in_the_command(new_manager: NewManager, wine: Data) -> None:
     manager = new_manager()
     training = manager.train("wine", method="linear", data=wine.as_dicts(), target="class").result(timeout=TRAIN_S)
     assert training.rows == 178
+
+
+class Sample(msgspec.Struct):
+    """A row that is no dictionary."""
+
+    x: float
+    y: float
+
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        ([{"x": 1.0, "y": NAN}, {"x": 2.0, "y": INF}], "column 'y' has an infinite value in row 1 "),
+        (({"x": None, "y": 1}, {"x": -INF, "y": 1}), "column 'x' has an infinite value in row 1 "),
+        ([{"x": np.float32(-INF), "y": 1}], "column 'x' has an infinite value in row 0 "),
+        ({"x": [1.0, None, INF], "y": [1, 2, 3]}, "column 'x' has an infinite value in row 2 "),
+        ({"x": (1.0, 2.0), "y": np.array([NAN, -INF])}, "column 'y' has an infinite value in row 1 "),
+        ({1: [1.0, INF], "y": [1, 2]}, "column '1' has an infinite value in row 1 "),
+        ([Sample(1, INF)], "column 'y' has an infinite value in row 0 "),
+    ],
+)
+def test_infinite_training_data_is_refused(
+    new_manager: NewManager, messenger: MessengerFactory, data: Any, place: str
+) -> None:
+    """JSON has no infinity: such values arrived as missing ones, and nobody was told."""
+    manager = new_manager(servers=0)
+    for calls in (manager, ModelClient(messenger(), manager.listener.destination)):
+        with pytest.raises(ValueError, match="infinite value") as caught:
+            calls.train("m", data=data, target="y")
+        assert str(caught.value).startswith(place)
+        assert "give the data as a file" in str(caught.value)
+    assert manager.status().jobs == {}
+
+
+def test_missing_training_data_is_sent(new_manager: NewManager, wine: Data) -> None:
+    """None and NaN; and an infinite value where nobody looks at it harms nothing."""
+    manager = new_manager()
+    rows: list[dict[str, Any]] = [{**row, "note": "null", "far": INF} for row in wine.as_dicts()]
+    rows[0][wine.features[0]], rows[1][wine.features[0]] = None, NAN
+    training = manager.train("wine", data=rows, target="class", features=wine.features).result(timeout=TRAIN_S)
+    assert training.rows == 178
+
+
+def test_infinite_values_of_a_file_are_trained_on(new_manager: NewManager, wine: Data, tmp_path: Path) -> None:
+    names = [*wine.features, wine.target]
+    rows = [list(row.values()) for row in wine.as_dicts()]
+    rows[0][0] = INF
+    path = write_csv(tmp_path / "far.csv", names, rows)
+    assert new_manager().train("wine", data=path, target="class").result(timeout=TRAIN_S).rows == 178
 
 
 def wait_progress(manager: ModelServerManager, name: str, wine: Data) -> Job[Training]:

@@ -4,6 +4,7 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 from .errors import BadAnswer
 from .jobs import Inference, Job, Progress, Training
 from .limits import CALL_TIMEOUT_S, TRAIN_TIMEOUT_S
-from .protocol import NUMERIC_KINDS, Answer
+from .protocol import NUMERIC_KINDS, Answer, as_builtins, encode_value
 from .store import Listed, Manifest, check_name
 
 Data = str | Path | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
@@ -79,7 +80,7 @@ class ModelCalls(ABC):
             name: Of the model: 1 to 64 of A-Z a-z 0-9 . _ -.
             method: `lightgbm`, `linear`, `random_forest`, `gradient_boosting` or `neural_network`.
             data: The path of a CSV or Parquet file that the server can read, a list of dictionaries, or a dictionary of
-                columns.
+                columns. None and NaN are missing values.
             target: The column to predict.
             on_progress: Called with a `Progress` at most 20 times a second, on the messenger's thread.
             features: Columns to predict from; by default all others. They must be numbers.
@@ -93,11 +94,16 @@ class ModelCalls(ABC):
 
         Returns:
             A job whose result has the version and the metrics. `cancel()` ends it within 2 s.
+
+        Raises:
+            ValueError: There are infinite values among the data. ModelFileInvalid: The name cannot be one. TypeError:
+            Something cannot be sent.
         """
+        used = None if features is None else {target, *features}
         request: dict[str, Any] = {
             "name": check_name(name),
             "method": method,
-            "data": os.path.abspath(data) if isinstance(data, str | Path) else data,
+            "data": os.path.abspath(data) if isinstance(data, str | Path) else encode_data(data, used),
             "target": target,
             "features": None if features is None else list(features),
             "task": task,
@@ -174,6 +180,46 @@ def as_rows(rows: Any) -> tuple[Any, int, Any]:
     if dtype is not None and dtype.kind in NUMERIC_KINDS and rows.ndim == 2 and len(rows):
         return rows, len(rows), rows.shape[1]
     raise ValueError("rows must be a list of rows, or a matrix of numbers with two dimensions, and not empty")
+
+
+def encode_data(data: Any, used: set[str] | None) -> msgspec.Raw:
+    """Return data to train on as JSON.
+
+    Args:
+        used: The columns that matter; None for all.
+
+    Raises:
+        TypeError: Something in it cannot be sent.
+        ValueError: There are infinite values among it, which JSON has not: they would arrive as missing ones.
+    """
+    encoded = encode_value(data)
+    # Only in what has missing values can there be infinite ones, so most data need no closer look.
+    place = _find_infinity(as_builtins(data), used) if b"null" in encoded else None
+    if place is not None:
+        raise ValueError(
+            f"column {place[0]!r} has an infinite value in row {place[1]} (the first is row 0), and infinite values "
+            "cannot be sent as JSON: give the data as a file, make it None, which is a missing value, or leave it out"
+        )
+    return msgspec.Raw(encoded)
+
+
+def _find_infinity(data: Any, used: set[str] | None) -> tuple[str, int] | None:
+    """Return the column and the row of an infinite value, in rows by column or columns by name."""
+    if isinstance(data, dict):
+        for name, values in data.items():
+            if (
+                isinstance(values, list | tuple)
+                and (used is None or name in used)
+                and (inf in values or -inf in values)
+            ):
+                return name, next(row for row, value in enumerate(values) if value in (inf, -inf))
+    elif isinstance(data, list | tuple):
+        for row, each in enumerate(data):
+            if isinstance(each, dict) and (inf in each.values() or -inf in each.values()):
+                for name, value in each.items():
+                    if value in (inf, -inf) and (used is None or name in used):
+                        return name, row
+    return None
 
 
 def _as_type(kind: Any) -> Convert:

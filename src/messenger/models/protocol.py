@@ -151,6 +151,20 @@ def encode(contents: Command | Answer, array: "NDArray[Any] | None" = None) -> b
     return b"".join((PREFIX.pack(BINARY, len(text)), text, header.getvalue(), data))
 
 
+def encode_value(value: Any) -> bytes:
+    """Return the JSON of a value.
+
+    Raises:
+        TypeError: Something in it cannot be sent.
+    """
+    return _encode_json(value)
+
+
+def as_builtins(value: Any) -> Any:
+    """Return the dictionaries, sequences and plain values of which `encode_value` makes JSON."""
+    return msgspec.to_builtins(value, enc_hook=_plain, str_keys=True)
+
+
 def encode_failure(text: str, kind: str = "", retry_after_s: float = 0.0) -> bytes:
     """Return an answer that says why something could not be done."""
     answer = Answer(
