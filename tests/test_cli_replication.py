@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from messenger.cli import main
-from messenger.cli.sql import split_statements
+from messenger.cli.sql import decode_lines, split_statements
 from tests.conftest import free_port
 
 COMMAND = [sys.executable, "-m", "messenger", "replication"]
@@ -209,6 +209,86 @@ def test_statements_are_split_where_they_end() -> None:
     ]
 
 
+@pytest.mark.parametrize("count", [1, 30])
+def test_comments_in_front_of_a_statement_hide_nothing(count: int) -> None:
+    """The end of a comment was sought behind the statement too, and then there was none to run."""
+    sql = "/* a dump; of today */\n" * count + "CREATE TABLE t (x);\n/* end */"
+    assert [statement.word for statement in split_statements(sql.splitlines(keepends=True))] == ["CREATE"]
+    (statement,) = split_statements(["/* back\n", "to */ -- to\n", "ROLLBACK;\n"])
+    assert statement.kind == "rollback"
+
+
+def test_statements_with_many_semicolons_are_split_at_once() -> None:
+    """Text of web pages, say. SQLite was asked at each of them, from the start."""
+    sql = f"SELECT '{'&lt;b&gt;' * 200_000}');"
+    assert len(list(split_statements([sql]))) == 1
+    lines = ["SELECT '\n", *["&nbsp;\n"] * 100_000, "');\n"]
+    assert len(list(split_statements(lines))) == 1
+
+
+def test_text_is_taken_as_it_is(start: Start, tmp_path: Path) -> None:
+    """Line ends in a string were changed, and the mark of some programs hid the BEGIN."""
+    sql = b"\xef\xbb\xbfBEGIN;\r\nCREATE TABLE t (x);\r\nINSERT INTO t VALUES ('a\r\nb\rc\xe2\x80\xa8');\r\nCOMMIT;\r\n"
+    (tmp_path / "dump.sql").write_bytes(sql)
+    show = b"SELECT hex(x) FROM t;"
+    loaded = start("primary", "loaded.db", "--at", free_port(), "--once", "--load", "dump.sql")
+    assert loaded.communicate(show, TIMEOUT_S)[0] == b"610D0A620D63E280A8\n"
+    typed = start("primary", "typed.db", "--at", free_port(), "--once")
+    assert typed.communicate(sql + show, TIMEOUT_S)[0] == b"610D0A620D63E280A8\n"
+    assert list(decode_lines([b"\xef\xbb\xbfa\r\n", b"b"])) == ["a\r\n", "b"]
+
+
+def test_infinity_is_json_too(run: Run) -> None:
+    result = run("primary", "shop.db", "--at", free_port(), "--once", "--json", stdin="SELECT 9e999, -9e999, 0.5")
+    assert result.stdout == "[1e999, -1e999, 0.5]\n"
+    assert json.loads(result.stdout) == [float("inf"), float("-inf"), 0.5]
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        (b"SELECT 1;\nSELECT CAST(x'ff' AS TEXT);\n", "line 2: a value is text that is no UTF-8; CAST"),
+        (b"SELECT 1;\n\n'\xff';\n", "line 3: byte 0xff is no UTF-8 text"),
+        (b"SELECT 1;\n\0;\n", "line 2: the character NUL cannot stand in SQL"),
+        (b"SELECT 1;\nCOMMIT;\n", "line 2: no transaction is open, so COMMIT ends none"),
+        (b"SELECT 1;\n-- back to\nROLLBACK;\n", "line 3: no transaction is open, so ROLLBACK ends none"),
+        (b"SELECT 1; BEGIN;\nBEGIN;\n", "line 2: a transaction is open already; COMMIT or ROLLBACK ends it"),
+    ],
+)
+def test_an_error_names_the_line(start: Start, sql: bytes, said: str) -> None:
+    process = start("primary", "shop.db", "--at", free_port())
+    out, err = process.communicate(sql, TIMEOUT_S)
+    assert (process.returncode, out) == (4, b"1\n")
+    assert f"messenger: {said}" in err.decode()
+
+
+def test_interrupted_statement_does_not_end_as_success(start: Start, run: Run) -> None:
+    primary = start("primary", "shop.db", "--at", free_port(), "--commit", "applied", "--timeout", 60)
+    write_line(primary, f"SELECT 1; {ORDERS}")
+    assert read_line(primary) == "1"
+    status, _, err = end(primary)
+    assert status == 130
+    assert "line 1: interrupted; it may be committed here or not" in err
+
+
+def test_ctrl_c_rolls_back_what_is_open(start: Start, run: Run) -> None:
+    """Behind a ROLLBACK the next transaction was lost sight of, and the end failed."""
+    primary = start("primary", "shop.db", "--at", free_port())
+    write_line(primary, ORDERS)
+    write_line(primary, "BEGIN; ROLLBACK; BEGIN; INSERT INTO orders (book) VALUES ('x'); SELECT 'open';")
+    assert read_line(primary) == "open"
+    status, _, err = end(primary, signal.SIGINT)
+    assert status == 0
+    assert "the transaction that was still open is rolled back" in err
+
+
+def test_ctrl_c_ends_a_statement_that_would_take_for_ever(start: Start) -> None:
+    primary = start("primary", "shop.db", "--at", free_port())
+    write_line(primary, "SELECT 1; WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i FROM n) SELECT count(*) FROM n;")
+    assert read_line(primary) == "1"
+    assert end(primary, signal.SIGINT)[0] == 130
+
+
 # Loading.
 
 
@@ -226,7 +306,50 @@ def test_load_says_where_it_failed(run: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.sql").write_text(f"{ORDERS}\nINSERT INTO orders\nVALUES ('x', 'y');\n")
     result = run("primary", "shop.db", "--at", free_port(), "--load", "bad.sql")
     assert result.returncode == 4
-    assert re.search(r"^messenger: bad.sql, line 4: datatype mismatch$", result.stderr, re.MULTILINE), result.stderr
+    assert re.search(
+        r"^messenger: bad.sql, line 4: datatype mismatch; nothing of it is committed$", result.stderr, re.MULTILINE
+    ), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        ("-- d\nPRAGMA user_version=2;\nSELECT x;\n", "line 3: no such column: x; committed are 1 of its statements, "),
+        (f"{ORDERS}BEGIN;\nROLLBACK;\n", "line 3: ROLLBACK cannot be done, as BEGIN bounds nothing in a load; nothing"),
+        ("SELECT 1;\n'\udcff';\n", "line 2: byte 0xff is no UTF-8 text; nothing of it is"),
+        (
+            f"{ORDERS}PRAGMA foreign_keys=ON; "
+            "CREATE TABLE t (x INTEGER PRIMARY KEY REFERENCES orders DEFERRABLE INITIALLY DEFERRED);\n"
+            "INSERT INTO t VALUES (7);",
+            "line 3: FOREIGN KEY constraint failed; committed are 2 of its statements, up to line 2",
+        ),
+    ],
+)
+def test_load_says_what_is_committed(run: Run, tmp_path: Path, sql: str, said: str) -> None:
+    (tmp_path / "bad.sql").write_text(sql, errors="surrogateescape")
+    result = run("primary", "shop.db", "--at", free_port(), "--load", "bad.sql")
+    assert result.returncode == 4
+    assert f"messenger: bad.sql, {said}" in result.stderr
+
+
+def test_interrupted_load_does_not_end_as_success(start: Start, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "endless.sql")
+    primary = start("primary", "shop.db", "--at", free_port(), "--load", "endless.sql")
+    with (tmp_path / "endless.sql").open("w") as pipe:
+        pipe.write(f"{ORDERS}PRAGMA user_version=2;\n")
+        pipe.flush()
+        read_errors(primary, "is the primary")
+        status, _, err = end(primary)
+    assert status == 130
+    assert "endless.sql: interrupted; " in err
+
+
+def test_load_commits_before_a_transaction_gets_too_large(run: Run, tmp_path: Path) -> None:
+    row = f"INSERT INTO orders (book) VALUES ('{'x' * 1_000_000}');\n"  # noqa: S608
+    (tmp_path / "dump.sql").write_text(ORDERS + row * 70)
+    sql = "SELECT count(*) FROM orders"
+    result = run("primary", "shop.db", "--at", free_port(), "--once", "--load", "dump.sql", stdin=sql)
+    assert (result.returncode, result.stdout) == (0, "70\n"), result.stderr
 
 
 # status, promote, verify.

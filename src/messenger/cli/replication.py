@@ -3,14 +3,12 @@
 A primary and a replica read SQL on standard input, a statement at a time, and go on when it ends, until a signal comes.
 Rows go to stdout; what becomes of the replica goes to stderr as lines, and on a terminal as progress bars.
 
-What must never happen here: a statement that is told to have failed and was committed, or the other way round.
+What must never happen here: an exit status that says more than is known. How the SQL is run is in `shell.py`.
 """
 
 import contextlib
 import logging
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,24 +20,23 @@ import msgspec
 
 from messenger import MessengerError
 from messenger.replication import (
-    NotConfirmed,
     Primary,
     Replica,
     ReplicaSelfStatus,
     ReplicaState,
-    Transaction,
     query_status,
     request_promotion,
     verify,
 )
 
 from .keys import new_messenger, secure
-from .sql import Statement, show_row, split_statements
+from .shell import Load, Shell, is_terminal
+from .sql import Failed
 from .terminal import (
-    FAILED,
+    INTERRUPTED,
     NOT_DELIVERED,
-    UNKNOWN,
     complain,
+    end_in_time,
     end_on,
     option,
     parse_place,
@@ -56,15 +53,9 @@ if TYPE_CHECKING:
 DIFFERENT = 1  # The exit status of `verify`.
 PORT = 15_445
 SECONDS_MAX = 86_400
-# A load commits so many statements at a time, because one by one would wait as often for the disk.
-LOAD_STATEMENTS = 1_000
 POLL_S = 0.1
 # A replica that hears of no primary for so long lets its user read what it has.
 PATIENCE_S = 2.0
-
-
-class Failed(MessengerError):
-    """SQLite said no."""
 
 
 def make_commands() -> "list[click.Command]":
@@ -137,13 +128,17 @@ def _primary(
     end_on(signal.SIGTERM)
     with (
         contextlib.suppress(KeyboardInterrupt),
+        end_in_time(),
         _told(path),
         new_messenger(identity) as messenger,
         Primary(path, messenger, place, commit=commit, acknowledgements=acknowledgements, timeout=timeout) as primary,
     ):
         complain(f"{messenger.identity!r} is the primary of {path} at {primary.destination}, {primary.position}")
         if load is not None:
-            count = _load(primary, load)
+            try:
+                count = Load(primary, load).run()
+            except KeyboardInterrupt:
+                return INTERRUPTED
             complain(f"{load}: {count} statements were run, {primary.position}")
         return _serve(lambda: primary, as_json, once)
     return 0
@@ -165,7 +160,7 @@ def _replica(
     """
     places = [parse_place(text) for text in destination]
     end_on(signal.SIGTERM)
-    with contextlib.suppress(KeyboardInterrupt), _told(path), new_messenger(identity) as messenger:
+    with contextlib.suppress(KeyboardInterrupt), end_in_time(), _told(path), new_messenger(identity) as messenger:
         node = _Node()
         replica = Replica(
             path,
@@ -198,8 +193,8 @@ def _has_nothing(database: Primary | Replica) -> bool:
 
 def _serve(database: Callable[[], Primary | Replica], as_json: bool, once: bool) -> int:
     """Run what comes on standard input, then serve until a signal comes."""
-    status = _Shell(database, as_json).run()
-    if not (status or once or _is_terminal()):
+    status = Shell(database, as_json).run()
+    if not (status or once or is_terminal()):
         wait(SimpleQueue[None]())
     return status
 
@@ -296,119 +291,6 @@ def _show(value: object) -> str:
     return "-" if value in (None, "") else printable(str(value))
 
 
-# SQL.
-
-
-def _is_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()
-
-
-def _read_lines() -> Iterator[str]:
-    """Yield what comes on standard input, with a prompt if that is a terminal."""
-    if sys.stdin is None:
-        return
-    if not _is_terminal():
-        yield from sys.stdin
-        return
-    with contextlib.suppress(EOFError):
-        import readline  # noqa: F401  # Its import makes `input` edit lines.
-
-        while True:
-            yield input("sql> ") + "\n"
-
-
-def _load(primary: Primary, path: str) -> int:
-    """Run the statements of a file, many in a transaction; return how many. BEGIN and COMMIT in it bound nothing."""
-    size_bytes = os.path.getsize(path)
-    count = 0
-    with open(path, encoding="utf-8") as file, show_amount() as show, contextlib.ExitStack() as stack:
-        done_chars = 0
-        tx: Transaction | None = None
-        for statement in split_statements(file):
-            done_chars += len(statement.text)
-            if show:
-                show("load", min(done_chars, size_bytes), size_bytes)
-            if statement.kind in ("begin", "commit"):
-                continue
-            try:
-                if _is_pragma(statement):
-                    stack.close()
-                    tx = None
-                    primary.execute(statement.text)
-                else:
-                    tx = tx or stack.enter_context(primary.transaction(commit="local"))
-                    tx.execute(statement.text)
-            except (apsw.Error, MessengerError) as error:
-                raise Failed(f"{path}, line {statement.line}: {error}") from error
-            count += 1
-            if count % LOAD_STATEMENTS == 0:
-                stack.close()
-                tx = None
-    return count
-
-
-class _Shell:
-    """Runs the statements of standard input at a primary or a replica, and prints rows."""
-
-    def __init__(self, database: Callable[[], Primary | Replica], as_json: bool) -> None:
-        self._database = database
-        self._as_json = as_json
-        self._open = contextlib.ExitStack()
-        self._tx: Transaction | None = None
-
-    def run(self) -> int:
-        """Run all; return the exit status. On a terminal an error is told and the next statement read, else it ends."""
-        with self._open:
-            for statement in split_statements(_read_lines()):
-                status = self._run_one(statement)
-                if status and not _is_terminal():
-                    # Nothing of a transaction that is still open counts.
-                    self._roll_back()
-                    return status
-            if self._tx is not None:
-                self._roll_back()
-                complain("the transaction that was still open is rolled back")
-        return 0
-
-    def _run_one(self, statement: Statement) -> int:
-        where = "" if _is_terminal() else f"line {statement.line}: "
-        try:
-            self._execute(statement)
-        except NotConfirmed as error:
-            complain(f"{where}{error}")
-            return UNKNOWN
-        except (apsw.Error, MessengerError) as error:
-            complain(f"{where}{error}")
-            return FAILED
-        return 0
-
-    def _execute(self, statement: Statement) -> None:
-        database = self._database()
-        if statement.kind == "begin" and isinstance(database, Primary) and self._tx is None:
-            self._tx = self._open.enter_context(database.transaction())
-        elif statement.kind == "commit" and self._tx is not None:
-            self._tx = None
-            self._open.close()
-        elif statement.kind == "rollback" and self._tx is not None:
-            self._roll_back()
-        else:
-            for row in (self._tx or database).execute(statement.text):
-                write(show_row(row, self._as_json))
-
-    def _roll_back(self) -> None:
-        if self._tx is None:
-            return
-        self._tx = None
-        with contextlib.suppress(_RollBack):
-            exits, self._open = self._open, contextlib.ExitStack()
-            with exits:
-                raise _RollBack
-
-
-class _RollBack(Exception):
-    """Leaves a transaction without committing it."""
-
-
 class _Watch:
     """Tells what a replica does: a line for each change, and bars while it fetches what it lacks."""
 
@@ -446,10 +328,6 @@ class _Watch:
         if told != self._told:
             self._told = told
             complain(f"{told} (LSN {now.lsn} of {now.primary_lsn})")
-
-
-def _is_pragma(statement: Statement) -> bool:
-    return statement.text.lstrip().upper().startswith("PRAGMA")
 
 
 class _Told(logging.Handler):

@@ -5,6 +5,7 @@ signal or a closed pipe.
 
 How a command ends. The first SIGINT (for some also SIGTERM) raises `KeyboardInterrupt` in the main thread, which waits
 on a queue of its own, not inside the library. Later signals are ignored, and `END_S_MAX` later the process is gone.
+Python runs no handler while SQLite runs a statement, so commands that run SQL also have `end_in_time`.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -136,3 +139,25 @@ def _interrupt(number: int, _: FrameType | None) -> None:
     signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
     signal.alarm(END_S_MAX)
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def end_in_time() -> Iterator[None]:
+    """Have the process gone `END_S_MAX` after SIGINT or SIGTERM, also if no handler gets to run."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def end() -> None:
+        while numbers := os.read(reader, 1):
+            if numbers[0] in (signal.SIGINT, signal.SIGTERM):
+                time.sleep(END_S_MAX)
+                os._exit(128 + numbers[0])
+        os.close(reader)
+
+    before = signal.set_wakeup_fd(writer)  # Written to when a signal comes, whatever Python is doing.
+    threading.Thread(target=end, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
