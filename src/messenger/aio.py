@@ -60,7 +60,7 @@ class AsyncMessenger(BaseMessenger):
 
         Raises:
             QueueFull: The queue stayed full for `timeout` seconds, or `limits.queue_msgs_max` calls wait for room.
-            MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid. Nothing was sent.
+            MessageTooLarge, and others, as `Messenger.send_message` raises them. Nothing was sent.
         """
         send = super().send_message
         options: Any = {
@@ -122,12 +122,12 @@ class AsyncMessenger(BaseMessenger):
 
         Returns:
             What to await, or to give to `asyncio.gather`, `create_task` or a `TaskGroup`. Awaited, it raises
-            NotDelivered, OutcomeUnknown: What became of the message.
+            NotDelivered, OutcomeUnknown, HandlerError: What became of the message.
             ContentsInvalid: The response does not decode as `response_type`.
             QueueFull: As `send_message` raises it.
 
         Raises:
-            MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid. Nothing was sent.
+            MessageTooLarge, and others, as `Messenger.send_message` raises them. Nothing was sent.
         """
         codec = None if response_type is None else codec_of(response_type)
         if asyncio._get_running_loop() is None:
@@ -168,7 +168,7 @@ class AsyncMessenger(BaseMessenger):
 
         Raises:
             ValueError: The receiver speaks the basic dialect, which has no parts. Nothing was sent.
-            MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid: The same.
+            MessageTooLarge, and others, as `Messenger.send_message` raises them: The same.
         """
         parts = TaskParts()
         send = partial(self._open_stream, to, contents, parts, remote_callback, timeout)

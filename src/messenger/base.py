@@ -167,7 +167,7 @@ class BaseMessenger:
 
         Raises:
             QueueFull: The queue stayed full for `timeout` seconds; in a callback: is full. Nothing was sent.
-            MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid.
+            MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid, SecurityError: The same.
 
         Thread: any. Source: docs/protocol.md, "Messages".
         """

@@ -26,7 +26,10 @@ class MessageTooLarge(MessengerError, ValueError):
 
 
 class QueueFull(MessengerError):
-    """The queue to the receiver stayed full for the whole timeout (in a callback: is full now). Nothing was sent."""
+    """The queue to the receiver, or to the reader of a stream, stayed full for the whole timeout. Nothing was sent.
+
+    In a callback, which cannot wait: is full now.
+    """
 
 
 class LimitReached(MessengerError):
@@ -70,7 +73,7 @@ class NotDelivered(DeliveryError):
 
 
 class OutcomeUnknown(DeliveryError):
-    """No response came in time; the message may have run at the receiver."""
+    """No response came before the deadline, or before one of both ends was gone; the message may have run."""
 
 
 class IdentityInUse(NotDelivered):
@@ -94,4 +97,4 @@ class HandlerError(DeliveryError):
 
 
 class Cancelled(DeliveryError):
-    """The sender gave the message up with `cancel`. It may have run."""
+    """The sender gave the message up with `cancel`. It may have run. Raised by `reply(…, more=True)`: nobody reads."""

@@ -18,16 +18,15 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         queue_msgs_max: Messages that wait in one connection's queue because nobody is there yet to take them, and
             messages that ZeroMQ holds for one plain peer that does not read. Bounds memory for a peer that never
             comes.
-        queue_bytes_max: Bytes of the same queue, at least one message always fits; of messages that ZeroMQ holds for
-            one plain peer; and of messages that one connection over tcp has sent and that nobody has taken yet. Beyond
-            that it is cut.
+        queue_bytes_max: The same in bytes, though one message always fits. It also bounds the bytes that one connection
+            over tcp has sent and that nobody has taken yet: beyond that it is cut.
         unread_bytes_max: Bytes that all connections over tcp together have sent and that nobody has taken yet, of whole
             messages and of others. Beyond that those that have sent the most are cut.
-        outstanding_max: Messages that wait for their response at one time. About 300 bytes each.
+        outstanding_max: Messages that wait for their response at one time. About 300 bytes and the contents each.
         connections_max: Connections of one messenger. Each holds a socket and its descriptors.
         listeners_max: Listeners of one messenger. Each holds up to three sockets.
-        worker_backlog_max: Messages that wait for a free thread at a listener with `workers`. Beyond it they are
-            dropped and counted, because a plain peer cannot be told to slow down.
+        worker_backlog_max: Messages of plain peers that wait for a free worker of one listener. Beyond it they are
+            dropped and counted, because a plain peer cannot be told to slow down; a session's window does that.
         workers_max: Workers of one listener of a `Messenger`. Each is a thread, and all are started at once.
         window_msgs: Messages of one session that were sent and whose callbacks have not returned. Both ends keep it, so
             the smaller one counts.
@@ -71,11 +70,11 @@ ROUTING_ID_BYTES_MAX = 255
 TURN_MSGS_MAX = 250
 # The same for connections that come and go at one socket.
 TURN_NEWS_MAX = 50
+# So long nobody wakes for those of a listener again: a flood of them took a turn of the loop for every two.
+NEWS_PAUSE_S = 0.02
 # Characters of what a callback raised there, its text and its name, in our exceptions and log.
 ERROR_TEXT_MAX = 2_000
 ERROR_NAME_MAX = 200
-# So long nobody wakes for those of a listener again: a flood of them took a turn of the loop for every two.
-NEWS_PAUSE_S = 0.02
 # A peer may send a message of a million frames, which takes seconds to drop; a turn drops at most so many.
 TURN_DROPPED_FRAMES_MAX = 500
 # The two callback ids and their dashes in front of the contents: 2 x 20 digits + 2.

@@ -58,6 +58,8 @@ class Loop:
 
     Attributes:
         lock: Guards the core and all sockets; `acquire` and `release` are its own.
+        state: What the messenger may do.
+        close_at: When a close that was begun waits no longer.
         thread_id: Of the thread that sends what callbacks sent at the end of its turn.
         uses_threads: Whether a listener may have worker threads.
         asks: Whether a callback of this turn has sent a message with a callback, so that an answer may come soon.

@@ -31,6 +31,8 @@ class Message(msgspec.Struct, eq=False):
         contents: The application's bytes.
         source_callback_id: What an answer names as destination; 0 if the sender waits for none.
         dest_callback_id: The callback that the sender asked for.
+        link, peer: Where it arrived: the session, or in the basic dialect the link; and the sender's identity as bytes.
+        number, incarnation: Of the message in its session, and of the other end; 0 in the basic dialect.
         deadline_at: When its sender gives it up, in seconds of this machine's monotonic clock; infinite if never.
         redelivered: Whether an earlier process of this identity may have run it already.
         credit: Of a message whose response may come in parts, what may be sent of them.
@@ -135,10 +137,10 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         identity: The messenger's.
-        sent_msgs: Messages accepted by `send_message` and `request`.
+        sent_msgs: Messages that were accepted to be sent, answers too.
         received_msgs: Messages that arrived, malformed ones included.
         response_msgs: Messages that ran an MSC or ended a `request`.
-        not_delivered_msgs, outcome_unknown_msgs: Sent messages that ended so.
+        not_delivered_msgs, outcome_unknown_msgs: Sent messages that ended so; without a callback they count as dropped.
         callback_error_count: Callbacks that raised.
         outstanding_msgs: Sent messages whose outcome is open now.
         queued_msgs: Messages that wait for a connection now.

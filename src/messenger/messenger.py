@@ -25,7 +25,8 @@ class Messenger(BaseMessenger):
     """Sends messages to destinations and runs callbacks on what comes.
 
     A context manager; it starts its thread on entry or at first use. All methods may be called by any thread, also
-    from callbacks, but `request`, which waits, not from a callback.
+    from callbacks, but those that wait (`request`, `wait`, `stream`) not from a callback. An argument that is none
+    raises `TypeError` or `ValueError` at once, which names it.
 
     Args:
         identity: The stable name that others see as `message.sender`, at most 240 bytes. By default the name of its
@@ -84,10 +85,10 @@ class Messenger(BaseMessenger):
             The response; with a `response_type`, what its contents decode to.
 
         Raises:
-            NotDelivered, OutcomeUnknown: What became of the message.
+            NotDelivered, OutcomeUnknown, HandlerError: What became of the message.
             ContentsInvalid: The response does not decode as `response_type`.
-            CalledFromCallback: Made on the messenger's own thread. Nothing was sent; use `send_message` with a
-            callback. QueueFull, MessageTooLarge, LimitReached, MessengerClosed, ForkedError, DestinationInvalid.
+            CalledFromCallback: Made on the messenger's own thread; use `send_message` with a callback.
+            QueueFull, MessageTooLarge, and others, as `send_message` raises them. Nothing was sent.
 
         Thread: any but the messenger's own.
         """
@@ -168,8 +169,7 @@ class Messenger(BaseMessenger):
 
         Raises:
             ValueError: The receiver speaks the basic dialect, which has no parts. Nothing was sent.
-            CalledFromCallback, QueueFull, MessageTooLarge, LimitReached, MessengerClosed, ForkedError,
-            DestinationInvalid: The same.
+            CalledFromCallback, QueueFull, MessageTooLarge, and others, as `send_message` raises them: The same.
 
         Thread: any but the messenger's own. Source: docs/guarantees.md, "Streams".
         """
@@ -182,9 +182,9 @@ class Messenger(BaseMessenger):
     def close(self, timeout: float = CLOSE_TIMEOUT_S) -> None:
         """Wait until every message has its outcome, for at most `timeout` seconds, then stop. Twice is fine.
 
-        What is still open then ends as `NotDelivered` or `OutcomeUnknown`. In a callback it returns at once and the
-        messenger stops after it; if another callback still runs then, it says so in the log, returns, and the messenger
-        stops when that has returned. In the child of a fork it does nothing.
+        What is still open then ends as `NotDelivered` or `OutcomeUnknown`. A callback that still runs is waited for no
+        longer: the log says so, and the messenger stops when it has returned. Called in a callback, this returns at
+        once, and the messenger stops after it. In the child of a fork it does nothing.
 
         Thread: any.
         """

@@ -113,7 +113,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         job: The job's id.
         step, of: What is done, and what there is to do.
         metric: The name of the figure.
-        value: Of the metric on the rows held back, None if it is not known yet.
+        value: Of the metric, on the rows held back unless that is `train_loss`; None if it is not known yet.
     """
 
     job: str
