@@ -32,8 +32,8 @@ from messenger.models import (
     Training,
     TrainingDataInvalid,
 )
-from messenger.models.dispatch import as_timeout
 from messenger.models.limits import CALL_TIMEOUT_S
+from messenger.models.peers import as_timeout
 from messenger.models.protocol import decode_answer
 from tests.conftest import (
     TIMEOUT_S,

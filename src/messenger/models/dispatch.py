@@ -38,12 +38,11 @@ from .errors import (
     NoServer,
     Overloaded,
     ServerLost,
-    TrainingCancelled,
     error_of,
 )
 from .jobs import Progress
 from .limits import ATTEMPTS_MAX, HUNG_S, QUEUED_CALLS_MAX
-from .peers import Call, Server
+from .peers import Call, Server, as_timeout, count_open, find_taker
 from .protocol import (
     CONNECTED,
     PROGRESS,
@@ -111,7 +110,7 @@ class Dispatcher:
                 if error is None:
                     self.waiting.append(call)
         if error is not None:
-            self._fail(call, error)
+            call.fail(error)
         elif server is not None:
             self._send(call, server)
         else:
@@ -125,7 +124,7 @@ class Dispatcher:
             self.counts["infers"] += 1
             if self.stopped:
                 error = ManagerStopped("INFER is not sent: the manager is stopped")
-            elif not self._batcher.call_count and (server := self._find_taker(infer_call.queued_at)):
+            elif not self._batcher.call_count and (server := find_taker(self.servers.values(), infer_call.queued_at)):
                 # The usual case, made short: nothing waits.
                 infer_call.attempts = 1
                 call = self._give(server, Batch(name, version, [infer_call], infer_call.queued_at))
@@ -180,21 +179,13 @@ class Dispatcher:
                 return None
             call = self.waiting.popleft()
             if call.job is None or not call.job.done():
-                min(ready, key=_open_count).take(call)
+                min(ready, key=count_open).take(call)
                 return call
-        server = self._find_taker(now)
+        server = find_taker(self.servers.values(), now)
         if server is None:
             return None
         batch = self._batcher.take(now, None if server.about.batches else 1)
         return None if batch is None else self._give(server, batch)
-
-    def _find_taker(self, now: float) -> Server | None:
-        """Return the server that has the fewest batches, if it takes one more."""
-        taker = None
-        for server in self.servers.values():
-            if (taker is None or server.batch_count < taker.batch_count) and server.takes_batch(now):
-                taker = server
-        return taker
 
     def _give(self, server: Server, batch: Batch) -> Call:
         calls = batch.calls
@@ -239,7 +230,7 @@ class Dispatcher:
             if is_of_the_call and call.batch is not None and len(call.batch.calls) > 1:
                 self._send_apart(call.batch, server)
             else:
-                self._fail(call, error)
+                call.fail(error)
 
     def _send_apart(self, batch: Batch, server: Server) -> None:
         """Send calls each alone that cannot be sent together: what is wrong with one of them harms no other."""
@@ -267,7 +258,7 @@ class Dispatcher:
             if isinstance(error, BadAnswer):
                 with self.lock:
                     self.counts["bad_answers"] += 1
-            self._fail(call, error)
+            call.fail(error)
 
     def _on_error(self, call: Call, error: DeliveryError) -> None:
         if self._let_go(call):
@@ -293,7 +284,7 @@ class Dispatcher:
         """End a call without an answer; inferences get another chance."""
         batch = call.batch
         if batch is None or isinstance(error, CommandFailed):
-            self._fail(call, error)
+            call.fail(error)
             return
         now = time.monotonic()
         again = [
@@ -310,16 +301,6 @@ class Dispatcher:
         for each in batch.calls:
             if id(each) not in kept:
                 each.job.settle_error(error)
-
-    def _fail(self, call: Call, error: BaseException) -> None:
-        if call.batch is not None:
-            for each in call.batch.calls:
-                each.job.settle_error(error)
-        elif call.job is not None:
-            if isinstance(error, TrainingCancelled):
-                call.job.settle_cancelled()
-            else:
-                call.job.settle_error(error)
 
     # Servers.
 
@@ -501,18 +482,6 @@ class Dispatcher:
 
     def _fail_all(self, calls: list[Call], infer_calls: list[InferCall], error: MessengerError) -> None:
         for call in calls:
-            self._fail(call, error)
+            call.fail(error)
         for infer_call in infer_calls:
             infer_call.job.settle_error(error)
-
-
-def as_timeout(left_s: float) -> float:
-    """Return the timeout of a message: up to 0.1 s more, because the default timeout costs a message far less.
-
-    Any other one travels with it, and the server processes it apart.
-    """
-    return max(0.1, round(left_s + 0.05, 1))
-
-
-def _open_count(server: Server) -> int:
-    return len(server.open)

@@ -3,6 +3,7 @@
 Pure: no sockets, threads or clock. What must never happen here: a command with two outcomes.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ from messenger import Message
 
 from .batching import Batch
 from .calls import Convert
+from .errors import TrainingCancelled
 from .jobs import Job
 from .limits import BATCHES_PER_SERVER, HUNG_S, SILENT_S
 from .protocol import ServerHello
@@ -38,6 +40,17 @@ class Call(msgspec.Struct, eq=False, kw_only=True):
     batch: Batch | None = None
     message_id: int = 0
     server: "Server | None" = None
+
+    def fail(self, error: BaseException) -> None:
+        """End the job, or all of the batch, with an error; a training that was cancelled, as cancelled."""
+        if self.batch is not None:
+            for each in self.batch.calls:
+                each.job.settle_error(error)
+        elif self.job is not None:
+            if isinstance(error, TrainingCancelled):
+                self.job.settle_cancelled()
+            else:
+                self.job.settle_error(error)
 
 
 class Server(msgspec.Struct, eq=False, kw_only=True):
@@ -87,6 +100,28 @@ class Server(msgspec.Struct, eq=False, kw_only=True):
             return False
         self.batch_count -= call.batch is not None
         return True
+
+
+def find_taker(servers: Iterable[Server], now: float) -> Server | None:
+    """Return the server that has the fewest batches, if it takes one more."""
+    taker = None
+    for server in servers:
+        if (taker is None or server.batch_count < taker.batch_count) and server.takes_batch(now):
+            taker = server
+    return taker
+
+
+def count_open(server: Server) -> int:
+    """Return how many calls a server has."""
+    return len(server.open)
+
+
+def as_timeout(left_s: float) -> float:
+    """Return the timeout of a message: up to 0.1 s more, because the default timeout costs a message far less.
+
+    Any other one travels with it, and the server processes it apart.
+    """
+    return max(0.1, round(left_s + 0.05, 1))
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
