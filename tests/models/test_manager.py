@@ -8,7 +8,7 @@ import signal
 import statistics
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from messenger import CalledFromCallback, KeyPair, Security
+from messenger import CalledFromCallback, KeyPair, QueueFull, Security
 from messenger.models import (
     BadAnswer,
     CommandFailed,
@@ -33,7 +33,7 @@ from messenger.models import (
     TrainingDataInvalid,
 )
 from messenger.models.limits import CALL_TIMEOUT_S
-from messenger.models.peers import as_timeout
+from messenger.models.peers import Call, Server, as_timeout
 from messenger.models.protocol import decode_answer
 from tests.conftest import (
     TIMEOUT_S,
@@ -390,6 +390,75 @@ def test_a_training_that_waits_behind_another_is_cancelled_too(new_manager: NewM
     assert manager.cancel(first.id)
     wait_until(first.cancelled)
     assert not manager.cancel("nobody")
+
+
+class Pause:
+    """Stops whoever comes by, until `goes_on`."""
+
+    def __init__(self) -> None:
+        self.comes = threading.Event()
+        self.goes_on = threading.Event()
+
+    def __call__(self) -> None:
+        self.comes.set()
+        assert self.goes_on.wait(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("place", ["not queued", "taken, not sent", "sent, not noted"])
+def test_a_cancel_in_the_instant_of_the_sending_is_not_lost(
+    new_manager: NewManager, wine: Data, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """It overtook the command, so that the server knew of no such training, and the training went on to its end."""
+    manager = new_manager()
+    manager.wait_ready()
+    dispatcher, pause = manager._dispatcher, Pause()
+    submit, send_message = dispatcher.submit, dispatcher._messenger.send_message
+
+    def submit_slowly(call: Call, server: Server | None = None) -> None:
+        if call.cmd == "TRAIN" and place == "not queued":
+            pause()
+        submit(call, server)
+
+    def send_slowly(to: Any, contents: bytes, *arguments: Any, **options: Any) -> int:
+        is_it = b'"TRAIN"' in contents
+        if is_it and place == "taken, not sent":
+            pause()
+        message_id = send_message(to, contents, *arguments, **options)
+        if is_it and place == "sent, not noted":
+            pause()
+        return message_id
+
+    monkeypatch.setattr(dispatcher, "submit", submit_slowly)
+    monkeypatch.setattr(dispatcher._messenger, "send_message", send_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(manager.train, "wine", data=wine.path, job_id="mine", **ENDLESS)
+        assert pause.comes.wait(TIMEOUT_S)
+        assert manager.cancel("mine")
+        # What the cancel has sent by now the server has taken when it answers this.
+        assert manager.print_message("x").result(timeout=TIMEOUT_S)
+        pause.goes_on.set()
+        job = training.result(timeout=TIMEOUT_S)
+    wait_until(job.done)
+    assert job.cancelled()
+    assert manager.command("STATUS").result(timeout=TIMEOUT_S)["result"]["jobs"].get("mine") in (None, "CANCELLED")
+
+
+def test_a_cancelled_training_that_cannot_be_sent_is_cancelled(
+    new_manager: NewManager, wine: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager()
+    manager.wait_ready()
+    messenger = manager._dispatcher._messenger
+    send_message = messenger.send_message
+
+    def refuse(to: Any, contents: bytes, *arguments: Any, **options: Any) -> int:
+        if b'"TRAIN"' not in contents:
+            return send_message(to, contents, *arguments, **options)
+        assert manager.cancel("mine")
+        raise QueueFull("planted")
+
+    monkeypatch.setattr(messenger, "send_message", refuse)
+    assert manager.train("wine", data=wine.path, job_id="mine", **ENDLESS).cancelled()
 
 
 def test_a_cancel_and_an_end_at_once_have_one_outcome(new_manager: NewManager, folder: Path, wine: Data) -> None:

@@ -38,10 +38,11 @@ from .errors import (
     NoServer,
     Overloaded,
     ServerLost,
+    TrainingCancelled,
     error_of,
 )
-from .jobs import Progress
-from .limits import ATTEMPTS_MAX, HUNG_S, QUEUED_CALLS_MAX
+from .jobs import Job, Progress
+from .limits import ATTEMPTS_MAX, CALL_TIMEOUT_S, HUNG_S, QUEUED_CALLS_MAX
 from .peers import Call, Server, as_timeout, count_open, find_taker
 from .protocol import (
     CONNECTED,
@@ -99,7 +100,9 @@ class Dispatcher:
         error: ModelError | None = None
         with self.lock:
             self.counts["commands"] += 1
-            if self.stopped:
+            if call.is_given_up:
+                error = TrainingCancelled("the training was cancelled before a server took it")
+            elif self.stopped:
                 error = ManagerStopped(f"{call.cmd} is not sent: the manager is stopped")
             elif server is not None:
                 server.take(call)
@@ -151,13 +154,22 @@ class Dispatcher:
                 error = overloaded
         return error
 
-    def withdraw(self, call: Call) -> bool:
-        """Take a call back that no server has yet; return whether that was so."""
+    def give_up(self, call: Call) -> None:
+        """End a training: at once if no server has it, else by the server.
+
+        A server must not hear of the cancel before it hears of the training, or the cancel is lost. So while another
+        thread is about to queue or send the training, it is that thread that cancels it, when that is done.
+        """
         with self.lock:
-            if call in self.waiting:
+            call.is_given_up = True
+            is_waiting = call in self.waiting
+            if is_waiting:
                 self.waiting.remove(call)
-                return True
-        return False
+            server = call.server if call.message_id else None
+        if is_waiting:
+            call.fail(TrainingCancelled("the training was cancelled before a server took it"))
+        elif server is not None:
+            self.submit(make_cancel(call.job), server)
 
     def pump(self) -> None:
         """Give servers what waits for them."""
@@ -210,7 +222,7 @@ class Dispatcher:
                 if server.slot is None:
                     self._lose(server, "it was told to end")
                 return
-            call.message_id = self._messenger.send_message(
+            message_id = self._messenger.send_message(
                 server.address,
                 contents,
                 partial(self._on_answer, call),
@@ -218,14 +230,19 @@ class Dispatcher:
                 timeout=as_timeout(call.deadline_at - time.monotonic()),
             )
             with self.lock:
-                was_taken_away = id(call) not in server.open
+                call.message_id = message_id
+                was_taken_away, is_given_up = id(call) not in server.open, call.is_given_up
             if was_taken_away:
                 # The server was lost before there was an id to cancel. If it was answered, nothing happens.
-                self._messenger.cancel(call.message_id)
+                self._messenger.cancel(message_id)
+            elif is_given_up:
+                self.submit(make_cancel(call.job), server)
         except Exception as error:
             # Of any kind: what rows are made of is the caller's, and a call that stays here would never end.
             with self.lock:
                 server.let_go(call)
+                if call.is_given_up:
+                    error = TrainingCancelled(f"the training was cancelled, and could not be sent either: {error}")
             is_of_the_call = isinstance(error, MessageTooLarge) or not isinstance(error, MessengerError)
             if is_of_the_call and call.batch is not None and len(call.batch.calls) > 1:
                 self._send_apart(call.batch, server)
@@ -485,3 +502,14 @@ class Dispatcher:
             call.fail(error)
         for infer_call in infer_calls:
             infer_call.job.settle_error(error)
+
+
+def make_cancel(job: Job[Any] | None) -> Call:
+    """Return the command that ends a training. What a server answers is of no interest: the training tells its end."""
+    return Call(
+        cmd="CANCEL",
+        contents=encode(Command(cmd="CANCEL", data={"job": "" if job is None else job.id})),
+        deadline_at=time.monotonic() + CALL_TIMEOUT_S,
+        job=Job(),
+        convert=lambda answer: answer,
+    )

@@ -22,7 +22,7 @@ from messenger import Destination, Listener, Messenger
 from .batching import Batcher, InferCall
 from .calls import Convert, ModelCalls, OnProgress, as_rows, as_training
 from .desk import Desk
-from .dispatch import Dispatcher
+from .dispatch import Dispatcher, make_cancel
 from .errors import JobUnknown
 from .jobs import Inference, Job, Progress, Training
 from .limits import (
@@ -37,7 +37,7 @@ from .limits import (
     WATCHERS_MAX,
 )
 from .peers import Call, ManagerStatus, Server, ServerStatus
-from .protocol import Answer, Command, encode
+from .protocol import Command, encode
 from .store import Manifest, default_folder
 from .supervisor import Slot, SlotState, Supervisor
 
@@ -308,24 +308,14 @@ class ModelServerManager(ModelCalls):
 
     def _cancel_job(self, job: Job[Any]) -> bool:
         known = self._known.get(job.id)
-        call = known.call if known else None
-        if call is not None and self._dispatcher.withdraw(call):
-            return job.settle_cancelled()
-        server = call.server if call else None
-        contents = encode(Command(cmd="CANCEL", data={"job": job.id}))
-        asked: Job[Answer] = Job()
-        asking = Call(
-            cmd="CANCEL",
-            contents=contents,
-            deadline_at=time.monotonic() + CALL_TIMEOUT_S,
-            job=asked,
-            convert=lambda answer: answer,
-        )
-        if server is None:
-            self._call_all(asking, one_does=True)
-        else:
-            self._dispatcher.submit(asking, server)
-        return True
+        if known is None:
+            # It was found by its id, at one of the servers.
+            self._call_all(make_cancel(job), one_does=True)
+            return True
+        call = known.call
+        if call is not None:  # Else it has ended in this very moment.
+            self._dispatcher.give_up(call)
+        return call is not None
 
     # On the messenger's thread.
 

@@ -30,6 +30,7 @@ class Call(msgspec.Struct, eq=False, kw_only=True):
         batch: Of `infer`.
         message_id: Of the message, once it is sent.
         server: That has it, or none yet.
+        is_given_up: Whether its job was cancelled; whoever is about to queue or send it sees to its end.
     """
 
     cmd: str
@@ -40,6 +41,7 @@ class Call(msgspec.Struct, eq=False, kw_only=True):
     batch: Batch | None = None
     message_id: int = 0
     server: "Server | None" = None
+    is_given_up: bool = False
 
     def fail(self, error: BaseException) -> None:
         """End the job, or all of the batch, with an error; a training that was cancelled, as cancelled."""
