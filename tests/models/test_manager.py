@@ -35,6 +35,7 @@ from messenger.models import (
 from messenger.models.limits import CALL_TIMEOUT_S
 from messenger.models.peers import Call, Server, as_timeout
 from messenger.models.protocol import decode_answer
+from messenger.models.server import ModelServer
 from tests.conftest import (
     TIMEOUT_S,
     Inbox,
@@ -515,8 +516,6 @@ def test_a_new_manager_finds_the_jobs_of_servers_that_went_on(
     new_manager: NewManager, messenger: MessengerFactory, folder: Path, wine: Data, new_destination: Any
 ) -> None:
     """A server that was started by hand outlives its manager, says hello to the next, and still has its training."""
-    from messenger.models.server import ModelServer
-
     destination = new_destination("port")
     first = new_manager(destination, servers=0)
     server = ModelServer(messenger(), destination, folder=folder)
@@ -529,6 +528,30 @@ def test_a_new_manager_finds_the_jobs_of_servers_that_went_on(
         assert second.print_message("x").result(TIMEOUT_S) == "MODEL_REPLY_x"
         assert second.command("CANCEL", {"job": job.id}).result(TIMEOUT_S)["result"] is True
         wait_until(found.cancelled)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+def test_a_client_cancels_a_training_that_its_manager_does_not_know(
+    new_manager: NewManager, messenger: MessengerFactory, folder: Path, wine: Data, new_destination: Any, by_id: bool
+) -> None:
+    """It was told that the training ends, and nobody told the server."""
+    destination = new_destination("port")
+    first = new_manager(destination, servers=0)
+    server = ModelServer(messenger(), destination, folder=folder)
+    try:
+        job = wait_progress(first, "wine", wine)
+        first.stop()
+        manager = new_manager(destination, servers=0)
+        client = ModelClient(messenger(), destination)
+        assert not client.cancel("nobody")  # Also while no server is there.
+        found = client.job(job.id)
+        manager.wait_ready()
+        assert client.cancel(job.id) if by_id else found.cancel()
+        wait_until(found.cancelled)
+        assert not client.cancel(job.id)
+        assert not client.cancel("nobody")
     finally:
         server.close()
 

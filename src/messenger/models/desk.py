@@ -84,7 +84,7 @@ class Desk:
             elif command.cmd == "STATUS":
                 self._answer(message, msgspec.to_builtins(self._manager.status()))
             elif command.cmd == "CANCEL":
-                self._answer(message, self._manager.cancel(command.data_as(OfJob).job))
+                self._answer_when_done(message, self._manager.cancel_for_client(command.data_as(OfJob).job))
             elif command.cmd == "QUIT":
                 raise CommandFailed("a client cannot end servers: stop the manager")
             elif handler := self._handlers.get(command.cmd):

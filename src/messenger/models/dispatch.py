@@ -169,7 +169,11 @@ class Dispatcher:
         if is_waiting:
             call.fail(TrainingCancelled("the training was cancelled before a server took it"))
         elif server is not None:
-            self.submit(make_cancel(call.job), server)
+            self._cancel_at(server, call)
+
+    def _cancel_at(self, server: Server, call: Call) -> None:
+        if call.job is not None:
+            self.submit(make_cancel(call.job.id), server)
 
     def pump(self) -> None:
         """Give servers what waits for them."""
@@ -236,7 +240,7 @@ class Dispatcher:
                 # The server was lost before there was an id to cancel. If it was answered, nothing happens.
                 self._messenger.cancel(message_id)
             elif is_given_up:
-                self.submit(make_cancel(call.job), server)
+                self._cancel_at(server, call)
         except Exception as error:
             # Of any kind: what rows are made of is the caller's, and a call that stays here would never end.
             with self.lock:
@@ -504,12 +508,12 @@ class Dispatcher:
             infer_call.job.settle_error(error)
 
 
-def make_cancel(job: Job[Any] | None) -> Call:
-    """Return the command that ends a training. What a server answers is of no interest: the training tells its end."""
+def make_cancel(job_id: str, asked: Job[Any] | None = None) -> Call:
+    """Return the command that ends a training; `asked` gets the answer, for who needs more than the training's end."""
     return Call(
         cmd="CANCEL",
-        contents=encode(Command(cmd="CANCEL", data={"job": "" if job is None else job.id})),
+        contents=encode(Command(cmd="CANCEL", data={"job": job_id})),
         deadline_at=time.monotonic() + CALL_TIMEOUT_S,
-        job=Job(),
+        job=Job() if asked is None else asked,
         convert=lambda answer: answer,
     )

@@ -37,7 +37,7 @@ from .limits import (
     WATCHERS_MAX,
 )
 from .peers import Call, ManagerStatus, Server, ServerStatus
-from .protocol import Command, encode
+from .protocol import Answer, Command, encode
 from .store import Manifest, default_folder
 from .supervisor import Slot, SlotState, Supervisor
 
@@ -189,6 +189,32 @@ class ModelServerManager(ModelCalls):
             return known is not None and known.job.cancel()
         return job.cancel()
 
+    def cancel_for_client(self, job_id: str) -> Job[bool]:
+        """Cancel a training by its id, at whichever server has it if it is not of this manager; for `Desk`.
+
+        Returns:
+            A job whose result is whether the training had not ended yet.
+        """
+        ended: Job[bool] = Job()
+        if job_id in self._known or not self.is_ready:
+            ended.settle(self.cancel(job_id))
+            return ended
+
+        def on_answer(asked: Any) -> None:
+            error = None if asked.cancelled() else asked.exception()
+            if error is None:
+                # As cancelled it ends if that is what the server calls its answer.
+                ended.settle(asked.cancelled() or bool(asked.result().result))
+            elif isinstance(error, JobUnknown):
+                ended.settle(False)
+            else:
+                ended.settle_error(error)
+
+        asked: Job[Answer] = Job()
+        asked.add_done_callback(on_answer)
+        self._call_all(make_cancel(job_id, asked), one_does=True)
+        return ended
+
     def stop(self, timeout: float = STOP_S) -> None:
         """End the servers that it has started, kill those that do not end in time, and listen no more. Twice is fine.
 
@@ -310,7 +336,7 @@ class ModelServerManager(ModelCalls):
         known = self._known.get(job.id)
         if known is None:
             # It was found by its id, at one of the servers.
-            self._call_all(make_cancel(job), one_does=True)
+            self._call_all(make_cancel(job.id), one_does=True)
             return True
         call = known.call
         if call is not None:  # Else it has ended in this very moment.
