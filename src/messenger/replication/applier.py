@@ -13,6 +13,7 @@ passed over.
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from . import database
+from . import copies, database
 from .check import pin
 from .errors import DatabaseRefused
 from .guards import drop_guards, guard_conflicts
@@ -91,6 +92,8 @@ class Applier:
     def __init__(self, path: str, limits: ReplicationLimits) -> None:
         self.path = path
         self.database = ""
+        # The id of the file, which it keeps from its first snapshot on.
+        self.copy = secrets.token_hex(16)
         self.head = Head(0, 0, b"")
         self.durable_lsn = 0
         self.diverged: Divergence | None = None
@@ -130,6 +133,7 @@ class Applier:
         connection.config(apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0)
         connection.pragma("foreign_keys", False)
         state = database.read_state(connection)
+        self.copy = copies.keep_copy(connection, self.copy)
         self._log = Log(connection, self._limits)
         self._wal = database.WalSync(self.path)
         self._tables = None
@@ -476,7 +480,7 @@ class Applier:
             database.read_state(copy)  # Raises if it is no such file.
             with database.transaction(copy):
                 database.write_state(copy, role=database.REPLICA, diverged="")
-                copy.execute("DELETE FROM _messenger_replicas")
+                copies.begin_copy(copy, self.copy)
         finally:
             copy.close(force=True)
 

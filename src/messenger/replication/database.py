@@ -1,6 +1,6 @@
 """One SQLite file and what replication keeps in it: who it is, the log, the terms.
 
-Four tables of our own, `_messenger_…`, stand in the user's file, because only what is written in the same transaction
+Five tables of our own, `_messenger_…`, stand in the user's file, because only what is written in the same transaction
 as the change is there exactly if the change is. The file is in WAL mode with `synchronous=NORMAL`: a commit appends to
 the WAL and does not wait for the disk. `WalSync` then makes what was committed durable, one `fdatasync` for all that
 wait; SQLite itself syncs the WAL before a checkpoint moves it into the database file. So what was committed before an
@@ -44,6 +44,7 @@ CREATE TABLE IF NOT EXISTS _messenger_terms (
 CREATE TABLE IF NOT EXISTS _messenger_replicas (
     name TEXT PRIMARY KEY, applied INTEGER NOT NULL, contact_at REAL NOT NULL, diverged TEXT NOT NULL DEFAULT '')
     WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _messenger_copies (replica TEXT UNIQUE, copy TEXT NOT NULL);
 """
 FORMAT = 1
 
@@ -112,6 +113,12 @@ def roll_back(connection: apsw.Connection) -> None:
 def has_own_tables(connection: apsw.Connection) -> bool:
     """Return whether replication has used this file before."""
     return bool(connection.execute("SELECT 1 FROM sqlite_schema WHERE name = '_messenger_state'").fetchall())
+
+
+def add_own_tables(connection: apsw.Connection) -> None:
+    """Add those of our tables that a file of an earlier version has not."""
+    if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = '_messenger_copies'").fetchall():
+        connection.execute(_TABLES)
 
 
 def create_own_tables(connection: apsw.Connection, database: str, role: str) -> None:

@@ -58,6 +58,8 @@ class Peer:
         self.echo_s = 0.0
         self.snapshot_bytes = self.snapshot_bytes_total = 0
         self.diverged = ""
+        # The id of its file, if it said one.
+        self.copy = ""
         self.feed: Feed | None = None
         # What was sent and is not applied: LSNs, and the bytes sent up to there since the join.
         self.under_way: deque[tuple[int, int]] = deque()

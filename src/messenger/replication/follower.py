@@ -214,8 +214,8 @@ class Follower:
             self._received = head.lsn
             self._is_replacing = False
             database = "" if self._wants_snapshot else self.applier.database
-        join = Join(stream, PROTOCOL_VERSION, self._name, database, head.term, head.lsn, head.checksum)
-        message.reply(encode(join))
+        place = head.term, head.lsn, head.checksum
+        message.reply(encode(Join(stream, PROTOCOL_VERSION, self._name, database, *place, self.applier.copy)))
 
     def _connect(self) -> Connection:
         destination = self._places.current

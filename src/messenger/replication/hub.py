@@ -19,6 +19,7 @@ from messenger import CalledFromCallback, Destination, Message, Messenger, Messe
 
 from .check import PrimaryCheck
 from .confirm import Confirmations, Level, Waiter
+from .copies import Known
 from .feed import CATCHING_UP, DIVERGED, DOWN, STREAMING, Feed, Peer
 from .limits import BEAT_S, COMMIT_SAMPLE_S, COMMIT_SAMPLES, ReplicationLimits
 from .records import (
@@ -74,7 +75,7 @@ class Hub:
         path: str,
         database: str,
         head: Head,
-        known: Iterable[tuple[str, int, float, str]],
+        known: Iterable[Known],
         age_of: Callable[[int], float | None],
         limits: ReplicationLimits,
         on_claim: Callable[[Claim], Claim | None],
@@ -89,15 +90,17 @@ class Hub:
         self.snapshot_count = 0
         self.snapshot_lock = threading.Lock()
         self.malformed_count = 0
+        # In the order in which they joined last.
         self.peers: dict[str, Peer] = {}
         commits = [(0, time.monotonic())]
-        for name, applied, _, diverged in sorted(known, key=lambda replica: replica[1]):
-            peer = self.peers[name] = Peer(name)
-            peer.begin(min(applied, head.lsn))
-            peer.diverged = diverged
-            peer.state = DIVERGED if diverged else DOWN
-            if (age_s := age_of(applied)) is not None:
-                commits.append((applied + 1, time.monotonic() - age_s))
+        for each in sorted(known, key=lambda replica: replica.applied):
+            peer = self.peers[each.name] = Peer(each.name)
+            peer.begin(min(each.applied, head.lsn))
+            peer.diverged, peer.copy = each.diverged, each.copy
+            peer.state = DIVERGED if each.diverged else DOWN
+            if (age_s := age_of(each.applied)) is not None:
+                commits.append((each.applied + 1, time.monotonic() - age_s))
+        self._note_peers()
         # When which LSN was committed, a sample now and then.
         self._commits: deque[tuple[int, float]] = deque(commits, maxlen=COMMIT_SAMPLES)
         self.check: PrimaryCheck | None = None
@@ -199,13 +202,13 @@ class Hub:
         with self.lock:
             if lsn > self.confirmations.durable_lsn:
                 self.confirmations.durable_lsn = lsn
-                self.confirmations.settle(self.peers.values())
+                self.confirmations.settle(self._counted)
 
     def wait_for(self, waiter: Waiter, level: Level, count: int) -> None:
         """Let a transaction wait that was committed earlier."""
         with self.lock:
             self.confirmations.add_earlier(waiter, level, count)
-            self.confirmations.settle(self.peers.values())
+            self.confirmations.settle(self._counted)
 
     def take_answers(self, waiter: Waiter, count: int, deadline_at: float) -> None:
         """Take the answers that a transaction waits for off the network in this thread: no other need be woken.
@@ -227,13 +230,19 @@ class Hub:
         with self.lock:
             return tuple(self._status_of(peer, now) for _, peer in sorted(self.peers.items()))
 
-    def kept_replicas(self) -> list[tuple[str, int, float, str]]:
+    def kept_replicas(self) -> list[Known]:
         """Return what is to be remembered of each replica."""
         ago = time.time() - time.monotonic()
         with self.lock:
             self.must_keep = False
             return [
-                (peer.name, peer.durable, 0.0 if peer.contact_at is None else ago + peer.contact_at, peer.diverged)
+                Known(
+                    name=peer.name,
+                    applied=peer.durable,
+                    contact_at=0.0 if peer.contact_at is None else ago + peer.contact_at,
+                    diverged=peer.diverged,
+                    copy=peer.copy,
+                )
                 for peer in self.peers.values()
             ]
 
@@ -314,7 +323,7 @@ class Hub:
                 peer.contact_at = time.monotonic()
                 peer.echo_s = ack.at_s
                 peer.note_positions(ack.received, ack.durable, ack.applied)
-                self.confirmations.settle(self.peers.values())
+                self.confirmations.settle(self._counted)
                 if peer.state is not STREAMING and peer.feed is not None:
                     peer.feed.news.set()
                 elif peer.pending and not peer.is_busy:
@@ -414,7 +423,11 @@ class Hub:
 
     def _begin_feed(self, join: Join, message: Message) -> None:
         """Serve a replica anew. Called with the lock held."""
-        peer = self.peers.setdefault(join.name, Peer(join.name))
+        peer = self.peers.pop(join.name, Peer(join.name))
+        self.peers[join.name] = peer
+        peer.copy = join.copy
+        self._forget_former(peer)
+        self._note_peers()
         old = peer.feed
         if old is not None:
             self._by_stream.pop(old.stream, None)
@@ -427,6 +440,25 @@ class Hub:
         self._by_stream[join.stream] = peer
         self.must_keep = True
         peer.feed = Feed(self, peer, join, message)
+
+    def _forget_former(self, peer: Peer) -> None:
+        """Forget the replica that a file was before it came under another name: what it had, it has but once."""
+        for other in list(self.peers.values()):
+            if other is peer or not peer.copy or other.copy != peer.copy:
+                continue
+            if other.feed is None:
+                del self.peers[other.name]
+                logger.info("= replica %s has become %s: it is the same file", other.name, peer.name)
+            else:
+                logger.warning(
+                    "! replica %s is of the same file as %s, which is not known to be gone: together they confirm what "
+                    "one does; if somebody made one file of the other, remove one, and it takes a snapshot",
+                    *(peer.name, other.name),
+                )
+
+    def _note_peers(self) -> None:
+        """Find out which replicas confirm anything: of those of one file the one that joined last."""
+        self._counted = list({peer.copy or (peer.name,): peer for peer in self.peers.values()}.values())
 
     def _refusal(self, join: Join, sender: str) -> str:
         if join.version != PROTOCOL_VERSION:
@@ -442,6 +474,7 @@ class Hub:
                     return f"{len(self.peers)} replicas are there, that is replicas_max"
                 # One that came under another name each time must not keep the others out.
                 del self.peers[min(gone, key=lambda peer: peer.contact_at or 0.0).name]
+                self._note_peers()
         return ""
 
     def handle_down(self, feed: Feed, why: str) -> None:
@@ -457,6 +490,9 @@ class Hub:
                 peer.state = DOWN
             peer.received = peer.durable
             peer.snapshot_bytes = peer.snapshot_bytes_total = 0
+            if any(other.copy == peer.copy != "" and other.feed is not None for other in self.peers.values()):
+                del self.peers[peer.name]
+                self._note_peers()
             is_news = not self.is_closed
         if is_news:
             logger.warning("= replica %s is %s: %s", peer.name, peer.state, why or "its feed ended")

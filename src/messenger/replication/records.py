@@ -123,7 +123,10 @@ class Hello(msgspec.Struct, array_like=True, frozen=True, tag="hello"):
 
 
 class Join(msgspec.Struct, array_like=True, frozen=True, tag="join"):
-    """Replica: send me what follows this position. An empty `database` means that there is none yet."""
+    """Replica: send me what follows this position. An empty `database` means that there is none yet.
+
+    `copy` is the id of the replica's file, whatever its name; one of an earlier version sends none.
+    """
 
     stream: int
     version: int
@@ -132,6 +135,7 @@ class Join(msgspec.Struct, array_like=True, frozen=True, tag="join"):
     term: int
     lsn: int
     checksum: bytes
+    copy: str = ""
 
 
 class Welcome(msgspec.Struct, array_like=True, frozen=True, tag="welcome"):

@@ -20,7 +20,7 @@ import apsw
 
 from messenger import interrupts
 
-from . import database
+from . import copies, database
 from .capture import Capture, Schema, check_open, check_setting
 from .confirm import Level, Waiter
 from .errors import DatabaseRefused, DiskFailed, Fenced, StatementRefused, WriterBusy
@@ -109,6 +109,7 @@ class Writer:
             if not database.has_own_tables(connection):
                 with database.transaction(connection):
                     database.create_own_tables(connection, secrets.token_hex(16), database.PRIMARY)
+            database.add_own_tables(connection)
             self.state = database.read_state(connection)
             if self.state.role != database.PRIMARY and not promote:
                 raise DatabaseRefused(f"{path} is a replica's; promote it to make it a primary")
@@ -237,16 +238,14 @@ class Writer:
         """Undo the transaction."""
         database.roll_back(self.connection)
 
-    def keep_replicas(self, replicas: Sequence[tuple[str, int, float, str]]) -> None:
-        """Remember the replicas: names, applied LSNs, times of the last contact, and why they have diverged."""
+    def keep_replicas(self, replicas: Sequence[copies.Known]) -> None:
+        """Remember the replicas."""
         with database.transaction(self.connection):
-            self.connection.execute("DELETE FROM _messenger_replicas")
-            self.connection.executemany("INSERT INTO _messenger_replicas VALUES (?, ?, ?, ?)", replicas)
+            copies.remember_replicas(self.connection, replicas)
 
-    def known_replicas(self) -> list[tuple[str, int, float, str]]:
+    def known_replicas(self) -> list[copies.Known]:
         """Return what `keep_replicas` remembered."""
-        rows: list[Any] = self.connection.execute("SELECT * FROM _messenger_replicas").fetchall()
-        return rows
+        return copies.known_replicas(self.connection)
 
     def trim(self) -> None:
         """Forget the oldest entries, if there are too many."""
@@ -265,7 +264,7 @@ class Writer:
                 begin_term(self.connection, entry)
                 self.log.append([entry])
                 database.write_state(self.connection, role=database.PRIMARY, fenced_term=0, fenced_by="[]")
-                self.connection.execute("DELETE FROM _messenger_replicas")
+                copies.forget_replicas(self.connection)
             self.log.note_committed([entry])
             self.term, self.term_checksum = term, entry.checksum
 
