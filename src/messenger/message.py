@@ -105,7 +105,9 @@ class Message(msgspec.Struct, eq=False):
         """Answer this message, on the link that it came by; takes and returns what `send_message` does.
 
         The first answer is the response. A second one is sent too, but the sender waits no more: it is dropped there
-        and counted as `late_response`, and runs nothing but an SLC of the connection that the message was sent on.
+        and counted as `late_response`, and runs nothing but the callback of the connection that the message was sent
+        on. To a sender that wants no response (`source_callback_id` is 0) an answer is a message of its own, which
+        runs that callback.
 
         With `more=True`, more parts of the response follow, and the last is a `reply` without; the sender reads them
         with `stream`. A part waits for room, at most `timeout` seconds, while the reader has not taken what was sent

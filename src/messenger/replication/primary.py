@@ -71,7 +71,7 @@ class Primary:
         commit: The level that a commit waits for: `local` (on this disk), `received` (in a replica's memory),
             `durable` (on its disk too), `applied` (readable there too). Each includes those before it.
         acknowledgements: How many replicas must confirm it, 1 to 64.
-        timeout: Seconds, > 0, that a commit waits for them.
+        timeout: Seconds, > 0, that a commit waits for other transactions, and then for the replicas.
         check_every: Seconds, > 0, between two checks of the content of all replicas (`check`); by default none are made
             but those that you ask for.
         others: Other places where a primary of this database may be. They are asked first, for up to a second, and
