@@ -1,6 +1,6 @@
 """What is rare, in blocks of DATA frames: options of single messages, and controls. MessagePack, by msgspec.
 
-Source: docs/protocol.md, "Options" and "Controls".
+Source: docs/protocol.md, "Session dialect" and "Controls".
 """
 
 from collections.abc import Sequence

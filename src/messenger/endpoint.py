@@ -486,7 +486,7 @@ class Endpoints:
 
     def _check_count(self, kind: type, name: str, limit: int) -> None:
         if self.count(kind) >= limit:
-            raise LimitReached(f"{limit} are open, that is {name}")
+            raise LimitReached(f"{limit} {kind.__name__.lower()}s are open, that is {name}")
 
     def _check_exposed(self, destination: Destination) -> None:
         security = self._security

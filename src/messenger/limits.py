@@ -95,7 +95,7 @@ POLL_S = 0.01
 SPIN_S = 0.0003
 # A close waits so long for what was queued to leave the process.
 CLOSE_TIMEOUT_S = 1.0
-# And so much longer for a callback that runs when its time is over; others may run as long as they like.
+# And so much longer for a callback that still runs when its time is over.
 HELD_UP_S = 0.1
 # Descriptors and sockets of all messengers of a process; ZeroMQ's own default of 1,023 is too small for 1,000 peers.
 SOCKETS_MAX = 65_535
@@ -157,7 +157,8 @@ SELF_TEST_S = 5.0
 RELOAD_LOCK_S = 0.02
 # A connection that was refused tries again so much later, since the list may have changed.
 RETRY_S = 1.0
-# A process that ends closes all that it has; so long after a link of it, it is looked at whether anybody listens there.
+# A process that ends closes one socket after the other; so long after a link of it broke, it is looked whether anybody
+# still listens there.
 DESERTED_S = 0.1
 # A server that has another key than the one we know just hangs up; after so many times in a row, and so long, that
 # counts as refused.
