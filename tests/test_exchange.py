@@ -1744,7 +1744,7 @@ def test_a_second_living_process_learns_that_its_identity_is_in_use() -> None:
     world.run(1.0)
     assert outcomes(world.client.take()) == {message_id: IdentityInUse}
     assert isinstance(waiter.error, IdentityInUse)
-    assert "another living process is 'client' here" in str(waiter.error)
+    assert "another living messenger is 'client' here" in str(waiter.error)
     assert [type(error) for error in world.client.unheard] == [NotDelivered]
     assert world.client.dropped()["refused"] >= 1
     assert world.server.dropped()["identity_in_use"] >= 1

@@ -855,7 +855,7 @@ def test_a_second_living_process_is_refused_and_the_first_is_still_served() -> N
     assert decode_header(listening.link.sent[-1][1][0]).source_incarnation == incarnation
     reason, text = listening.take_refusal()
     assert reason is Reason.IDENTITY_IN_USE
-    assert text == "another living process is 'client' here; take another identity"
+    assert text == "another living messenger is 'client' here; take another identity"
     assert listening.owner.dropped == {"identity_in_use": 1}
     assert set(listening.handshake.sessions) == {first}
     assert listening.owner.take() == []

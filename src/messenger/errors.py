@@ -77,7 +77,7 @@ class OutcomeUnknown(DeliveryError):
 
 
 class IdentityInUse(NotDelivered):
-    """Another living process has this messenger's identity at the receiver. The message did not run."""
+    """Another living messenger, here or in another process, has our identity there. The message did not run."""
 
 
 class NoHandler(NotDelivered):

@@ -360,7 +360,7 @@ class Handshake:
         others = [s for s in self._by_identity.get(hello.identity, ()) if s.process != hello.process]
         if any(other.is_reachable() for other in others):
             self._owner.drop("identity_in_use")
-            text = f"another living process is {decode_identity(hello.identity)!r} here; take another identity"
+            text = f"another living messenger is {decode_identity(hello.identity)!r} here; take another identity"
             link.send_frames(
                 routing_id, [encode_refusal(peer_incarnation, Reason.IDENTITY_IN_USE, text, challenged.incarnation)]
             )
