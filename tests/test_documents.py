@@ -7,6 +7,7 @@ output.
 
 import contextlib
 import functools
+import inspect
 import itertools
 import os
 import re
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from messenger import Limits
+from messenger import Limits, Messenger
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if path.exists()]
@@ -310,6 +311,17 @@ def test_every_limit_is_listed() -> None:
     limits = Limits()
     for name in Limits.__struct_fields__:
         assert f"| `{name}` | {getattr(limits, name):,} |" in OPERATIONS, name
+
+
+def test_every_call_is_listed() -> None:
+    section = (ROOT / "docs/services.md").read_text("utf-8").partition("## The calls")[2].partition("\n\n`to`")[0]
+    calls = re.findall(r"`(\w+)\(([^`]*)\)`", section)
+    listed = {
+        name: [word.partition("=")[0] for word in words.split(", ") if word not in ("", "*")] for name, words in calls
+    }
+    public = {name: value for name, value in inspect.getmembers(Messenger, callable) if not name.startswith("_")}
+    signatures = {name: inspect.signature(call) for name, call in (public | {"Messenger": Messenger.__init__}).items()}
+    assert listed == {name: list(signature.parameters)[1:] for name, signature in signatures.items()}
 
 
 def test_every_kind_of_drop_is_listed() -> None:

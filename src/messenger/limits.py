@@ -1,7 +1,8 @@
 """Every limit, with its unit and its reason, in one place.
 
 `Limits` are a messenger's own and can be given to it. The constants below it are the same for all, because both ends
-must agree on them or because no user has a reason to change them.
+must agree on them or because no user has a reason to change them. What bounds nothing that a peer or a user can see,
+such as how often a module looks again, stands in that module.
 """
 
 import msgspec
