@@ -76,6 +76,8 @@ NEWS_PAUSE_S = 0.02
 # Characters of what a callback raised there, its text and its name, in our exceptions and log.
 ERROR_TEXT_MAX = 2_000
 ERROR_NAME_MAX = 200
+# Response types whose decoders are kept, two of each.
+CODECS_MAX = 256
 # A peer may send a message of a million frames, which takes seconds to drop; a turn drops at most so many.
 TURN_DROPPED_FRAMES_MAX = 500
 # The two callback ids and their dashes in front of the contents: 2 x 20 digits + 2.
@@ -204,3 +206,5 @@ HELLO_S_MAX = 2.0
 CHALLENGES_PER_IDENTITY_MAX = 4
 CHALLENGES_MAX = 1_024
 CHALLENGE_S = 10.0
+# What is read of the text with which a session is refused.
+REFUSAL_BYTES_MAX = 1_000

@@ -18,6 +18,7 @@ import msgspec
 import msgspec.inspect
 
 from .errors import ContentsInvalid
+from .limits import CODECS_MAX
 from .message import Message
 
 T = TypeVar("T")
@@ -26,8 +27,6 @@ Encoding = Literal["msgpack", "json"]
 # Text that is not UTF-8 and lists in lists come out of the decoders as the last two.
 _DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _MSGPACK_MIN: Final = 0x80
-# Of response types; each has two decoders.
-CODECS_MAX = 256
 
 
 def encode(value: object, encoding: Encoding = "msgpack") -> bytes:

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 from .blocks import CONTROLS, COUNT_MAX, OPTIONS, Control, Option, decode_block, encode_block
 from .errors import MalformedMessage
+from .limits import REFUSAL_BYTES_MAX
 
 # What contents may be; all of these are bytes-like.
 Buffer = bytes | bytearray | memoryview
@@ -151,7 +152,6 @@ class Reason(IntEnum):
 
 # In place of the milliseconds that a message has left.
 NO_DEADLINE_MS = 2**32 - 1
-REFUSAL_BYTES_MAX = 1_000
 
 
 class Header(NamedTuple):
