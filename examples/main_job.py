@@ -171,7 +171,7 @@ def report(
             "replicas that equal the primary",
             f"{sum(each.is_equal for each in comparisons.values())} of {len(REPLICAS)}",
         ),
-        ("trainings", f"1, accuracy {accuracy:.1%} on digits of its own choice"),
+        ("trainings", f"1, accuracy {accuracy:.1%} on rows it held back"),
         ("inferences, stored", f"{len(predictions):,}, {stored_count:,}"),
         ("digits recognised of those held back", f"{right_count / max(stored_count, 1):.1%}"),
         ("inference p50, p99", f"{cuts[49] * 1e3:.2f} ms, {cuts[98] * 1e3:.2f} ms"),
