@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from messenger.cli import main
+from messenger import interrupts
+from messenger.cli import main, terminal
 from messenger.cli.sql import decode_lines, split_statements
-from tests.conftest import free_port
+from tests.conftest import free_port, wait_until
 
 COMMAND = [sys.executable, "-m", "messenger", "replication"]
 TIMEOUT_S = 20.0
@@ -84,6 +86,13 @@ def end(process: Running, number: int = signal.SIGTERM) -> tuple[int, str, str]:
     return process.returncode, out.decode(), err.decode()
 
 
+def end_idle(process: Running, number: int = signal.SIGTERM) -> tuple[int, str, str]:
+    """Ends it when it waits for input: a row is there before its statement has ended."""
+    waits_for = Path(f"/proc/{process.pid}/syscall")
+    wait_until(lambda: waits_for.read_text().startswith("0 0x0 "))
+    return end(process, number)
+
+
 def start_pair(start: Start, port: int, *options: object) -> tuple[Running, Running]:
     primary = start("primary", "shop.db", "--at", port, *options)
     read_errors(primary, "is the primary of shop.db")
@@ -103,7 +112,7 @@ def test_row_appears_at_the_replica(start: Start) -> None:
     write_line(replica, "SELECT * FROM orders;")
     assert [read_line(replica), read_line(replica)] == ["1|Dune", "2|a;b"]
     for process in (replica, primary):
-        status, out, err = end(process)
+        status, out, err = end_idle(process)
         assert (status, out) == (0, "")
         # A primary tells that the replica has gone, and nobody tells more.
         assert re.fullmatch(r"(messenger: replica replica1 is down: [^\n]+\n)?", err)
@@ -277,9 +286,35 @@ def test_ctrl_c_rolls_back_what_is_open(start: Start, run: Run) -> None:
     write_line(primary, ORDERS)
     write_line(primary, "BEGIN; ROLLBACK; BEGIN; INSERT INTO orders (book) VALUES ('x'); SELECT 'open';")
     assert read_line(primary) == "open"
+    waits_for_input = Path(f"/proc/{primary.pid}/syscall")
+    wait_until(
+        lambda: waits_for_input.read_text().startswith("0 0x0 ")
+    )  # The row was there before its statement ended.
     status, _, err = end(primary, signal.SIGINT)
     assert status == 0
     assert "the transaction that was still open is rolled back" in err
+
+
+def test_a_signal_waits_until_the_library_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that came while a commit took from its queue left a traceback; that it waits delays the end no more."""
+    handlers: dict[int, Any] = {}
+    alarms: list[int] = []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", lambda number: handlers.get(number, signal.SIG_DFL))
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    monkeypatch.setattr(interrupts, "_send_again", lambda: None)
+
+    @interrupts.shields
+    def commit() -> str:
+        terminal._interrupt(signal.SIGTERM, sys._getframe())
+        return "whole"
+
+    assert commit() == "whole"
+    assert interrupts.take()
+    with pytest.raises(KeyboardInterrupt):
+        terminal._interrupt(signal.SIGINT, sys._getframe())
+    assert alarms == [terminal.END_S_MAX]
+    assert {signal.SIGINT, signal.SIGTERM} < set(handlers)
 
 
 def test_ctrl_c_ends_a_statement_that_would_take_for_ever(start: Start) -> None:

@@ -58,7 +58,7 @@ CORE = {
     "tasks",
 }
 COMPONENTS = {"replication", "models"}
-# What a component may use that `messenger` does not export: marks of what a Ctrl-C must not cut in two.
+# What others may use that `messenger` does not export: marks of what a Ctrl-C must not cut in two, and its handler.
 SHARED = {"interrupts"}
 SURFACES = {"cli", "dashboard"}
 
@@ -138,7 +138,7 @@ def layers(module: Module) -> Iterator[Finding]:
         public = (target not in ORDER or target in SHARED) and len(name) <= 2
         if own in COMPONENTS and not public:
             yield Finding(line, f"{own} imports {dotted}, but a component uses only what `messenger` itself exports")
-        elif own in SURFACES and target in CORE:
+        elif own in SURFACES and target in CORE and not public:
             yield Finding(line, f"{own} imports {dotted}, but nothing reaches inside the core")
         elif own in COMPONENTS | SURFACES and public:
             continue

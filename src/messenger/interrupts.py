@@ -8,7 +8,8 @@ A callback that the main thread runs for the core (`Messenger.wait`) belongs to 
 as ever.
 
 It takes the place of Python's own handler only, when the first messenger starts in the main thread, and stays. A
-handler of the user's is left alone; if that raises, it may tear a messenger that is just sending.
+handler of the user's is left alone; if that raises, it may tear a messenger that is just sending, unless it does so by
+`handle`.
 
 What must never happen here: a signal that is lost, or raised twice; a lock that is taken (the main thread may hold it).
 """
@@ -58,10 +59,11 @@ def install() -> None:
     """Take the place of Python's own handler, if this is the main thread and no other handler is there."""
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _handle)
+        signal.signal(signal.SIGINT, handle)
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
+def handle(number: int, frame: FrameType | None) -> None:
+    """Raise `KeyboardInterrupt`, now or as soon as the core is whole; then SIGINT is sent again, for its handler."""
     if not _is_inside(frame):
         signal.default_int_handler(number, frame)
     if not _deferred:

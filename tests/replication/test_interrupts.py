@@ -48,7 +48,7 @@ class CtrlC:
         if event == "opcode":
             self.count += 1
             if self.count == self.number:
-                interrupts._handle(signal.SIGINT, frame)
+                interrupts.handle(signal.SIGINT, frame)
         return self._trace
 
 

@@ -122,20 +122,33 @@ class Shell:
         self._as_json = as_json
         self._open = contextlib.ExitStack()
         self._tx: Transaction | None = None
+        self._waits = False  # For input, so all that has come was run.
 
     def run(self) -> int:
         """Run all; return the exit status. On a terminal an error is told and the next statement read, else it ends."""
         try:
-            for statement in split_statements(_read_lines()):
+            for statement in split_statements(self._read()):
                 status = self._run_one(statement)
                 if status and (status == INTERRUPTED or not is_terminal()):
                     return status
             return 0
+        except KeyboardInterrupt:
+            if self._waits:
+                raise
+            complain("interrupted between two statements")
+            return INTERRUPTED
         finally:
             if self._tx is not None:
                 # Nothing of a transaction that is still open counts.
                 self._roll_back()
                 complain("the transaction that was still open is rolled back")
+
+    def _read(self) -> Iterator[str]:
+        self._waits = True
+        for line in _read_lines():
+            self._waits = False
+            yield line
+            self._waits = True
 
     def _run_one(self, statement: Statement) -> int:
         where = "" if is_terminal() else f"line {statement.line}: "

@@ -3,8 +3,9 @@
 What must never happen here: bytes of a peer that reach a terminal as control sequences; a traceback because of a
 signal or a closed pipe.
 
-How a command ends. The first SIGINT (for some also SIGTERM) raises `KeyboardInterrupt` in the main thread, which waits
-on a queue of its own, not inside the library. Later signals are ignored, and `END_S_MAX` later the process is gone.
+How a command ends. The first SIGINT (for some also SIGTERM) raises `KeyboardInterrupt` in the main thread, as soon as
+the library is whole; where a command waits, that is at once. Later signals are ignored, and `END_S_MAX` later the
+process is gone.
 Python runs no handler while SQLite runs a statement, so commands that run SQL also have `end_in_time`.
 """
 
@@ -20,7 +21,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from messenger import Destination, DestinationInvalid
+from messenger import Destination, DestinationInvalid, interrupts
 
 if TYPE_CHECKING:
     import click
@@ -131,14 +132,18 @@ def end_on(number: signal.Signals) -> None:
         signal.signal(number, _interrupt)
 
 
-def _interrupt(number: int, _: FrameType | None) -> None:
-    """Make the main thread end; nothing may delay or disturb that."""
-    for other in (signal.SIGINT, signal.SIGTERM):
-        # Not SIG_IGN: Python complains about a signal that came before that and is handled after it.
-        signal.signal(other, lambda *_: None)
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
-    signal.alarm(END_S_MAX)
-    raise KeyboardInterrupt
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Make the main thread end, as soon as the core is whole; nothing may delay or disturb that."""
+    if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:  # Else it was deferred, and has come again.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+        signal.alarm(END_S_MAX)
+    try:
+        interrupts.handle(number, frame)
+    except KeyboardInterrupt:
+        for other in (signal.SIGINT, signal.SIGTERM):
+            # Not SIG_IGN: Python complains about a signal that came before that and is handled after it.
+            signal.signal(other, lambda *_: None)
+        raise
 
 
 @contextlib.contextmanager
