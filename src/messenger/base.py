@@ -51,7 +51,6 @@ class BaseMessenger:
         self._loop = self._loop_class(f"messenger-{identity}", self._exchange, self._endpoints, self._attach_links)
         self.security = security
         self._abandoned: deque[Parts] = deque()
-        security.on_reload(self._cut_revoked)
 
     def listen_for_connection(
         self,
@@ -356,6 +355,8 @@ class BaseMessenger:
             return
         if state is State.NEW:
             self._loop.start()
+            # Not before: one that never starts is never stopped either, and would be held for ever.
+            self.security.on_reload(self._cut_revoked)
         elif state is State.FORKED:
             raise ForkedError(f"messenger {self.identity!r} was made before a fork; make a new one in the child")
         # While the messenger closes, callbacks may still send, and workers answer.

@@ -1,6 +1,7 @@
 """A8 and A6: key files that others can read, secrets in texts, allow-lists that let anybody in."""
 
 import errno
+import gc
 import logging
 import os
 import pickle
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +340,16 @@ def test_a_messenger_is_called_as_its_key(messenger: MessengerFactory) -> None:
     assert messenger(security=security).identity == "alice"
     assert messenger("bob", security=security).identity == "bob"
     assert messenger(security=Security(key=canary(""), servers=PUBLIC)).identity not in ("", "alice")
+
+
+def test_what_several_share_holds_none_of_them_that_never_started() -> None:
+    security = Security()
+    messenger = Messenger(security=security)
+    messenger.close()
+    held = weakref.ref(messenger)
+    del messenger
+    gc.collect()
+    assert held() is None
 
 
 def test_a_reload_that_fails_changes_nothing(tmp_path: Path) -> None:
