@@ -28,7 +28,7 @@ from messenger.replication.feed import Feed
 from messenger.replication.follower import Follower
 from messenger.replication.limits import DESTINATIONS_MAX
 from messenger.replication.places import Places
-from messenger.replication.records import Entries
+from messenger.replication.records import Entries, Entry
 from tests.conftest import Inbox, free_port, wait_until
 from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, state_of, wait_streaming
 
@@ -411,3 +411,39 @@ def test_a_replica_asks_all_its_places(cluster: Cluster) -> None:
     replica.wait_for(Position(1, 0), timeout=20)
     wait_streaming(primary, replica)
     primary.execute(BOOKS, commit="applied", timeout=20)
+
+
+def test_what_is_still_applied_of_an_old_primary_is_not_confirmed_to_the_new_one(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the same LSN, and came to the file after the replica had said to the new primary where it stands."""
+    other = free_port()
+    first = cluster.primary("first")
+    first.execute(BOOKS)
+    second = cluster.replica("second")
+    replica = cluster.replica("replica", [cluster.port, other])
+    for each in (second, replica):
+        wait_streaming(first, each)
+    second.close()
+    second.messenger.close()
+    apply, comes, goes_on = replica._applier.apply, threading.Event(), threading.Event()
+
+    def apply_slowly(entries: list[Entry]) -> None:
+        if not comes.is_set():
+            comes.set()
+            assert goes_on.wait(20)
+        apply(entries)
+
+    monkeypatch.setattr(replica._applier, "apply", apply_slowly)
+    replica._follower._apply_s = 1.0  # So slow that it has a thread of its own.
+    first.execute(INSERT, ("old",))
+    assert comes.wait(20)
+    first.close()
+    promoted = cluster.primary("second", other, promote=True)
+    wait_until(lambda: any(each.sent_lsn >= 2 for each in promoted.status().replicas), timeout=20)
+    goes_on.set()
+    # Whenever that is: what is confirmed must be there.
+    promoted.wait_confirmed(promoted.position, commit="applied", timeout=20)
+    assert replica.execute(SELECT).fetchall() == []
+    promoted.execute(INSERT, ("new",), commit="applied", timeout=20)
+    assert_equal(promoted, replica)

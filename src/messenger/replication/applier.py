@@ -169,8 +169,7 @@ class Applier:
             apsw.Error: SQLite refused; nothing is applied.
         """
         head = self.head
-        # A join may have been answered from a place that was left behind since.
-        entries = [entry for entry in entries if entry.lsn > head.lsn]
+        entries = self._drop_known(entries)
         for entry in entries:
             if not does_follow(head, entry):
                 raise MalformedRecord(f"the entry for LSN {entry.lsn} does not follow {head.position}")
@@ -187,6 +186,16 @@ class Applier:
                     self._pin()
         self._apply_some(batches[start:])
         self._trim()
+
+    def _drop_known(self, entries: list[Entry]) -> list[Entry]:
+        """Return those that are not here: what was applied while a join was under way is sent again for that join."""
+        count = sum(entry.lsn <= self.head.lsn for entry in entries)
+        if count:
+            last = entries[count - 1]
+            # Maybe by another primary, in whose history it is another one; equal checksums mean an equal history.
+            if find_head(self._require_open()[0], last.lsn) != (last.term, last.lsn, last.checksum):
+                raise MalformedRecord(f"the entry for LSN {last.lsn} is another one than here")
+        return entries[count:]
 
     @contextlib.contextmanager
     def impatient(self) -> Iterator[None]:
@@ -300,7 +309,7 @@ class Applier:
                 return False
             sql = self._inserts.get(table)
             if sql is None:
-                sql = self._inserts[table] = _make_insert(connection, table, len(row), key)
+                sql = self._inserts[table] = database.make_insert(connection, table, len(row), key)
             if sql:
                 self._require_open()[1].cursor.execute(sql, row)
         except (apsw.ConstraintError, apsw.CorruptError, apsw.BindingsError, UnicodeDecodeError):
@@ -498,18 +507,6 @@ class Applier:
             connection.pragma("wal_checkpoint", "passive")
         finally:
             copy.close(force=True)
-
-
-def _make_insert(connection: apsw.Connection, table: str, count: int, key: set[int]) -> str:
-    """Return the statement that inserts so many values, or nothing if the table has not these columns and this key.
-
-    So it is without a primary key, too, as the first value is then the rowid.
-    """
-    sql = "SELECT pk FROM pragma_table_xinfo(?, 'main') WHERE hidden = 0 ORDER BY cid"
-    columns: list[Any] = connection.execute(sql, (table,)).fetchall()
-    if len(columns) != count or {number for number, (pk,) in enumerate(columns) if pk} != key:
-        return ""
-    return f"INSERT OR ABORT INTO main.{database.quote(table)} VALUES ({', '.join('?' * count)})"  # noqa: S608
 
 
 def _entries_after(connection: apsw.Connection, lsn: int) -> Iterator[Entry]:

@@ -156,6 +156,18 @@ def write_state(connection: apsw.Connection, **values: str | int) -> None:
         connection.execute(f"UPDATE _messenger_state SET {column} = ?", (value,))  # noqa: S608  # A name from above.
 
 
+def make_insert(connection: apsw.Connection, table: str, count: int, key: set[int]) -> str:
+    """Return the statement that inserts so many values, or nothing if the table has not these columns and this key.
+
+    So it is without a primary key, too, as the first value is then the rowid.
+    """
+    sql = "SELECT pk FROM pragma_table_xinfo(?, 'main') WHERE hidden = 0 ORDER BY cid"
+    columns: list[Any] = connection.execute(sql, (table,)).fetchall()
+    if len(columns) != count or {number for number, (pk,) in enumerate(columns) if pk} != key:
+        return ""
+    return f"INSERT OR ABORT INTO main.{quote(table)} VALUES ({', '.join('?' * count)})"  # noqa: S608
+
+
 def close_connection(connection: apsw.Connection) -> None:
     """Close a connection. What fails then, as moving the WAL into the file, was committed and is done the next time."""
     path = connection.filename

@@ -106,6 +106,8 @@ class Follower:
         self._stream = 0
         self._join_at = 0.0
         self._received = 0
+        # Up to where what is here is known to be of the history of the primary that was joined.
+        self._joined_lsn = 0
         self._wants_snapshot = False
         self._is_replacing = False
         # Beats whose LSN is not applied yet: (LSN, when the primary had no more).
@@ -211,7 +213,7 @@ class Follower:
         with self._lock:
             if self._stream != stream:
                 return
-            self._received = head.lsn
+            self._received = self._joined_lsn = head.lsn
             self._is_replacing = False
             database = "" if self._wants_snapshot else self.applier.database
         place = head.term, head.lsn, head.checksum
@@ -295,7 +297,8 @@ class Follower:
         if self._is_replacing:
             # What is here is about to be thrown away, and need not be of the primary's history.
             return Ack(self._stream, 0, 0, 0, time.monotonic())
-        durable = self.applier.durable_lsn
+        # What was still applied of an earlier join, maybe of another primary, counts when it is sent for this one.
+        durable = min(self.applier.durable_lsn, self._joined_lsn)
         return Ack(self._stream, max(self._received, durable), durable, durable, time.monotonic())
 
     def _take(self, record: FromPrimary, message: Message) -> None:
@@ -335,12 +338,12 @@ class Follower:
             # When we said that, the primary had not more than it says now.
             self._beats.append((beat.lsn, beat.echo_s))
         self._note_fresh()
-        head_lsn = self.applier.head.lsn
+        head_lsn = min(self.applier.head.lsn, self._joined_lsn)
         if self.state is ReplicaState.CATCHING_UP and head_lsn >= beat.lsn:
             self.state = ReplicaState.STREAMING
 
     def _note_fresh(self) -> None:
-        lsn = self.applier.head.lsn
+        lsn = min(self.applier.head.lsn, self._joined_lsn)
         while self._beats and self._beats[0][0] <= lsn:
             self.fresh_at = max(self.fresh_at or 0.0, self._beats.popleft()[1])
 
@@ -382,6 +385,8 @@ class Follower:
             began_at = time.monotonic()
             applier.apply(item.entries)
             with self._lock:
+                if stream == self._stream:
+                    self._joined_lsn = item.entries[-1].lsn
                 self._note_fresh()
             self._on_change()
             applier.sync()
@@ -423,6 +428,8 @@ class Follower:
     def _note_installed(self, stream: int) -> None:
         with self._lock:
             self.snapshot_count += 1
+            if stream == self._stream:
+                self._joined_lsn = self.applier.head.lsn
             self._is_replacing = False
             self.trouble = ""
             self._wants_snapshot = False
