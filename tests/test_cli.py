@@ -346,7 +346,10 @@ def test_send_not_delivered(run: Run, free_port: str) -> None:
         (["send", "15445", "x", "--callback", "ping"], "--callback 'ping' is neither"),
         (["send", "15445", "x", "--callback", "18446744073709551616"], "18446744073709551616, it must be 0 to"),
         (["send", "15445", "x", "--timeout", "0"], "--timeout"),
-        (["send", "15445", "x", "--timeout", "nan"], "timeout is nan"),
+        (["send", "15445", "x", "--timeout", "nan"], "'--timeout': nan is no number"),
+        (["ping", "15445", "--interval", "nan"], "'--interval': nan is no number"),
+        (["listen", "0", "--exec", "cat", "--exec-timeout", "nan"], "'--exec-timeout': nan is no number"),
+        (["models", "train", "m", "--data", "x", "--target", "y", "--validation", "nan"], "nan is no number"),
         (["send", "15445", "x", "--identity", ""], "identity '' is 0 bytes"),
         (["send", "\x1b[2J\n", "x"], r"'\x1b[2J\n' is no destination"),
         (["listen", "0", "--echo", "--reply", ""], "exclude each other"),
@@ -516,6 +519,26 @@ def test_listen_ends_when_nobody_reads_its_output(listen: Listen, run: Run) -> N
     assert server.process.wait(TIMEOUT_S) == 128 + signal.SIGPIPE
     assert server.process.stderr
     assert server.process.stderr.read() == b""
+
+
+def test_closed_stdin_is_told(environment: dict[str, str], free_port: str) -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *COMMAND, "send", free_port, "-"]
+    result = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False)
+    assert (result.returncode, result.stderr) == (4, b"messenger: stdin is closed\n")
+
+
+def test_status_tells_when_stderr_cannot(environment: dict[str, str]) -> None:
+    """A complaint that nobody could read ended the command with 1, which means something else."""
+    with open("/dev/full", "wb") as full:
+        for stderr in (full.fileno(), _broken_pipe()):
+            result = subprocess.run([*COMMAND, "send", "nowhere", "x"], env=environment, stderr=stderr, check=False)
+            assert result.returncode == 2
+
+
+def _broken_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
 
 
 def test_full_disk_is_told(listen: Listen, run: Run) -> None:

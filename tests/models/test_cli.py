@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from messenger.models import ModelServerManager
-from tests.conftest import wait_until
+from tests.conftest import free_port, wait_until
 from tests.models.conftest import Data, NewManager, make_linear, write_csv
 
 COMMAND = [sys.executable, "-m", "messenger", "models"]
@@ -25,7 +25,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def run_models(*words: object, text: str = "") -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, *map(str, words)]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    finished = subprocess.run(
+        command, input=text.encode(errors="surrogateescape"), capture_output=True, timeout=TIMEOUT_S, check=False
+    )
+    return subprocess.CompletedProcess(command, finished.returncode, finished.stdout.decode(), finished.stderr.decode())
 
 
 @pytest.fixture
@@ -117,7 +120,13 @@ def test_cells_are_read_as_a_training_reads_them(run: Run, folder: Path, tmp_pat
     [
         ("", 2, "has no header"),
         ("x0,x1\n1\n", 2, "line 2 has not as many cells"),
-        ("x0,x1\n1,2,3\n", 2, "line 2 has not as many cells"),
+        ("x0,x1\n1,2,3\n", 2, "line 2 has not as many cells as the header: 3, not 2"),
+        ("x0;x1\n1,5;2,5\n", 2, "line 2 has not as many cells as the header: 3, not 1; cells are parted by commas"),
+        ('x0,x1\n"1,5",2\n', 4, "no table of numbers: could not convert string to float: '1,5'"),
+        ("x0,x1,x1\n1,2,3\n", 2, "stdin has two columns 'x1'"),
+        ("x0,x1\n1,2\n1,\udce9\n", 2, "stdin, line 3: byte 0xe9 is no UTF-8 text"),
+        ("\udcff", 2, "stdin, line 1: byte 0xff is no UTF-8 text"),
+        ('"x0', 2, "stdin: the header is no CSV"),
         ('x0,x1\n"1,2\n', 2, "is no CSV"),
         ("x0\n1\n", 4, "lacks the feature 'x1'"),
         ("x0,x1\n1,two\n", 4, "no table of numbers"),
@@ -152,6 +161,36 @@ def test_mistakes_are_told_in_one_line(run: Run, words: list[str], status: int, 
     assert said in finished.stderr
     assert len(finished.stderr.splitlines()) == 1
     assert finished.stdout == ""
+
+
+def test_cells_come_out_as_they_went_in(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever encoding the terminal has, which may know neither."""
+    make_linear(folder)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    finished = run("infer", "sum", text='x0,x1,a note\r\n1,2,"a\r\nb, ""c"""\r\n3,4,naïve\r\n')
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == 'x0,x1,a note,prediction\n1,2,"a\r\nb, ""c""",3.0\n3,4,naïve,7.0\n'
+    assert run("infer", "sum", text="x0,x1\r1,2\r").stdout == "x0,x1,prediction\n1,2,3.0\n"
+
+
+def test_cancel_waits_no_longer_than_it_was_told() -> None:
+    port = free_port()
+    finished = run_models("cancel", "monday", "--at", port, "--timeout", "0.3")
+    assert finished.returncode == 3
+    assert str(port) in finished.stderr
+
+
+def test_infer_without_stdin_is_told() -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *COMMAND, "infer", "m"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert (finished.returncode, finished.stderr) == (4, "messenger: stdin is closed\n")
+
+
+def test_help_says_how_a_command_ends() -> None:
+    assert "0    Ctrl-C or SIGTERM ended it" in run_models("manage", "--help").stdout
+    assert "130  Ctrl-C, or it was cancelled" in run_models("infer", "--help").stdout
 
 
 def start_training(manager: ModelServerManager, wine: Data, *words: str) -> subprocess.Popen[str]:

@@ -40,7 +40,9 @@ from .terminal import (
     option,
     parse_place,
     printable,
+    seconds,
     show_progress,
+    standard_input,
     told_once,
     wait,
     write,
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
     import click
 
 END_GRACE_S = 0.2  # A peer loses an answer that it has not read when the link closes (its socket is IMMEDIATE).
-WAIT_S_MAX = 86_400  # What a user may ask for. Beyond some weeks ZeroMQ's milliseconds overflow.
 WORKERS_MAX = 256  # Each is a thread and a process.
 SEND_STATUSES = """\b
 Exit status:
@@ -69,7 +70,7 @@ def make_commands() -> "list[click.Command]":
     place = click.Argument(["destination"], metavar="DEST")
     identity = option("--identity", metavar="NAME", help="What others see as the sender; by default a unique name.")
     as_json = option("--json", "as_json", is_flag=True, help="Print JSON.")
-    seconds, count = click.FloatRange(0, WAIT_S_MAX, min_open=True), click.IntRange(1)
+    count = click.IntRange(1)
     dialects = click.Choice(["session", "basic"])
     listen = [
         *(place, identity, as_json),
@@ -77,13 +78,13 @@ def make_commands() -> "list[click.Command]":
         option("--reply", metavar="TEXT", help="Answer each message with TEXT."),
         option("--exec", "command", metavar="CMD", help="Run CMD (no shell): contents on stdin, answer from stdout."),
         option("--workers", type=click.IntRange(1, WORKERS_MAX), default=4, help="Run at most so many CMD at a time."),
-        option("--exec-timeout", type=seconds, default=30.0, help="Seconds after which a CMD is killed."),
+        option("--exec-timeout", type=seconds(), default=30.0, help="Seconds after which a CMD is killed."),
         option("--count", type=count, help="End after so many messages."),
     ]
     send = [
         *(place, click.Argument(["contents"]), identity, as_json),
         option("--callback", metavar="ID", default="noop", help="What the receiver is to run: a number, noop or echo."),
-        option("--timeout", type=seconds, default=30.0, help="Seconds to wait for the response."),
+        option("--timeout", type=seconds(), default=30.0, help="Seconds to wait for the response."),
         option("--dialect", type=dialects, default="session", help="basic is for plain ZeroMQ servers."),
         option("--no-wait", is_flag=True, help="End when the message has left; want no response."),
     ]
@@ -91,8 +92,8 @@ def make_commands() -> "list[click.Command]":
         *(place, identity, as_json),
         option("--count", type=count, default=10, help="How many."),
         option("--size", type=click.IntRange(0, Limits().message_bytes_max), default=64, help="Bytes of contents."),
-        option("--interval", type=click.FloatRange(0, WAIT_S_MAX), default=0.1, help="Seconds between two."),
-        option("--timeout", type=seconds, default=5.0, help="Seconds after which one counts as lost."),
+        option("--interval", type=seconds(min_open=False), default=0.1, help="Seconds between two."),
+        option("--timeout", type=seconds(), default=5.0, help="Seconds after which one counts as lost."),
     ]
     return [
         secure(click.Command("listen", callback=_listen, params=listen, help=_listen.__doc__), listens=True),
@@ -159,7 +160,7 @@ def _send(
     """
     place = parse_place(destination)
     remote_callback = _parse_callback(callback)
-    data = sys.stdin.buffer.read() if contents == "-" else os.fsencode(contents)
+    data = standard_input().buffer.read() if contents == "-" else os.fsencode(contents)
     with told_once(), new_messenger(identity) as messenger:
         connection = messenger.make_connection(place, dialect=dialect)
         if no_wait:

@@ -13,7 +13,7 @@ import logging
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,9 +31,12 @@ from .terminal import (
     UNKNOWN,
     complain,
     end_on,
+    number_between,
     option,
     parse_place,
     printable,
+    seconds,
+    standard_input,
     told_once,
     wait,
     write,
@@ -65,6 +68,11 @@ Exit status:
   3    it certainly did not run: nobody was there
   4    it failed; the line on stderr says why
   130  Ctrl-C, or it was cancelled"""
+RUN_STATUSES = """\b
+Exit status:
+  0    Ctrl-C or SIGTERM ended it
+  2    wrong usage
+  4    it failed; the line on stderr says why"""
 
 
 def make_commands() -> "list[click.Command]":
@@ -74,8 +82,8 @@ def make_commands() -> "list[click.Command]":
     at = option("--at", metavar="DEST", default=DEFAULT_PORT, help="Where the manager listens.")
     as_json = option("--json", "as_json", is_flag=True, help="Print JSON.")
     folder = option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Of the models.")
-    seconds = click.FloatRange(0, 86_400, min_open=True)
-    timeout = option("--timeout", type=seconds, default=30.0, help="Seconds to wait for the answer.")
+    timeout = option("--timeout", type=seconds(), default=30.0, help="Seconds to wait for the answer.")
+    part = number_between(0, 1, min_open=True, max_open=True)
     name = click.Argument(["name"])
     client: list[click.Parameter] = [at, as_json, timeout]
     train: list[click.Parameter] = [
@@ -90,18 +98,16 @@ def make_commands() -> "list[click.Command]":
         ),
         option("--features", metavar="A,B,…", help="Columns to predict from; by default all others."),
         option("--param", "params", multiple=True, metavar="NAME=VALUE", help="Of the method; steps=N for its length."),
-        option(
-            "--validation", type=click.FloatRange(0, 1, True, True), default=0.2, help="Part of the rows held back."
-        ),
+        option("--validation", type=part, default=0.2, help="Part of the rows held back."),
         option("--seed", type=int, default=0, help="Of all random numbers."),
         option("--no-activate", is_flag=True, help="Do not serve the new version yet."),
         option("--job", metavar="ID", help="By which cancel finds it; by default one that is unique."),
-        option("--timeout", type=seconds, default=86_400.0, help="Seconds to wait for the end."),
+        option("--timeout", type=seconds(), default=86_400.0, help="Seconds to wait for the end."),
     ]
     infer: list[click.Parameter] = [
         *(name, click.Argument(["file"], default="-"), at, as_json),
         option("--version", type=click.IntRange(1), help="By default the one that is served."),
-        option("--timeout", type=seconds, default=30.0, help="Seconds to wait for each part."),
+        option("--timeout", type=seconds(), default=30.0, help="Seconds to wait for each part."),
     ]
     manage: list[click.Parameter] = [
         *(at, folder),
@@ -125,7 +131,8 @@ def make_commands() -> "list[click.Command]":
 def _make_command(word: str, work: Callable[..., int], params: "list[click.Parameter]") -> "click.Command":
     import click
 
-    command = click.Command(word, callback=work, params=list(params), help=work.__doc__, epilog=STATUSES)
+    statuses = RUN_STATUSES if word in ("manage", "serve") else STATUSES
+    command = click.Command(word, callback=work, params=list(params), help=work.__doc__, epilog=statuses)
     return secure(command, listens=word == "manage")
 
 
@@ -282,16 +289,10 @@ def _infer(name: str, file: str, at: str, as_json: bool, version: int | None, ti
     With --json print one object: name, version, predictions.
     """
     with contextlib.ExitStack() as stack:
-        source = sys.stdin
-        if file == "-":
-            sys.stdin.reconfigure(encoding="utf-8-sig", newline="")  # type: ignore[union-attr]  # It is a text file.
-        else:
-            # Spreadsheets put a mark in front of the header, which a training passes over too.
-            source = stack.enter_context(open(file, newline="", encoding="utf-8-sig"))
-        reader = csv.DictReader(source, strict=True)
-        columns = list(reader.fieldnames or [])
-        if not columns:
-            raise ValueError(f"{file!r} has no header: the first line must name the columns")
+        source = standard_input().buffer if file == "-" else stack.enter_context(open(file, "rb"))
+        shown = "stdin" if file == "-" else file
+        reader = csv.DictReader(_decode_lines(shown, source), strict=True)
+        columns = _read_header(shown, reader)
         client = stack.enter_context(_connect(at))
         predictions: list[Any] = []
         used = version or 0
@@ -303,10 +304,33 @@ def _infer(name: str, file: str, at: str, as_json: bool, version: int | None, ti
                 predictions += inference.predictions
             else:
                 lines = zip(rows, inference.predictions, strict=True)
-                write("".join(_csv_line([*(row[column] for column in columns), value]) for row, value in lines))
+                write(b"".join(_csv_line([*(row[column] for column in columns), value]) for row, value in lines))
     if as_json:
         write(json.dumps({"name": name, "version": used, "predictions": predictions}) + "\n")
     return 0
+
+
+def _decode_lines(file: str, lines: Iterable[bytes]) -> Iterator[str]:
+    """Yield lines as text, with their own line ends, which may stand in a cell."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            # Spreadsheets put a mark in front of the header, which a training passes over too.
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, line {number}: byte {line[error.start]:#04x} is no UTF-8 text") from error
+        yield from io.StringIO(text, newline="")  # A \r alone ends a line too.
+
+
+def _read_header(file: str, reader: "csv.DictReader[str]") -> list[str]:
+    try:
+        columns = list(reader.fieldnames or [])
+    except csv.Error as error:
+        raise ValueError(f"{file}: the header is no CSV: {error}") from error
+    if not columns:
+        raise ValueError(f"{file} has no header: the first line must name the columns")
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise ValueError(f"{file} has two columns {twice!r}: rename one in the first line")
+    return columns
 
 
 def _infer_chunks(
@@ -331,7 +355,13 @@ def _read_chunks(reader: "csv.DictReader[str]") -> Iterator[list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for row in reader:
         if None in row or None in row.values():
-            raise ValueError(f"line {reader.line_num} has not as many cells as the header")
+            # More than the header has stand in a list under None; those that are missing are None.
+            count = len(row) - 1 + len(row[None]) if None in row else sum(cell is not None for cell in row.values())
+            header = reader.fieldnames or []
+            raise ValueError(
+                f"line {reader.line_num} has not as many cells as the header: {count}, not {len(header)}; cells are "
+                "parted by commas, and one with a comma in it stands in quotation marks"
+            )
         rows.append(row)
         if len(rows) == CHUNK_ROWS:
             yield rows
@@ -355,10 +385,11 @@ def _number(text: str) -> float | str | None:
         return text
 
 
-def _csv_line(cells: list[Any]) -> str:
+def _csv_line(cells: list[Any]) -> bytes:
+    """Return a line in UTF-8, as they are read, whatever the terminal has."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
+    return line.getvalue().encode()
 
 
 def _list(at: str, as_json: bool, timeout: float) -> int:
@@ -407,7 +438,7 @@ def _status(at: str, as_json: bool, timeout: float) -> int:
 def _cancel(job: str, at: str, as_json: bool, timeout: float) -> int:
     """Cancel a training by its job's id. Status 4 if it had ended already, or there is none."""
     with _connect(at) as client:
-        was_open = client.cancel(job)
+        was_open = client.cancel(job, timeout=timeout)
     if as_json:
         write(json.dumps({"job": job, "cancelled": was_open}) + "\n")
     elif not was_open:

@@ -41,6 +41,7 @@ from .terminal import (
     option,
     parse_place,
     printable,
+    seconds,
     show_amount,
     told_once,
     wait,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 
 DIFFERENT = 1  # The exit status of `verify`.
 PORT = 15_445
-SECONDS_MAX = 86_400
 POLL_S = 0.1
 # A replica that hears of no primary for so long lets its user read what it has.
 PATIENCE_S = 2.0
@@ -67,15 +67,14 @@ def make_commands() -> "list[click.Command]":
     identity = option("--identity", metavar="NAME", help="Under which name others know it; by default a unique one.")
     as_json = option("--json", "as_json", is_flag=True, help="Print JSON, a value a line.")
     once = option("--once", is_flag=True, help="End when standard input ends.")
-    seconds = click.FloatRange(0, SECONDS_MAX, min_open=True)
-    timeout = option("--timeout", type=seconds, default=5.0, help="Seconds to wait for an answer.")
+    timeout = option("--timeout", type=seconds(), default=5.0, help="Seconds to wait for an answer.")
     levels = click.Choice(["local", "received", "durable", "applied"])
     primary = [
         *(file, identity, as_json, once),
         option("--at", "destination", metavar="DEST", default=str(PORT), help="Where replicas find it."),
         option("--commit", type=levels, default="local", help="Where a transaction must be to be confirmed."),
         option("--acknowledgements", type=click.IntRange(1), default=1, help="At how many replicas."),
-        option("--timeout", type=seconds, default=5.0, help="Seconds to wait for that."),
+        option("--timeout", type=seconds(), default=5.0, help="Seconds to wait for that."),
         option("--load", metavar="FILE", type=click.Path(exists=True, dir_okay=False), help="Run this SQL first."),
     ]
     replica = [

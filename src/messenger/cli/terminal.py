@@ -11,6 +11,7 @@ Python runs no handler while SQLite runs a statement, so commands that run SQL a
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from messenger import Destination, DestinationInvalid, interrupts
 
@@ -32,6 +33,7 @@ T = TypeVar("T")
 UNKNOWN, USAGE, NOT_DELIVERED, FAILED, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 4, 128 + 2, 128 + 13
 END_S_MAX = 2  # After a signal: more than the second that `Messenger.close` may take.
 WAIT_SLICE_S = 1.0
+SECONDS_MAX = 86_400  # What a user may ask to wait. Beyond some weeks ZeroMQ's milliseconds overflow.
 BAR_COUNT_MIN = 100  # From so many steps on a terminal shows a progress bar.
 
 
@@ -40,6 +42,25 @@ def option(*names: str, **settings: Any) -> "click.Option":
     import click
 
     return click.Option(names, show_default=not settings.get("is_flag"), **settings)
+
+
+def seconds(*, min_open: bool = True) -> "click.FloatRange":
+    """Return the type of an option that is a time: from 0, which itself may be left out, to a day."""
+    return number_between(0, SECONDS_MAX, min_open=min_open)
+
+
+def number_between(low: float, high: float, *, min_open: bool = False, max_open: bool = False) -> "click.FloatRange":
+    """Return the type of an option that is a number, which nan is not: click lets it pass any range."""
+    import click
+
+    class Number(click.FloatRange):
+        def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+            number = super().convert(value, param, ctx)
+            if math.isnan(number):
+                self.fail(f"{value} is no number.", param, ctx)
+            return number
+
+    return Number(low, high, min_open=min_open, max_open=max_open)
 
 
 @contextlib.contextmanager
@@ -83,6 +104,13 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
 
 
+def standard_input() -> TextIO:
+    """Return stdin; a program can be started without one."""
+    if sys.stdin is None:
+        raise OSError("stdin is closed")
+    return sys.stdin
+
+
 def write(output: str | bytes) -> None:
     """Write to stdout at once, whatever encoding it has."""
     if sys.stdout is None:
@@ -92,17 +120,25 @@ def write(output: str | bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     except OSError as error:
-        # What is still buffered would fail once more when the interpreter ends.
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        _give_up(sys.stdout)
         raise OSError(error.errno, f"cannot write to stdout: {error.strerror}") from error
 
 
 def complain(text: str) -> None:
-    """Write one line to stderr."""
-    if sys.stderr is not None:
+    """Write one line to stderr. If nobody can read it, the exit status still tells."""
+    if sys.stderr is None:
+        return
+    try:
         sys.stderr.write(f"messenger: {printable(text)}\n")
         sys.stderr.flush()
+    except OSError:
+        _give_up(sys.stderr)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Write no more to it: what is still buffered would fail once more when the interpreter ends."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextlib.contextmanager

@@ -65,10 +65,10 @@ class ModelClient(ModelCalls):
         job: Job[Training] = Job(job_id, self._cancel_job)
         return self._call("JOB", {"job": job_id}, as_training, timeout, job, on_progress)
 
-    def cancel(self, job: str | Job[Any]) -> bool:
+    def cancel(self, job: str | Job[Any], *, timeout: float = CALL_TIMEOUT_S) -> bool:
         """Cancel a job; see `ModelCalls.cancel`. Of an id it waits for the manager's word, so not in a callback."""
         if isinstance(job, str):
-            asked = self._call("CANCEL", {"job": job}, lambda answer: bool(answer.result), CALL_TIMEOUT_S)
+            asked = self._call("CANCEL", {"job": job}, lambda answer: bool(answer.result), timeout)
             return bool(asked.result())
         return job.cancel()
 
