@@ -154,6 +154,17 @@ def test_ctrl_c_ends(start: Start) -> None:
     assert end(primary, signal.SIGINT)[0] == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_once_does_not_end_as_success(start: Start, number: int) -> None:
+    """What was to be run on standard input was not."""
+    replica = start("replica", "copy.db", "--from", free_port(), "--once")
+    read_errors(replica, "connecting")
+    assert end(replica, number)[0] == 130
+    primary = start("primary", "shop.db", "--at", free_port(), "--once")
+    read_errors(primary, "is the primary")
+    assert end(primary, number)[0] == 130
+
+
 # SQL.
 
 

@@ -140,7 +140,7 @@ def _primary(
                 return INTERRUPTED
             complain(f"{load}: {count} statements were run, {primary.position}")
         return _serve(lambda: primary, as_json, once)
-    return 0
+    return INTERRUPTED if once else 0
 
 
 def _replica(
@@ -179,7 +179,7 @@ def _replica(
                 complain(f"no primary answered at {', '.join(map(str, places))}, so {path} holds nothing yet")
                 return NOT_DELIVERED
             return status
-    return 0
+    return INTERRUPTED if once else 0
 
 
 def _has_nothing(database: Primary | Replica) -> bool:
