@@ -532,6 +532,8 @@ def test_terminal_shows_a_prompt_and_goes_on_after_an_error(start: Start) -> Non
     read_terminal(master, "sql> ")
     os.write(master, b"nonsense;\n")
     assert "syntax error" in read_terminal(master, "sql> ")
+    os.write(master, b"SELECT '\xff';\n")
+    assert "is no UTF-8 text" in read_terminal(master, "sql> ")
     os.write(master, b"SELECT 6 * 7;\n")
     assert "\n42\r\n" in read_terminal(master, "42\r\nsql> ")
     os.write(master, b"\x04")

@@ -38,7 +38,13 @@ def _read_lines() -> Iterator[str]:
         import readline  # noqa: F401  # Its import makes `input` edit lines.
 
         while True:
-            yield input("sql> ") + "\n"
+            try:
+                line = input("sql> ")
+                line.encode()
+            except UnicodeError:
+                complain("the line is no UTF-8 text, and was not taken")
+            else:
+                yield line + "\n"
 
 
 class Load:
