@@ -2,12 +2,14 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import apsw
 import pytest
 
 from messenger.replication import Diverged, Replica, ReplicaState, verify
+from messenger.replication.check import PrimaryCheck
 from messenger.replication.content import compare_buckets, different_buckets, read_bucket, sum_content
 from messenger.replication.follower import Follower
 from messenger.replication.records import (
@@ -184,6 +186,23 @@ def test_a_conflict_over_text_that_is_no_utf_8_is_a_divergence(cluster: Cluster)
     primary.execute("UPDATE names SET value = 2")
     wait_until(lambda: replica.status().state is ReplicaState.DIVERGED)
     assert "in table names, key ?: UPDATE: the row is missing" in replica.status().diverged
+
+
+def test_a_check_goes_on_without_a_replica_that_is_forgotten_meanwhile(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is gone is, when there are too many, or when its file comes under another name."""
+    primary, _ = cluster.pair()
+    wait_sums = PrimaryCheck.wait_sums
+
+    def forget(*arguments: Any) -> Iterator[str]:
+        for name in wait_sums(*arguments):
+            with primary._hub.lock:
+                del primary._hub.peers[name]
+            yield name
+
+    monkeypatch.setattr(PrimaryCheck, "wait_sums", forget)
+    assert primary.check(10) == {}
 
 
 def test_checks_come_by_themselves(cluster: Cluster) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import apsw
 import pytest
@@ -24,7 +25,8 @@ from messenger.replication import (
     Stale,
 )
 from messenger.replication.database import open_reader
-from messenger.replication.feed import Peer
+from messenger.replication.feed import Feed, Peer
+from messenger.replication.log import read_entries
 from messenger.replication.records import CHECKSUM_BYTES, Ack, Entries, Entry, SnapshotPart, encode
 from messenger.replication.snapshot import SnapshotFailed
 from tests.conftest import free_port, wait_until
@@ -557,3 +559,46 @@ def test_a_snapshot_with_pages_of_another_size_says_what_to_do(direct: Direct, t
     checksum = blake2b(path.read_bytes(), digest_size=CHECKSUM_BYTES).digest()
     with pytest.raises(SnapshotFailed, match="has pages of 4096 bytes, the primary's file of 8192"):
         direct.applier.install_snapshot(checksum)
+
+
+def test_a_feed_that_was_given_up_changes_nothing_that_the_next_one_counts_on(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It read the log slowly, so its replica joined anew; what it then noted as sent was never sent for that join."""
+    primary, replica = cluster.pair()
+    replica.close()
+    replica.messenger.close()
+    for _ in range(3):
+        primary.execute(INSERT, ("a",))
+    reads, comes, goes_on, feeds = read_entries, threading.Event(), threading.Event(), list[Feed]()
+    step = Feed._step
+
+    def read_slowly(*arguments: Any) -> list[Entry]:
+        entries = reads(*arguments)
+        if not comes.is_set():
+            comes.set()
+            assert goes_on.wait(20)
+        return entries
+
+    def note_step(self: Feed, reader: apsw.Connection) -> None:
+        feeds.append(self)
+        step(self, reader)
+
+    monkeypatch.setattr("messenger.replication.feed.read_entries", read_slowly)
+    monkeypatch.setattr(Feed, "_step", note_step)
+    replica = cluster.replica()
+    assert comes.wait(20)
+    slow = feeds[-1]
+    with replica._follower._lock:
+        replica._follower._leave(ReplicaState.CONNECTING)
+    wait_until(lambda: (current := primary._hub.peers["replica"].feed) not in (None, slow) and current in feeds)
+    wait_until(lambda: primary._hub.peers["replica"].state is ReplicaState.STREAMING)
+    with primary._hub.lock:
+        before = primary._hub.peers["replica"].sent_bytes
+    goes_on.set()
+    slow.thread.join(20)
+    with primary._hub.lock:
+        assert primary._hub.peers["replica"].sent_bytes == before
+        assert primary._hub.peers["replica"].state is ReplicaState.STREAMING
+    primary.execute(INSERT, ("b",), commit="applied", timeout=20)
+    assert_equal(primary, replica)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from messenger.replication.feed import Feed
 from messenger.replication.follower import Follower
 from messenger.replication.limits import DESTINATIONS_MAX
 from messenger.replication.places import Places
+from messenger.replication.primary import _make_fenced
 from messenger.replication.records import Entries, Entry
 from tests.conftest import Inbox, free_port, wait_until
 from tests.replication.pairs import BOOKS, INSERT, SELECT, Cluster, assert_equal, state_of, wait_streaming
@@ -411,6 +413,20 @@ def test_a_replica_asks_all_its_places(cluster: Cluster) -> None:
     replica.wait_for(Position(1, 0), timeout=20)
     wait_streaming(primary, replica)
     primary.execute(BOOKS, commit="applied", timeout=20)
+
+
+def test_who_waits_for_replicas_at_a_fenced_primary_is_told_at_once(cluster: Cluster) -> None:
+    """They have left it, so that the wait could only end by its timeout."""
+    old, _ = cluster.pair()
+    position = old.position
+    old.wait_confirmed(position, commit="applied", timeout=20)
+    old._hub.leave(2, ("inproc://other",))
+    old._writer.fence = _make_fenced(old.path, 2, ("inproc://other",))
+    began_at = time.monotonic()
+    with pytest.raises(NotConfirmed, match="another primary was promoted"):
+        old.wait_confirmed(position, commit="applied", acknowledgements=2, timeout=20)
+    assert time.monotonic() - began_at < 10
+    old.wait_confirmed(position, commit="applied", timeout=20)  # That one has it is known all the same.
 
 
 def test_what_is_still_applied_of_an_old_primary_is_not_confirmed_to_the_new_one(

@@ -274,8 +274,18 @@ class Feed:
             return answer("diverged", reason=f"its history up to LSN {join.lsn} is another one")
         return answer("log", join.lsn, join.checksum)
 
+    @property
+    def _is_current(self) -> bool:
+        """Whether what is known of the replica is for this feed to change. Asked with the hub's lock held.
+
+        Not once the replica has joined anew, when another feed serves it, and not once it has diverged or is lost.
+        """
+        return self.peer.feed is self and not self._is_stopped
+
     def _start(self, state: ReplicaState, lsn: int) -> None:
         with self.source.lock:
+            if not self._is_current:
+                return
             self.peer.diverged = ""
             self.peer.state = state
             self.peer.begin(lsn)
@@ -283,8 +293,9 @@ class Feed:
 
     def _note_diverged(self, why: str) -> None:
         with self.source.lock:
-            self.peer.state = DIVERGED
-            self.peer.diverged = why
+            if self.peer.feed is self:
+                self.peer.state = DIVERGED
+                self.peer.diverged = why
 
     def _step(self, reader: apsw.Connection) -> None:
         """Do what there is to do, or sleep until the next beat."""
@@ -323,6 +334,8 @@ class Feed:
         """Send some of what the replica has not; return whether there may be more that it can take now."""
         source, peer = self.source, self.peer
         with source.lock:
+            if not self._is_current:
+                return False
             if peer.sent >= source.head.lsn:
                 peer.state = STREAMING
                 return False
@@ -340,6 +353,8 @@ class Feed:
             self.send(Welcome(self.stream, "snapshot", source.database, source.head.term, 0, b"", "it fell behind"))
             return True
         with source.lock:
+            if not self._is_current:
+                return False
             for entry in entries:
                 peer.note_sent(entry)
         self.ask(encode(Entries(self.stream, entries)))
@@ -351,12 +366,14 @@ class Feed:
         if head is None:
             return
         with self.source.lock:
+            if not self._is_current:
+                return
             self.peer.began = self.peer.sent = head.lsn
         while self.peer.applied < head.lsn and not self._is_stopped:
             self.beat()  # Its answer tells when the snapshot is in place.
             self.news.wait(BEAT_S / 4)
             self.news.clear()
         with self.source.lock:
-            if self.peer.state is SNAPSHOT:
+            if self._is_current:
                 self.peer.state = CATCHING_UP
         logger.info("= replica %s has the snapshot of LSN %d", self.peer.name, head.lsn)

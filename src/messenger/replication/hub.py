@@ -209,6 +209,8 @@ class Hub:
         with self.lock:
             self.confirmations.add_earlier(waiter, level, count)
             self.confirmations.settle(self._counted)
+            if self.is_closed or self.gone_to is not None:
+                self.confirmations.wake_all()
 
     def take_answers(self, waiter: Waiter, count: int, deadline_at: float) -> None:
         """Take the answers that a transaction waits for off the network in this thread: no other need be woken.
@@ -359,7 +361,7 @@ class Hub:
         found: dict[str, str] = {}
         for name in check.wait_sums(partial(self._taking, check.lsn), deadline_at):
             with self.lock:
-                feed = self.peers[name].feed
+                feed = peer.feed if (peer := self.peers.get(name)) is not None else None
             if feed is None:
                 continue
             stream, lsn = feed.stream, check.lsn
