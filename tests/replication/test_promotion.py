@@ -463,3 +463,33 @@ def test_what_is_still_applied_of_an_old_primary_is_not_confirmed_to_the_new_one
     assert replica.execute(SELECT).fetchall() == []
     promoted.execute(INSERT, ("new",), commit="applied", timeout=20)
     assert_equal(promoted, replica)
+
+
+def test_what_is_not_on_the_disk_yet_is_not_durable_for_a_new_join(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A join says up to where a replica has all on its disk; what it had only applied counted as durable."""
+    first = cluster.primary()
+    first.execute(BOOKS)
+    replica = cluster.replica("replica")
+    wait_streaming(first, replica)
+    sync, comes, goes_on = replica._applier.sync, threading.Event(), threading.Event()
+
+    def sync_slowly() -> int:
+        if not comes.is_set():
+            comes.set()
+            assert goes_on.wait(20)
+        return sync()
+
+    monkeypatch.setattr(replica._applier, "sync", sync_slowly)
+    replica._follower._apply_s = 1.0  # So slow that it has a thread of its own.
+    first.execute(INSERT, ("new",))
+    assert comes.wait(20)
+    first.close()
+    again = cluster.primary()
+    wait_until(lambda: any(each.sent_lsn >= 2 for each in again.status().replicas), timeout=20)
+    with pytest.raises(NotConfirmed):
+        again.wait_confirmed(again.position, commit="durable", timeout=1.5)
+    goes_on.set()
+    again.wait_confirmed(again.position, commit="durable", timeout=20)
+    assert_equal(again, replica)

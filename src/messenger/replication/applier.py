@@ -96,6 +96,8 @@ class Applier:
         self.copy = secrets.token_hex(16)
         self.head = Head(0, 0, b"")
         self.durable_lsn = 0
+        # Where the history ends that is on the disk, as a join says it: what it says counts as durable.
+        self.durable_head = self.head
         self.diverged: Divergence | None = None
         self.transaction_count = 0
         self.group_count = 0
@@ -391,6 +393,7 @@ class Applier:
         """
         if self._wal is not None:
             self.durable_lsn = self._wal.sync(self.head.lsn, lambda: self.head.lsn)
+            self.durable_head = self.head
         return self.durable_lsn
 
     def become_replica(self) -> None:

@@ -209,7 +209,7 @@ class Follower:
 
     def _join(self, stream: int, message: Message) -> None:
         """Say where we are. Sent without a callback, so that what is sent to us for it needs none either."""
-        head = self.applier.head
+        head = self.applier.durable_head
         with self._lock:
             if self._stream != stream:
                 return
