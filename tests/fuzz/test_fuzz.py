@@ -47,6 +47,7 @@ def test_wire_target_finds_a_decoder_that_raises(monkeypatch: pytest.MonkeyPatch
         fuzz_wire(b"\xff")
 
 
+@pytest.mark.replaces_core
 def test_exchange_target_finds_an_outcome_that_is_told_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     fail = Exchange._fail
 
