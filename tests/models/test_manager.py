@@ -8,6 +8,7 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -512,10 +513,11 @@ def test_a_job_is_found_again_by_its_id(new_manager: NewManager, messenger: Mess
         second.job("other").result(TIMEOUT_S)
 
 
-def test_a_new_manager_finds_the_jobs_of_servers_that_went_on(
+@pytest.fixture
+def orphan(
     new_manager: NewManager, messenger: MessengerFactory, folder: Path, wine: Data, new_destination: Any
-) -> None:
-    """A server that was started by hand outlives its manager, says hello to the next, and still has its training."""
+) -> Iterator[tuple[Any, str]]:
+    """Gives the destination of a manager that has stopped, and the job of a training that runs on at a server."""
     destination = new_destination("port")
     first = new_manager(destination, servers=0)
     server = ModelServer(messenger(), destination, folder=folder)
@@ -523,37 +525,36 @@ def test_a_new_manager_finds_the_jobs_of_servers_that_went_on(
         job = wait_progress(first, "wine", wine)
         first.stop()
         assert job.exception(TIMEOUT_S) is not None
-        second = new_manager(destination, servers=0)
-        found = second.job(job.id)
-        assert second.print_message("x").result(TIMEOUT_S) == "MODEL_REPLY_x"
-        assert second.command("CANCEL", {"job": job.id}).result(TIMEOUT_S)["result"] is True
-        wait_until(found.cancelled)
+        yield destination, job.id
     finally:
         server.close()
+
+
+def test_a_new_manager_finds_the_jobs_of_servers_that_went_on(new_manager: NewManager, orphan: tuple[Any, str]) -> None:
+    """A server that was started by hand outlives its manager, says hello to the next, and still has its training."""
+    destination, job_id = orphan
+    second = new_manager(destination, servers=0)
+    found = second.job(job_id)
+    assert second.print_message("x").result(TIMEOUT_S) == "MODEL_REPLY_x"
+    assert second.command("CANCEL", {"job": job_id}).result(TIMEOUT_S)["result"] is True
+    wait_until(found.cancelled)
 
 
 @pytest.mark.parametrize("by_id", [False, True])
 def test_a_client_cancels_a_training_that_its_manager_does_not_know(
-    new_manager: NewManager, messenger: MessengerFactory, folder: Path, wine: Data, new_destination: Any, by_id: bool
+    new_manager: NewManager, messenger: MessengerFactory, orphan: tuple[Any, str], by_id: bool
 ) -> None:
     """It was told that the training ends, and nobody told the server."""
-    destination = new_destination("port")
-    first = new_manager(destination, servers=0)
-    server = ModelServer(messenger(), destination, folder=folder)
-    try:
-        job = wait_progress(first, "wine", wine)
-        first.stop()
-        manager = new_manager(destination, servers=0)
-        client = ModelClient(messenger(), destination)
-        assert not client.cancel("nobody")  # Also while no server is there.
-        found = client.job(job.id)
-        manager.wait_ready()
-        assert client.cancel(job.id) if by_id else found.cancel()
-        wait_until(found.cancelled)
-        assert not client.cancel(job.id)
-        assert not client.cancel("nobody")
-    finally:
-        server.close()
+    destination, job_id = orphan
+    manager = new_manager(destination, servers=0)
+    client = ModelClient(messenger(), destination)
+    assert not client.cancel("nobody")  # Also while no server is there.
+    found = client.job(job_id)
+    manager.wait_ready()
+    assert client.cancel(job_id) if by_id else found.cancel()
+    wait_until(found.cancelled)
+    assert not client.cancel(job_id)
+    assert not client.cancel("nobody")
 
 
 def test_a_job_is_found_at_whichever_server_has_it(new_manager: NewManager, plain: PlainPeers) -> None:

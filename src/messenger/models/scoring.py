@@ -5,7 +5,6 @@ a model that runs code of its file (operators that ONNX itself does not define, 
 """
 
 from collections import OrderedDict
-from math import isfinite
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -158,9 +157,7 @@ def _load_onnx(manifest: Manifest, data: bytes) -> tuple[Any, Any]:
     run, input_name, outputs = session.run, given.name, [session.get_outputs()[0].name]
 
     def score(matrix: "NDArray[Any]") -> "NDArray[Any]":
-        values = matrix.ravel("K")
-        # The sum of the squares is finite only if all values are. It may overflow, so then there is a second look.
-        if not isfinite(values.dot(values)) and not np.isfinite(values).all():
+        if not np.isfinite(matrix).all():
             raise CommandFailed(
                 f"values are missing, or not finite in {matrix.dtype}; model {manifest.name!r}, of the method "
                 f"{manifest.method!r}, does not take such rows"
