@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 from messenger import AsyncMessenger
@@ -54,6 +55,7 @@ class HostedMessenger(AsyncMessenger):
     def __init__(self, host: Host, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.host = host
+        self._answer = partial(host.call, self._answer)
 
     def listen_for_connection(self, *arguments: Any, **options: Any) -> Any:
         return self.host.call(super().listen_for_connection, *arguments, **options)
@@ -85,9 +87,6 @@ class HostedMessenger(AsyncMessenger):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _answer(self, *arguments: Any) -> Any:
-        return self.host.call(super()._answer, *arguments)
 
     def _close_endpoint(self, endpoint: Any) -> Any:
         return self.host.call(super()._close_endpoint, endpoint)

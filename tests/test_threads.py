@@ -1,5 +1,6 @@
 """`threads`: what a leader must have done before it sleeps, and whom it wakes; the rest: tests/transports."""
 
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -9,9 +10,19 @@ from typing import Any
 
 import pytest
 
-from messenger import ECHO, CalledFromCallback, Cancelled, Connection, DeliveryError, Message, Messenger, NotDelivered
+from messenger import (
+    ECHO,
+    CalledFromCallback,
+    Cancelled,
+    Connection,
+    DeliveryError,
+    Message,
+    Messenger,
+    MessengerClosed,
+    NotDelivered,
+)
 from messenger.exchange import Exchange
-from messenger.limits import ACK_DELAY_S, Limits
+from messenger.limits import ACK_DELAY_S, FLUSH_S, Limits
 from messenger.link import Link
 from messenger.loop import State
 from messenger.threads import ThreadLoop
@@ -110,6 +121,31 @@ def test_requests_do_not_wake_the_thread_that_does_not_lead(monkeypatch: pytest.
 Holding = tuple[Messenger, Connection, list[Message]]
 
 
+def test_what_a_thread_sends_behind_others_leaves_soon() -> None:
+    """The loop's thread is woken for the first, and then looks by itself as long as they come."""
+    entered, release = threading.Event(), threading.Event()
+
+    def hold(_: Message) -> None:
+        entered.set()
+        release.wait(TIMEOUT_S)
+
+    with Messenger("server") as server, Messenger("client") as client:
+        connection = client.make_connection(server.listen_for_connection("tcp://127.0.0.1:0", hold).destination)
+        client.send_message(connection, b"is in the callback, so nothing else is acknowledged")
+        assert entered.wait(TIMEOUT_S)
+        waits_s = []
+        for number in range(60):
+            time.sleep((0, FLUSH_S / 4, FLUSH_S, 4 * FLUSH_S)[number % 4])
+            client.send_message(connection, b"behind it")
+            began_at = time.monotonic()
+            while client.statistics().queued_msgs:
+                time.sleep(FLUSH_S / 10)
+            waits_s.append(time.monotonic() - began_at)
+        release.set()
+    # A probe, which sends what waits as well, comes after more than 100.
+    assert statistics.median(waits_s) < 20 * FLUSH_S
+
+
 @pytest.fixture
 def holding() -> Iterator[Holding]:
     """A client whose server keeps messages, and answers what it kept when asked for `now`."""
@@ -158,6 +194,14 @@ def send_and_wait_in_thread(holding: Holding) -> tuple[int, Ran, threading.Threa
     thread, returned = wait_in_thread(client, message_id)
     wait_until(lambda: is_waited_for(client, message_id) and kept)
     return message_id, ran, thread, returned
+
+
+def test_a_connection_that_was_sent_to_last_is_refused_when_it_is_closed(holding: Holding) -> None:
+    client, connection, _ = holding
+    client.send_message(connection, b"the usual way")
+    connection.close()
+    with pytest.raises(MessengerClosed):
+        client.send_message(connection, b"the usual way")
 
 
 def test_a_callback_runs_in_the_thread_that_waits(holding: Holding) -> None:

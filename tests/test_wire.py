@@ -33,6 +33,7 @@ from messenger.wire import (
     decode_message,
     decode_refusal,
     decode_response,
+    decode_short_id,
     encode_challenge,
     encode_controls,
     encode_data,
@@ -55,6 +56,14 @@ def test_a_message_is_what_the_expression_gives_and_comes_back(source: int, dest
     data = encode_message(source, dest, contents)
     assert data == f"{source}-{dest}-".encode() + contents
     assert decode_message(data) == (source, dest, contents)
+
+
+@given(st.binary(max_size=24) | st.builds(b"%d-%b".__mod__, st.tuples(IDS, st.binary(max_size=3))), st.integers(0, 3))
+def test_a_short_id_is_read_as_any_other_is(data: bytes, start: int) -> None:
+    """What is compiled reads ids of at most 18 digits so, and leaves all others to `decode_message`."""
+    digits, dash, _ = data[start:].partition(b"-")
+    is_short = dash and digits.isdigit() and len(digits) <= 18
+    assert decode_short_id(data, start) == ((int(digits), start + len(digits) + 1) if is_short else (0, 0))
 
 
 @pytest.mark.parametrize("contents", [bytearray(b"a-b"), memoryview(b"a-b")])

@@ -205,12 +205,6 @@ class AsyncMessenger(BaseMessenger):
         self._loop.send_later(full, future, lambda: future.set_result(send()))
         return future
 
-    def _answer(self, message: Message, contents: bytes) -> Any:
-        if message.credit is not None and self._loop.has_waiting(message):
-            return self.send_message(message, contents)
-        sent: Any = super()._answer(message, contents)
-        return sent if type(sent) is not int else Sent(sent)
-
     def _behind_parts(self, message: Message, timeout: float) -> NoRoom:
         """Return why something that answers a message must wait, after parts of the same response that do."""
         why = "parts of the same response that were sent before wait for room"

@@ -21,14 +21,12 @@ from .limits import TIMEOUT_S, Limits
 from .loop import Loop, State
 from .message import Callback, Contents, ErrorCallback, Message, Statistics
 from .security import Security
-from .takers import Parts, Taker
+from .takers import Parts
 from .wire import NOOP, encode_identity
 
 logger = logging.getLogger("messenger")
 # Draws incarnations and nonces, which others must not guess.
 _rng = secrets.SystemRandom()
-
-RUNNING = State.RUNNING
 
 
 class BaseMessenger:
@@ -49,6 +47,8 @@ class BaseMessenger:
         self._exchange = Exchange(self, self.limits, log_unheard, encode_identity(identity), _rng)
         self._endpoints = Endpoints(self, self.limits, security, self._exchange)
         self._loop = self._loop_class(f"messenger-{identity}", self._exchange, self._endpoints, self._attach_links)
+        # What `Message.reply` calls, for most replies.
+        self._answer = self._loop.answer
         self.security = security
         self._abandoned: deque[Parts] = deque()
 
@@ -176,44 +176,9 @@ class BaseMessenger:
             check_callable("on_error", on_error)
         if type(contents) is not bytes:
             contents = as_bytes(contents)
-        is_timed = timeout != TIMEOUT_S
-        if is_timed or remote_callback is not NOOP:
+        if timeout != TIMEOUT_S or remote_callback is not NOOP:
             check_numbers(timeout, remote_callback)
-        deadline_at = monotonic() + timeout
-        loop, exchange = self._loop, self._exchange
-        # Not `with`, which costs twice as much.
-        loop.acquire()
-        try:
-            if loop.state is not RUNNING:
-                self._require_open(type(to) is Message)
-            peer, roams, dest_id = b"", False, remote_callback
-            if type(to) is Connection and to.messenger is self and not to.closed:
-                outlet = to.outlet  # The usual way without a call; all others, and every refusal, stand in `route`.
-            else:
-                outlet, peer, roams = self._endpoints.route(to, loop)
-                if type(to) is Message:
-                    dest_id = dest_id or to.source_callback_id
-            message_id = 0
-            while not message_id:
-                try:
-                    message_id = exchange.send(
-                        outlet, peer, contents, callback, on_error, dest_id, deadline_at, roams, redeliver, is_timed
-                    )
-                except QueueFull:
-                    loop.wait_room(outlet, deadline_at)
-                    self._require_open(type(to) is Message)
-                    self._endpoints.route(to, loop)  # It may have been closed meanwhile.
-            if isinstance(callback, Taker):
-                loop.await_outcome(callback, outlet, deadline_at)
-            elif exchange.is_urgent:
-                loop.flush()
-            elif loop.thread_id != get_ident():
-                loop.flush_soon(outlet, deadline_at - timeout)
-            elif callback is not None:
-                loop.asks = True
-        finally:
-            loop.release()
-        return message_id
+        return self._loop.send(to, contents, callback, on_error, remote_callback, timeout, redeliver)
 
     def cancel(self, message_id: int) -> bool:
         """Give a message up: its `on_error` gets `Cancelled`, unless it has its outcome already.
@@ -251,26 +216,6 @@ class BaseMessenger:
             self._endpoints.count_refusals()
             connections, listeners = self._endpoints.count(Connection), self._endpoints.count(Listener)
             return self._exchange.statistics(self.identity, connections, listeners)
-
-    def _answer(self, message: Message, contents: bytes) -> int:
-        """Do what `send_message(message, contents)` does, which most replies are, with less work. Takes the lock."""
-        loop, exchange = self._loop, self._exchange
-        now = monotonic()
-        message_id = 0
-        loop.acquire()
-        try:
-            outlet = message.link
-            # What is not the usual case is one for `send_message`.
-            is_same = message.incarnation and message.incarnation == outlet.peer_incarnation
-            if is_same and loop.state is RUNNING and not outlet.handle.closed:
-                message_id = exchange.answer(message, contents, now + TIMEOUT_S)
-                if exchange.is_urgent:
-                    loop.flush()
-                elif loop.thread_id != get_ident():
-                    loop.flush_soon(outlet, now)
-        finally:
-            loop.release()
-        return message_id or self.send_message(message, contents)
 
     def _reply_part(self, message: Message, contents: Contents, *, timeout: float = TIMEOUT_S) -> int:
         """Do what `message.reply(contents, more=True)` says. Takes the lock; waits, but not in a callback."""

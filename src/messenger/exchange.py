@@ -10,6 +10,8 @@ that grows with what a peer claims instead of with what it sent.
 Source: docs/protocol.md, "Order of processing".
 """
 
+import types
+from collections.abc import Callable
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
@@ -42,6 +44,9 @@ from .wire import (
 # In `calls` this is never called: the driver answers it with `note_processed(*argument)`, under its lock. It is nothing
 # that a user could give as a callback.
 BATCH_PROCESSED: Final[Any] = object()
+# Ids below are compared faster.
+FunctionType: Final = types.FunctionType
+_ID_SMALL: Final = 2**62 - 1
 
 
 # The simulator watches one.
@@ -72,7 +77,7 @@ class Exchange(Streams):
     ) -> None:
         super().__init__(on_unheard)
         self.handshake = Handshake(self, identity, limits, rng)
-        self._messenger = messenger
+        self.messenger = messenger
         # Read for each message, so not through the structure.
         self._message_bytes_max = limits.message_bytes_max
         self._large_bytes_min = min(LARGE_BYTES_MIN, limits.message_bytes_max + 1)
@@ -112,13 +117,13 @@ class Exchange(Streams):
         """
         if len(outlet.queue) >= self._queue_msgs_max or outlet.queue_bytes >= self._queue_bytes_max:
             self._refuse_full(outlet)
-        large = None
         if len(contents) >= self._large_bytes_min:
-            large = self._take_large(contents, outlet)
-            contents = b""
+            large, small = self._take_large(contents, outlet), b""
+        else:
+            large, small = None, contents if isinstance(contents, bytes) else bytes(contents)
         message_id = self._next_id
         if callback is None and on_error is None:
-            data = b"0-%d-%b" % (dest_callback_id, contents)  # type: ignore[str-format]
+            data = b"0-%d-%b" % (dest_callback_id, small)
             outgoing = Outgoing(message_id, data, len(data), deadline_at, outlet)
         else:
             outstanding = self._outstanding
@@ -127,24 +132,24 @@ class Exchange(Streams):
             while self._wrapped and message_id in outstanding:
                 message_id = self._successor(message_id)
             if dest_callback_id:
-                data = b"%d-%d-%b" % (message_id, dest_callback_id, contents)  # type: ignore[str-format]
+                data = b"%d-%d-%b" % (message_id, dest_callback_id, small)
             else:
-                data = b"%d-0-%b" % (message_id, contents)  # type: ignore[str-format]
+                data = b"%d-0-%b" % (message_id, small)
             outgoing = Outgoing(message_id, data, len(data), deadline_at, outlet, callback, on_error)
             outstanding[message_id] = outgoing
+        size_bytes = len(data)
         if peer or redeliver or is_timed or large is not None:
             outgoing.peer, outgoing.roams, outgoing.redeliver, outgoing.large = peer, roams, redeliver, large
             if large is not None:
-                outgoing.size_bytes += len(large)
+                size_bytes = outgoing.size_bytes = size_bytes + len(large)
             if large is not None or not outgoing.is_silent:
                 outlet.is_plain = False
         if deadline_at < self._sweep_at:
             self._sweep_at = deadline_at
-        self._next_id = message_id + 1 if message_id < ID_MAX else self._successor(message_id)
-        # As `_enqueue` does, which would cost a call.
-        queue = outlet.queue
+        self._next_id = message_id + 1 if message_id < _ID_SMALL else self._successor(message_id)
+        queue = outlet.queue  # As `_enqueue` does, which would cost a call.
         queue.append(outgoing)
-        outlet.queue_bytes += outgoing.size_bytes
+        outlet.queue_bytes += size_bytes
         if not outlet.is_dirty:
             outlet.is_dirty = True
             self._dirty.append(outlet)
@@ -170,7 +175,7 @@ class Exchange(Streams):
         ):
             return 0
         message_id = self._next_id
-        self._next_id = message_id + 1 if message_id < ID_MAX else self._successor(message_id)
+        self._next_id = message_id + 1 if message_id < _ID_SMALL else self._successor(message_id)
         data = b"0-%d-%b" % (message.source_callback_id, contents)
         if deadline_at < self._sweep_at:
             self._sweep_at = deadline_at
@@ -225,7 +230,7 @@ class Exchange(Streams):
         except MalformedMessage:
             self.drop("malformed_message")
             return
-        message = Message(self._messenger, contents, source_callback_id, dest_callback_id, link, peer)
+        message = Message(self.messenger, contents, source_callback_id, dest_callback_id, link, peer)
         if len(contents) > self._message_bytes_max:
             self.drop("message_too_large")
         else:
@@ -268,25 +273,22 @@ class Exchange(Streams):
 
         What stands in this loop runs for each message, so it calls as little as it can.
         """
-        messenger, peer, incarnation = self._messenger, session.peer, session.peer_incarnation
-        calls, outstanding, callback = self.calls, self._outstanding, session.callback
+        messenger, peer, incarnation = self.messenger, session.peer, session.peer_incarnation
+        outstanding, callback, make = self._outstanding, session.callback, Message
+        calls: list[tuple[Callable[[Any], object], Any]] = []
         response_callback = callback if session.hears_responses else None
         response_count = 0
         if deadline_at < self.expires_at:
             self.expires_at = deadline_at
         for data in messages:
             try:
-                source, dest, contents = data.split(b"-", 2)
-                if not (source.isdigit() and dest.isdigit() and len(source) < 20 and len(dest) < 20):
-                    decode_message(data)
-            except ValueError:
+                source_id, dest_id, contents = decode_message(data)
+            except MalformedMessage:
                 self.drop("malformed_message")
                 session.note_unrun(number)
                 number += 1
                 continue
-            source_id = int(source)
-            dest_id = int(dest)
-            message = Message(messenger, contents, source_id, dest_id, session, peer, number, incarnation, deadline_at)
+            message = make(messenger, contents, source_id, dest_id, session, peer, number, incarnation, deadline_at)
             number += 1
             if not dest_id and callback is not None:
                 if not source_id:
@@ -299,7 +301,9 @@ class Exchange(Streams):
                 del outstanding[dest_id]
                 response_count += 1
                 msc = entry.callback
-                if isinstance(msc, Taker):
+                if type(msc) is FunctionType:
+                    calls.append((msc, message))
+                elif isinstance(msc, Taker):
                     msc.settle(message, None)
                 elif msc is not None:
                     calls.append((msc, message))
@@ -308,7 +312,10 @@ class Exchange(Streams):
                 continue
             if not source_id and dest_id < MSC_ID_MIN:
                 session.must_answer = True
+            self.calls.extend(calls)
+            calls.clear()
             self._process(message)
+        self.calls.extend(calls)
         self._response_msgs += response_count
         return number - 1
 
@@ -316,7 +323,7 @@ class Exchange(Streams):
         """Process the messages of a batch of which some are large or have options; return the last number."""
         messages, large, options, _, left_ms = batch
         options_by_index = {option.index: option for option in options}
-        messenger, peer, incarnation = self._messenger, session.peer, session.peer_incarnation
+        messenger, peer, incarnation = self.messenger, session.peer, session.peer_incarnation
         for index in range(skipped, len(messages)):
             number = first + index
             try:

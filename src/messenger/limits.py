@@ -3,11 +3,15 @@
 `Limits` are a messenger's own and can be given to it. The constants below it are the same for all, because both ends
 must agree on them or because no user has a reason to change them. What bounds nothing that a peer or a user can see,
 such as how often a module looks again, stands in that module.
+
+What the core reads for each message or frame is final: compiled, it then costs nothing (docs/design.md).
 """
+
+from typing import Final
 
 import msgspec
 
-KIB = 1024
+KIB: Final = 1024
 MIB = 1024 * KIB
 
 
@@ -83,14 +87,14 @@ TURN_DROPPED_FRAMES_MAX = 500
 # The two callback ids and their dashes in front of the contents: 2 x 20 digits + 2.
 HEADER_BYTES_MAX = 42
 # Contents from this size on travel as a frame of their own, without a copy. Below, a copy costs less than a frame.
-LARGE_BYTES_MIN = 64 * KIB
+LARGE_BYTES_MIN: Final = 64 * KIB
 # The longest path that fits a Unix socket address, without its closing NUL.
 IPC_PATH_BYTES_MAX = 107
 # What `send_message` and `request` wait if they are not told. The receiver is not told it either, so that ordinary
 # messages pay nothing for their deadline; so both ends must agree on it.
-TIMEOUT_S = 30.0
+TIMEOUT_S: Final = 30.0
 # A message that has waited longer than this when it leaves travels with its deadline all the same.
-TIMEOUT_SLACK_S = 1.0
+TIMEOUT_SLACK_S: Final = 1.0
 # So often a callback that asks whether its message was cancelled looks for input.
 POLL_S = 0.01
 # A thread, or an event loop, whose last wait for an answer was shorter than this looks for so long before it sleeps. An
@@ -179,14 +183,14 @@ REFUSAL_LOG_KEYS_MAX = 100
 # slow reader leaves room for others.
 STREAM_SHARE = 4
 # A batch never holds more, so that both sides of a busy session work at once.
-BATCH_MSGS_MAX = 250
-BATCH_BYTES_MAX = 256 * KIB
+BATCH_MSGS_MAX: Final = 250
+BATCH_BYTES_MAX: Final = 256 * KIB
 # The frame that holds one: its messages, and where all of them are error responses, a text of 2,000 characters each.
 BATCH_FRAME_BYTES_MAX = BATCH_BYTES_MAX + BATCH_MSGS_MAX * 8 * KIB
 # What callbacks send leaves at the end of their turn, but if the turn takes longer than this, in between.
-FLUSH_S = 0.001
+FLUSH_S: Final = 0.001
 # An acknowledgement waits so long for a message that it can travel with.
-ACK_DELAY_S = 0.02
+ACK_DELAY_S: Final = 0.02
 # Whatever a session waits for may be late by so much; that of many can then be looked at together.
 TIMER_TICK_S = 0.005
 # RFC 6298 says 1 s for the first two; links here are fast, and what the timeout sends is an empty frame.
@@ -198,7 +202,7 @@ RESENDS_DOUBLED_MAX = 8
 # But no more rarely than this: all behind it waits as well, also once a link works that broke again and again before.
 RESEND_S_MAX = 60.0
 # A session with nothing under way shows so often that it lives; a listener learns by it when the link was made anew.
-IDLE_PROBE_S = 10.0
+IDLE_PROBE_S: Final = 10.0
 # A HELLO without an answer is said again after the first time, doubled each time, up to the second.
 HELLO_S_MIN = 0.25
 HELLO_S_MAX = 2.0

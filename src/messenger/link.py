@@ -7,13 +7,13 @@ finds a link.
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from .compiled import mypyc_attr
 from .outgoing import Outgoing
 from .wire import ANY_SIZE
 
-FOREVER = float("inf")
+FOREVER: Final = float("inf")
 _NONE_CANCELLED: Mapping[int, None] = MappingProxyType({})
 
 

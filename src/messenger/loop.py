@@ -14,25 +14,33 @@ not read again; a callback whose exception ends the loop; a loop that has ended,
 import atexit
 import logging
 import os
+import threading
+import time
+import types
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from enum import Enum
-from time import monotonic
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import Any
+from typing import Any, Final
 
 from .compiled import mypyc_attr
-from .endpoint import Endpoints
-from .errors import Cancelled, ContentsInvalid, DeliveryError
+from .endpoint import Connection, Endpoints, To
+from .errors import Cancelled, ContentsInvalid, DeliveryError, QueueFull
 from .exchange import BATCH_PROCESSED, Exchange
-from .limits import CLOSE_TIMEOUT_S, FLUSH_S, NEWS_PAUSE_S
+from .limits import CLOSE_TIMEOUT_S, FLUSH_S, NEWS_PAUSE_S, TIMEOUT_S
 from .link import FOREVER, Outlet
-from .message import Message
+from .message import Callback, ErrorCallback, Message
+from .takers import Taker
 from .transports.inflow import Lookout
 from .transports.sockets import Kernel
 from .transports.zeromq import SocketLink
+from .wire import Buffer
 
 logger = logging.getLogger("messenger")
+# Compiled, this module looks a name up that it imports, at each use, but not what is final.
+monotonic: Final = time.monotonic
+get_ident: Final = threading.get_ident
+FunctionType: Final = types.FunctionType
 
 
 class State(Enum):
@@ -43,6 +51,9 @@ class State(Enum):
     CLOSING = "closing"
     CLOSED = "closed"
     FORKED = "forked"
+
+
+RUNNING: Final = State.RUNNING
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -76,6 +87,7 @@ class Loop:
 
     def __init__(self, name: str, exchange: Exchange, endpoints: Endpoints, attach_links: Callable[[], None]) -> None:
         self._name = name
+        self._messenger = exchange.messenger
         self._set_lock()
         self.state = State.NEW
         self.close_at = FOREVER
@@ -95,11 +107,16 @@ class Loop:
         self._readable: set[SocketLink] = set()
         # What `note_processed` is to be called with.
         self._processed: list[Any] = []
+        # Whether what others than callbacks queue is sent within `FLUSH_S` without `flush_soon`.
+        self._flushes_soon = False
         # When the callback that runs now began, and the first of this turn.
         self._callback_at = self._calls_at = FOREVER
         self._must_attach = False
         self._poll_at = 0.0
         self._room_wanted_count = 0
+        # The connection that was sent to last, as long as it is open, and its outlet.
+        self._last_to: Connection | None = None
+        self._last_outlet: Outlet
 
     # What the drivers say.
 
@@ -224,6 +241,7 @@ class Loop:
             self._touched.discard(link)
             self._readable.discard(link)
             link.inflows.clear()
+            self._last_to = None
             self.announce_calls()
             self._announce_room()
 
@@ -242,6 +260,81 @@ class Loop:
         self._must_attach = True
         if self.is_serving:
             self.ask_attention()
+
+    # Sending: what `BaseMessenger` does for each message once it has looked at what it was given.
+
+    def send(
+        self,
+        to: To,
+        contents: Buffer,
+        callback: Callback | None,
+        on_error: ErrorCallback | None,
+        dest_id: int,
+        timeout: float,
+        redeliver: bool,
+    ) -> int:
+        """Do what `send_message` says. Takes the lock."""
+        now = monotonic()
+        deadline_at = now + timeout
+        exchange = self._exchange
+        peer, roams, is_timed = b"", False, timeout != TIMEOUT_S
+        # Not `with`, which costs twice as much.
+        self.acquire()
+        try:
+            if self.state is not RUNNING:
+                self._messenger._require_open(type(to) is Message)
+            if to is self._last_to:
+                outlet = self._last_outlet
+            else:
+                outlet, peer, roams = self._endpoints.route(to, self)
+                if isinstance(to, Message):
+                    dest_id = dest_id or to.source_callback_id
+                elif isinstance(to, Connection):
+                    self._last_to, self._last_outlet = to, outlet
+            message_id = 0
+            while not message_id:
+                try:
+                    message_id = exchange.send(
+                        outlet, peer, contents, callback, on_error, dest_id, deadline_at, roams, redeliver, is_timed
+                    )
+                except QueueFull:
+                    self.wait_room(outlet, deadline_at)
+                    self._messenger._require_open(type(to) is Message)
+                    self._endpoints.route(to, self)  # It may have been closed meanwhile.
+            if callback is not None and type(callback) is not FunctionType and isinstance(callback, Taker):
+                self.await_outcome(callback, outlet, deadline_at)
+            elif exchange.is_urgent:
+                self.flush()
+            elif self.thread_id != get_ident():
+                # `flush_soon` asks that, too, but it may be interpreted.
+                if not self._flushes_soon or outlet.is_quiet or now - self._callback_at > FLUSH_S:
+                    self.flush_soon(outlet, now)
+            elif callback is not None:
+                self.asks = True
+        finally:
+            self.release()
+        return message_id
+
+    def answer(self, message: Message, contents: bytes) -> Any:
+        """Do what `send_message(message, contents)` does, which most replies are, with less work. Takes the lock."""
+        now = monotonic()
+        exchange = self._exchange
+        message_id = 0
+        self.acquire()
+        try:
+            outlet = message.link
+            incarnation = message.incarnation
+            # What is not the usual case is one for `send_message`.
+            is_same = incarnation and incarnation == outlet.peer_incarnation
+            if is_same and self.state is RUNNING and not outlet.handle.closed:
+                message_id = exchange.answer(message, contents, now + TIMEOUT_S)
+                if exchange.is_urgent:
+                    self.flush()
+                elif self.thread_id != get_ident():
+                    self.flush_soon(outlet, now)
+        finally:
+            self.release()
+        return message_id or self._messenger.send_message(message, contents)
 
     # A turn of the loop.
 

@@ -13,7 +13,6 @@ event loop with a touched link whose events were not read again.
 
 import asyncio
 import logging
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -25,14 +24,15 @@ from . import interrupts
 from .endpoint import Endpoints
 from .errors import DeliveryError, QueueFull
 from .exchange import Exchange
-from .futures import Done, NoRoom, Response, Steps, TaskParts
+from .futures import Done, NoRoom, Response, Sent, Steps, TaskParts
 from .handlers import TIMER_S_MIN, Handlers
 from .limits import CLOSE_TIMEOUT_S, POLL_S
 from .link import FOREVER, Outlet
 from .loop import Loop, State, refuse_generator, started
 from .message import Message
+from .spin import Spin
 from .transports.local import inproc_names
-from .transports.wakeup import SLEEP_S_MAX, spin_s_max
+from .transports.wakeup import SLEEP_S_MAX
 from .transports.zeromq import SocketLink
 
 logger = logging.getLogger("messenger")
@@ -73,38 +73,6 @@ class _Guard:
 
     def __exit__(self, *exception: object) -> None:
         return
-
-
-class Spin:
-    """Keeps the event loop awake while an answer is likely to come at once; `transports/wakeup.py` says what for."""
-
-    def __init__(self) -> None:
-        self._s_max = spin_s_max()
-        self._asked_at = self._ends_at = 0.0
-        # Whether the last answer came in time.
-        self._is_worth_it = False
-        self._is_planned = False
-
-    def begin(self, event_loop: asyncio.AbstractEventLoop) -> None:
-        """A message has left that is waited for, and nothing else is on its way."""
-        self._asked_at = now = monotonic()
-        if self._is_worth_it:
-            self._ends_at = now + self._s_max
-            if not self._is_planned:
-                self._is_planned = True
-                event_loop.call_soon(self._turn, event_loop)
-
-    def end(self) -> None:
-        """Something has come."""
-        self._ends_at = 0.0
-        self._is_worth_it = monotonic() < self._asked_at + self._s_max
-
-    def _turn(self, event_loop: asyncio.AbstractEventLoop) -> None:
-        if monotonic() < self._ends_at:
-            os.sched_yield()
-            event_loop.call_soon(self._turn, event_loop)
-        else:
-            self._is_planned = False
 
 
 class TaskLoop(Loop):
@@ -382,6 +350,13 @@ class TaskLoop(Loop):
             self._timer_at = deadline_at
             delay_s = min(max(TIMER_S_MIN, deadline_at - monotonic()), SLEEP_S_MAX)
             self._timer = self._event_loop.call_later(delay_s, self._handle_timer)
+
+    def answer(self, message: Message, contents: bytes) -> Any:
+        """Do what `send_message(message, contents)` does; see there."""
+        if message.credit is not None and self.has_waiting(message):
+            return self._messenger.send_message(message, contents)
+        sent = super().answer(message, contents)
+        return Sent(sent) if type(sent) is int else sent
 
     def poll(self, now: float) -> None:
         """Take input in the middle of a callback that is a plain function, if not long after the last time."""

@@ -66,6 +66,8 @@ class ThreadLoop(Loop):
         # Whether the leader, and the loop's thread, sleep; only then need they be woken.
         self._leader_sleeps = False
         self._thread_sleeps = False
+        # Whether its sleep is to be a short one, because other threads go on sending.
+        self._naps = False
         self._wake_at = FOREVER
         self._thread_wake_at = FOREVER
 
@@ -200,11 +202,13 @@ class ThreadLoop(Loop):
 
         In a callback messages wait for the end of the turn, so that one frame holds what it sends. In other threads
         they leave at once, but behind messages that are on their way they wait for the loop as well, so that a thread
-        which sends in a tight loop fills frames; unless the loop is held up by a callback.
+        which sends in a tight loop fills frames; unless the loop is held up by a callback. As long as they come, the
+        loop's thread naps instead of sleeping: to be woken for some tens of messages each costs more than to send them.
         """
         if outlet.is_quiet or now - self._callback_at > FLUSH_S:
             self.flush()
-        elif self._thread_sleeps:
+        elif not self._flushes_soon:
+            self._flushes_soon = self._naps = True
             self._thread_sleeps = False
             self._wakeup.announce_calls()
 
@@ -372,6 +376,8 @@ class ThreadLoop(Loop):
         while wake_at is not None:
             with self._lock:
                 self._thread_sleeps = False
+                self._flushes_soon = True
+                self._naps = self._naps and self._exchange.is_dirty
                 if self._leader is None:
                     self._leader_sleeps = False
                     self._take_input(self._wakeup.take_ready())
@@ -394,6 +400,9 @@ class ThreadLoop(Loop):
         if self._exchange.calls or (leads and has_input):
             return 0.0
         deadline_at = self._exchange.next_deadline_at
+        if self._naps:
+            deadline_at = min(deadline_at, monotonic() + FLUSH_S)
+        self._flushes_soon = self._naps
         if leads:
             self._wake_at = wake_at = min(deadline_at, self.close_at)
             self._leader_sleeps = True

@@ -13,22 +13,29 @@ Source: docs/protocol.md, "Messages" and "Session dialect".
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
-from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
 from .blocks import CONTROLS, COUNT_MAX, OPTIONS, Control, Option, decode_block, encode_block
+from .compiled import i64
 from .errors import MalformedMessage
 from .limits import REFUSAL_BYTES_MAX
 
 # What contents may be; all of these are bytes-like.
 Buffer = bytes | bytearray | memoryview
 
-ID_MAX = 2**64 - 1
+ID_MAX: Final = 2**64 - 1
 # Ids from 64 can be registered by users; below are built-ins, above are message-specific callbacks.
-REGISTERED_ID_MIN = 64
-REGISTERED_ID_MAX = 1023
-MSC_ID_MIN = 1024
-_DIGITS_MAX = 20  # of 2**64 - 1
+REGISTERED_ID_MIN: Final = 64
+REGISTERED_ID_MAX: Final = 1023
+MSC_ID_MIN: Final = 1024
+_DIGITS_MAX: Final = 20  # of 2**64 - 1
+# An id of so many digits is a small integer everywhere.
+_SHORT_DIGITS_MAX: Final = 18
+_DASH: Final = 45
+_ZERO: Final = 48
+_NINE: Final = 57
+# Digit by digit is the fastest way in C, and the slowest in the interpreter.
+_IS_COMPILED: Final = not __file__.endswith(".py")
 
 
 class BuiltinCallback(IntEnum):
@@ -38,8 +45,8 @@ class BuiltinCallback(IntEnum):
     ECHO = 1  # Answer with the same contents.
 
 
-NOOP = BuiltinCallback.NOOP
-ECHO = BuiltinCallback.ECHO
+NOOP: Final = BuiltinCallback.NOOP
+ECHO: Final = BuiltinCallback.ECHO
 
 
 def encode_message(source_callback_id: int, dest_callback_id: int, contents: Buffer) -> bytes:
@@ -53,6 +60,13 @@ def decode_message(data: bytes) -> tuple[int, int, bytes]:
     Raises:
         MalformedMessage: A field is missing, is not ASCII digits, has more than 20 digits, or is above 2**64 - 1.
     """
+    if _IS_COMPILED:
+        # Of names of their own, since these are no longer than 64 bits.
+        short_source_id, start = decode_short_id(data, 0)
+        if start:
+            short_dest_id, start = decode_short_id(data, start)
+            if start:
+                return short_source_id, short_dest_id, data[start:]
     parts = data.split(b"-", 2)
     if len(parts) != 3:
         raise MalformedMessage("the header is not source_callback_id-dest_callback_id-")
@@ -65,6 +79,23 @@ def decode_message(data: bytes) -> tuple[int, int, bytes]:
     if source_callback_id > ID_MAX or dest_callback_id > ID_MAX:
         raise MalformedMessage(f"a callback id is above {ID_MAX}")
     return source_callback_id, dest_callback_id, contents
+
+
+def decode_short_id(data: bytes, start: i64) -> tuple[i64, i64]:
+    """Return the id that begins at `start`, and where what follows its dash begins: 0 if that is no short id."""
+    position = start
+    end: i64 = min(len(data), start + _SHORT_DIGITS_MAX + 1)
+    value: i64 = 0
+    while position < end:
+        character: i64 = data[position]
+        position += 1
+        if _ZERO <= character <= _NINE:
+            value = 10 * value + character - _ZERO
+        elif character == _DASH and position > start + 1:
+            return value, position
+        else:
+            break
+    return 0, 0
 
 
 def encode_identity(identity: str) -> bytes:
@@ -97,17 +128,17 @@ def decode_identity(routing_id: bytes) -> str:
 
 # Session frames. All integers are little-endian.
 
-MAGIC = 0x4D
-VERSION = 1
+MAGIC: Final = 0x4D
+VERSION: Final = 1
 _HEADER = struct.Struct("<BBBBQQ")
 # Of HELLO and CHALLENGE what stands in front of the identity; of RESPONSE and GOODBYE the whole body.
 _INTRODUCTION = struct.Struct("<QQIQQ")
 _NUMBER = struct.Struct("<Q")
 # The header and the numbers at once, for the frames that are many.
 _DATA_FRAME = struct.Struct("<BBBBQQQQQI")
-DATA_HEADER_BYTES = _DATA_FRAME.size
+DATA_HEADER_BYTES: Final = _DATA_FRAME.size
 # In a message's size: its contents follow as a frame of their own.
-_LARGE = 1 << 31
+_LARGE: Final = 1 << 31
 _SIZE = struct.Struct("<I")
 _SIZES = [struct.Struct(f"<{count}I") for count in range(COUNT_MAX + 1)]
 
@@ -124,8 +155,8 @@ class Kind(IntEnum):
     GOODBYE = 7
 
 
-_DATA_KIND = int(Kind.DATA)
-_DATA_START = bytes((MAGIC, VERSION, _DATA_KIND))
+_DATA_KIND: Final = int(Kind.DATA)
+_DATA_START: Final = bytes((MAGIC, VERSION, _DATA_KIND))
 
 
 class Flag:
@@ -151,7 +182,7 @@ class Reason(IntEnum):
 
 
 # In place of the milliseconds that a message has left.
-NO_DEADLINE_MS = 2**32 - 1
+NO_DEADLINE_MS: Final = 2**32 - 1
 
 
 class Header(NamedTuple):
@@ -165,7 +196,7 @@ class Header(NamedTuple):
 
 
 # A size that nothing exceeds.
-ANY_SIZE = 2**64 - 1
+ANY_SIZE: Final = 2**64 - 1
 
 
 class Hello(NamedTuple):
@@ -357,7 +388,7 @@ def decode_batch(
         if int.from_bytes(frame[DATA_HEADER_BYTES:end], "little") != len(frame) - end:
             raise MalformedMessage("the size of a message does not fit its frame")
         return [frame[end:]], {}, [], len(frame) - end, ()
-    sizes = _SIZES[count].unpack_from(frame, DATA_HEADER_BYTES)
+    sizes: tuple[int, ...] = _SIZES[count].unpack_from(frame, DATA_HEADER_BYTES)
     left_ms: Sequence[int] = ()
     if flags & Flag.DEADLINES:
         if end + 4 * count > len(frame):
@@ -376,10 +407,14 @@ def decode_batch(
         large = dict(zip(large, extra, strict=True))
         size_bytes += sum(map(len, extra))
         sizes = tuple(size & ~_LARGE for size in sizes)
-    ends = list(accumulate(sizes, initial=end))
-    if ends[-1] != len(frame):
+    messages: list[bytes] = []
+    for size in sizes:
+        start = end
+        end += size
+        messages.append(frame[start:end])
+    if end != len(frame):
         raise MalformedMessage("the sizes of a batch do not fit its frame")
-    return [frame[start:end] for start, end in pairwise(ends)], large, options, size_bytes, left_ms
+    return messages, large, options, size_bytes, left_ms
 
 
 def _unpack(body: struct.Struct, frame: bytes) -> tuple[int, ...]:

@@ -9,9 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from messenger import tasks
+from messenger import spin
 from messenger.limits import SPIN_S
-from messenger.tasks import Spin
 from messenger.transports import wakeup
 from messenger.transports.wakeup import Wakeup
 
@@ -165,17 +164,17 @@ def test_an_event_loop_stays_awake_for_an_answer_if_the_last_one_came_soon(
     now = 0.0
     planned: list[partial[None]] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpu_count)))
-    monkeypatch.setattr(tasks, "monotonic", lambda: now)
+    monkeypatch.setattr(spin, "monotonic", lambda: now)
     event_loop = Mock(call_soon=lambda *call: planned.append(partial(*call)))
-    spin = Spin()
+    staying = spin.Spin()
     had = []
     for answer_s in (SPIN_S / 2, SPIN_S / 2, 2 * SPIN_S, SPIN_S / 2):
-        spin.begin(event_loop)
+        staying.begin(event_loop)
         ends_at, turn_count = now + answer_s, 0
         while now < ends_at:
             now += SPIN_S / 4
             if now >= ends_at:
-                spin.end()
+                staying.end()
             for turn in planned[:]:
                 planned.remove(turn)
                 turn()
