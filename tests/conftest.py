@@ -24,7 +24,7 @@ import uvloop
 import zmq
 from hypothesis import settings
 
-from messenger import Destination, Limits, Message, Messenger, Security, wire
+from messenger import AsyncMessenger, Destination, Limits, Message, Messenger, Security, wire
 from messenger.wire import decode_data_frame
 from tests.canary import pytest_runtest_makereport
 from tests.drivers import Host, HostedMessenger
@@ -104,7 +104,7 @@ def standing_clock() -> Iterator[StandingClock]:
         yield clock
 
 
-def dropped(messenger: Messenger, kind: str) -> int:
+def dropped(messenger: Messenger | AsyncMessenger, kind: str) -> int:
     return messenger.statistics().dropped.get(kind, 0)
 
 
