@@ -27,12 +27,13 @@ from messenger.blocks import COUNT_MAX, Control, Option, OptionKind
 from messenger.errors import Cancelled, HandlerError, IdentityInUse, NoHandler
 from messenger.exchange import BATCH_PROCESSED, Exchange
 from messenger.failures import _text_of
-from messenger.limits import ERROR_TEXT_MAX, HELLO_S_MAX, LARGE_BYTES_MIN, SILENT_LOG_S
+from messenger.limits import ERROR_TEXT_MAX, HELLO_S_MAX, LARGE_BYTES_MIN, SILENT_LOG_S, UNHEARD_LOG_MAX
 from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.session import Session, State
 from messenger.takers import Waiter
 from messenger.wire import (
     ID_MAX,
+    MSC_ID_MIN,
     Challenge,
     Kind,
     Reason,
@@ -1404,6 +1405,40 @@ def test_messages_without_a_callback_to_a_process_that_ended_are_reported_togeth
         "3 messages without a callback, the last to connection ('server'): its process has ended"
     )
     assert not error.message_id
+
+
+def test_of_many_errors_without_on_error_a_few_are_reported_each_and_the_others_together() -> None:
+    core = Core()
+    for _ in range(UNHEARD_LOG_MAX + 30):
+        core.send(b"a", core.tell, deadline_at=5.0)
+    core.exchange.handle_deadline(5.0)
+    core.run()
+    *each, together = core.unheard
+    assert [error.message_id for error in each] == list(range(MSC_ID_MIN, MSC_ID_MIN + UNHEARD_LOG_MAX))
+    why = "to owner: not delivered before its deadline: nobody was there to take it"
+    assert str(together) == f"30 messages without on_error, the last {why}"
+    assert type(together) is NotDelivered
+    assert core.statistics.not_delivered_msgs == UNHEARD_LOG_MAX + 30
+    # The next few are told each again; what goes beyond waits for the time of the next report.
+    core.unheard.clear()
+    for _ in range(UNHEARD_LOG_MAX + 1):
+        core.send(b"a", core.tell, deadline_at=6.0)
+    core.exchange.handle_deadline(6.0)
+    core.run()
+    assert len(core.unheard) == UNHEARD_LOG_MAX
+    assert core.exchange.next_deadline_at == 5.0 + SILENT_LOG_S
+    core.exchange.handle_deadline(5.0 + SILENT_LOG_S)
+    core.run()
+    assert str(core.unheard[-1]) == f"1 message without on_error {why}"
+
+
+def test_errors_without_on_error_are_all_reported_at_the_end() -> None:
+    core = Core()
+    for _ in range(UNHEARD_LOG_MAX + 2):
+        core.send(b"a", core.tell, deadline_at=5.0)
+    core.exchange.end_all("it is over")
+    core.run()
+    assert str(core.unheard[-1]) == "2 messages without on_error, the last to owner: it is over"
 
 
 def test_what_was_processed_of_a_batch_is_not_reported_as_unknown() -> None:

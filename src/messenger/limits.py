@@ -120,6 +120,9 @@ CROWDED_LOG_S = 60.0
 # Messages that nobody waits for and that could not be delivered, such as answers to a peer that has gone, are counted
 # each, but logged together, once in so many seconds.
 SILENT_LOG_S = 10.0
+# So many messages with a callback and no `on_error` are logged one by one when no response comes, the others of the
+# same seconds together: a server that dies may have left a million unanswered.
+UNHEARD_LOG_MAX = 20
 
 # Messages without an end, and too many (`transports/inflow.py`).
 

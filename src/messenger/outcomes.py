@@ -20,7 +20,7 @@ from .compiled import mypyc_attr
 from .errors import Cancelled, DeliveryError, IdentityInUse, NotDelivered, OutcomeUnknown
 from .failures import readable
 from .handshake import Handshake
-from .limits import BATCH_MSGS_MAX, ERROR_TEXT_MAX, SILENT_LOG_S
+from .limits import BATCH_MSGS_MAX, ERROR_TEXT_MAX, SILENT_LOG_S, UNHEARD_LOG_MAX
 from .link import FOREVER, Link, Outlet
 from .message import ErrorCallback, Message
 from .outgoing import Outgoing
@@ -68,10 +68,12 @@ class Outcomes:
         self.on_cancelled: Callable[[Session, int], None] | None = None
         self._not_delivered_msgs = 0
         self._outcome_unknown_msgs = 0
-        # Of messages that nobody waits for: how many are to be reported, and of each kind the last; and when.
-        self._silent_counts: Counter[type[DeliveryError]] = Counter()
-        self._silent_last: dict[type[DeliveryError], str] = {}
+        # Of messages whose sender hears of no error: how many are to be reported, by kind and what they had not, of
+        # each the last, and when; and how many were told one by one since the last report.
+        self._silent_counts: Counter[tuple[type[DeliveryError], str]] = Counter()
+        self._silent_last: dict[tuple[type[DeliveryError], str], str] = {}
         self._silent_at = 0.0
+        self._unheard_count = 0
 
     # Queues.
 
@@ -274,20 +276,25 @@ class Outcomes:
         return held
 
     def _note_silent(self, kind: type[DeliveryError], count: int, outlet: Outlet, why: str) -> None:
-        """Count messages that nobody waits for, and have them reported, together and not too often."""
+        """Count messages that nobody waits for, and have them reported."""
         if count:
             self.dropped["not_delivered" if kind is NotDelivered else "outcome_unknown"] += count
-            self._silent_counts[kind] += count
-            self._silent_last[kind] = f"to {outlet}: {why}"
-            self._sweep_at = min(self._sweep_at, self._silent_at)
+            self._report_later(kind, "a callback", count, f"to {outlet}: {why}")
+
+    def _report_later(self, kind: type[DeliveryError], lack: str, count: int, last: str) -> None:
+        """Have messages reported together and not too often: peers can cause it, so they must not fill a log."""
+        self._silent_counts[kind, lack] += count
+        self._silent_last[kind, lack] = last
+        self._sweep_at = min(self._sweep_at, self._silent_at)
 
     def _report_silent(self, now: float) -> None:
-        """Report what was noted of messages that nobody waits for; peers can cause it, so they must not fill a log."""
-        for kind, count in self._silent_counts.items():
-            what = "1 message without a callback" if count == 1 else f"{count} messages without a callback, the last"
-            self.calls.append((self._on_unheard, kind(f"{what} {self._silent_last[kind]}", NOOP)))
+        """Report what was noted of messages whose sender hears of no error."""
+        for (kind, lack), count in self._silent_counts.items():
+            what = f"1 message without {lack}" if count == 1 else f"{count} messages without {lack}, the last"
+            self.calls.append((self._on_unheard, kind(f"{what} {self._silent_last[kind, lack]}", NOOP)))
             self._silent_at = now + SILENT_LOG_S
         self._silent_counts.clear()
+        self._unheard_count = 0
 
     def abandon(self, outlet: Outlet, why: str, kind: type[DeliveryError] = NotDelivered) -> None:
         """End every message of an outlet, because it is closed for good; what was queued ends as `kind`."""
@@ -314,6 +321,7 @@ class Outcomes:
         """End every message that is still open, whatever has become of its outlet."""
         for message_id in list(self._outstanding):
             self._fail(message_id, OutcomeUnknown, why)
+        self._report_silent(FOREVER)  # There is no later.
 
     # What the handshake tells.
 
@@ -413,8 +421,13 @@ class Outcomes:
         error = kind(f"message {message_id} to {entry.outlet.owner}: {why}", message_id, *details)
         if isinstance(entry.callback, Taker):
             entry.callback.settle(None, error)
+        elif entry.on_error is not None:
+            self.calls.append((entry.on_error, error))
+        elif self._unheard_count < UNHEARD_LOG_MAX:
+            self._unheard_count += 1
+            self.calls.append((self._on_unheard, error))
         else:
-            self.calls.append((self._on_unheard if entry.on_error is None else entry.on_error, error))
+            self._report_later(kind, "on_error", 1, f"to {entry.outlet.owner}: {why}")
 
     # What a driver asks.
 

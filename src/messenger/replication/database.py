@@ -189,8 +189,8 @@ class WalSync:
         self._path = path
         self._file = _identify(path)
         self._descriptor = os.open(f"{path}-wal", os.O_RDWR)
-        # Where the kernel tells its name. `fstat` would tell how many names it has, but a file whose times were asked for
-        # gets new ones with the next write (since Linux 6.13), and then each `fdatasync` takes half as long again.
+        # Where the kernel tells its name. `fstat` would tell how many names it has, but a file whose times were asked
+        # for gets new ones with the next write (since Linux 6.13), and then an `fdatasync` takes half as long again.
         self._name_at = f"/proc/self/fd/{self._descriptor}"
         self._name = os.readlink(self._name_at)
         self.durable_lsn = 0
