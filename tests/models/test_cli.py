@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -180,6 +181,34 @@ def test_cancel_waits_no_longer_than_it_was_told() -> None:
     finished = run_models("cancel", "monday", "--at", port, "--timeout", "0.3")
     assert finished.returncode == 3
     assert str(port) in finished.stderr
+
+
+def run_train(change: str, wine: Data, port: int) -> subprocess.CompletedProcess[str]:
+    """Trains for a long time by the command, of which something was changed."""
+    words = ["models", "train", "m", "--data", str(wine.path), "--target", "class", "--param", "steps=100000"]
+    imports = "import sys; from messenger.cli import main, models; from messenger.models import ModelClient"
+    program = f"{imports}\n{textwrap.dedent(change)}\nsys.exit(main({[*words, '--at', str(port)]}))"
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def test_train_waits_for_a_manager_not_as_long_as_for_the_training(wine: Data) -> None:
+    port = free_port()
+    finished = run_train("models.FIND_S = 0.3", wine, port)
+    assert finished.returncode == 3
+    assert str(port) in finished.stderr
+
+
+def test_ctrl_c_cancels_a_training_that_is_just_being_sent(manager: ModelServerManager, wine: Data) -> None:
+    change = """
+        def train(*args, send=ModelClient.train, **options):
+            send(*args, **options)
+            raise KeyboardInterrupt
+        ModelClient.train = train
+    """
+    assert run_train(change, wine, manager.listener.port).returncode == 130
+    wait_until(lambda: list(manager.status().jobs.values()) == ["cancelled"])
 
 
 def test_infer_without_stdin_is_told() -> None:

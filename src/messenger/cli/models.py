@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import logging
+import secrets
 import shlex
 import signal
 import sys
@@ -58,6 +59,8 @@ MISSING = {
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "N/A", "NA", "NULL"),
     *("NaN", "n/a", "nan", "null"),
 }
+# A training may take a day, but nobody waits so long for a manager.
+FIND_S = 30.0
 # A server that was told to end is killed after this; less than what a command has after a signal.
 END_S = 0.8
 STATUSES = """\b
@@ -164,14 +167,10 @@ def _connect(at: str) -> "Iterator[ModelClient]":
 
 
 def _result(job: "Job[Any]") -> Any:
-    """Return what came of a job; the wait can be interrupted, which cancels the job."""
+    """Return what came of a job; the wait can be interrupted."""
     ended: SimpleQueue[Any] = SimpleQueue()
     job.add_done_callback(ended.put)
-    try:
-        wait(ended)
-    except KeyboardInterrupt:
-        job.cancel()
-        raise
+    wait(ended)
     return job.result()
 
 
@@ -234,24 +233,30 @@ def _train(
     """Train a new version of model NAME and print its metrics. A terminal shows a progress bar; Ctrl-C cancels."""
     if not Path(data).is_file():
         raise ValueError(f"--data {data!r} is no file")
+    job_id = job or secrets.token_hex(8)
     with _connect(at) as client, _show_training(f"training {name}") as on_progress:
-        training = _result(
-            client.train(
-                name,
-                data=data,
-                target=target,
-                method=method,
-                task=task,
-                features=features.split(",") if features else None,
-                params=dict(map(_parse_param, params)),
-                validation=validation,
-                seed=seed,
-                activate=not no_activate,
-                job_id=job,
-                timeout=timeout,
-                on_progress=on_progress,
+        _result(client.status(timeout=min(timeout, FIND_S)))
+        try:
+            training = _result(
+                client.train(
+                    name,
+                    data=data,
+                    target=target,
+                    method=method,
+                    task=task,
+                    features=features.split(",") if features else None,
+                    params=dict(map(_parse_param, params)),
+                    validation=validation,
+                    seed=seed,
+                    activate=not no_activate,
+                    job_id=job_id,
+                    timeout=timeout,
+                    on_progress=on_progress,
+                )
             )
-        )
+        except KeyboardInterrupt:
+            client.job(job_id).cancel()  # By its id: it may be sent before there is something to hold it by.
+            raise
     write((msgspec.json.encode(training).decode() if as_json else printable(str(training))) + "\n")
     return 0
 
