@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator
+from decimal import Decimal
 from typing import Any
 
 import msgspec
 import pytest
 
-from messenger import ContentsInvalid, HandlerError, KeyPair, Limits, Message, Messenger, Security, typed
+from messenger import ECHO, ContentsInvalid, HandlerError, KeyPair, Limits, Message, Messenger, Security, typed
 from tests.conftest import Inbox, wait_until
 
 
@@ -92,6 +93,31 @@ CALLS: dict[str, tuple[Call, str]] = {
 def test_a_wrong_type_is_named(client: Messenger, call: Call, text: str) -> None:
     with pytest.raises(TypeError, match=text):
         call(client)
+
+
+class Index:
+    def __index__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"remote_callback": Index()}, {"timeout": Decimal(9)}, {"timeout": 9}, {"remote_callback": True}]
+)
+def test_what_stands_for_a_number_is_one(options: dict[str, Any]) -> None:
+    with Messenger("server") as server, Messenger("client") as client:
+        server.listen_for_connection("inproc://numbers", lambda message: message.reply(b"the SLC"))
+        options = {"remote_callback": ECHO, **options}
+        response: Message = client.request("inproc://numbers", b"echo", **options)
+        assert response.contents == b"echo"
+        answers: Inbox[Message] = Inbox()
+        options["redeliver"] = 1
+        client.send_message("inproc://numbers", b"echo", answers, **options)
+        assert answers.wait()[0].contents == b"echo"
+
+
+def test_a_timeout_that_no_clock_reaches_is_refused(client: Messenger) -> None:
+    with pytest.raises(ValueError, match="it must be a finite number of seconds above 0"):
+        client.request("inproc://a", b"", timeout=10**400)
 
 
 def test_workers_have_a_limit() -> None:

@@ -603,7 +603,7 @@ class Node:
         outlet = message.link
         # As `Endpoints.route` does: an answer is only for the incarnation that asked.
         if message.incarnation != outlet.peer_incarnation:
-            outlet = GoneOutlet(outlet.handle, None)
+            outlet = GoneOutlet(outlet.handle)
         return self.exchange.send(outlet, b"", contents, callback, on_error, dest, deadline_at, **options)
 
     def dropped(self) -> dict[str, int]:
@@ -1549,7 +1549,7 @@ def test_an_answer_to_a_peer_whose_session_has_ended_is_certainly_not_delivered(
 def test_what_cannot_be_delivered_and_nobody_waits_for_is_reported_together_and_not_too_often() -> None:
     core = Core()
     core.exchange.handle_deadline(1_000.0)
-    gone = GoneOutlet("listener", None)
+    gone = GoneOutlet("listener")
     for number in range(7):
         core.send(link=gone, deadline_at=5_000.0)
         core.exchange.flush(0.0)
@@ -1600,7 +1600,7 @@ def test_an_answer_to_who_is_gone_ends_no_message_to_another_peer() -> None:
     node = world.server
     node.exchange.send(world.listener_link, b"plain", b"x", node.tell, node.tell, NOOP, 1_000.0)
     world.listener_link.queue.clear()
-    gone = GoneOutlet("listener", None)
+    gone = GoneOutlet("listener")
     answer = node.exchange.send(gone, b"", b"answer", None, node.tell, 1024, 1_000.0)
     node.exchange.flush(0.0)
     assert outcomes(node.take()) == {answer: NotDelivered}

@@ -59,7 +59,7 @@ def test_outlets_share_no_queue() -> None:
 
 
 def test_a_gone_outlet_is_closed_and_keeps_what_is_queued_for_the_exchange_to_end() -> None:
-    gone = GoneOutlet("destination", None)
+    gone = GoneOutlet("destination")
     gone.queue.append(outgoing(b"0-0-x"))
     gone.flush(0.0)
     assert gone.is_closed

@@ -1,6 +1,8 @@
 """`session`: one end, by hand and to the number; then two ends over a link that loses and repeats."""
 
+import gc
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from messenger.limits import (
     RTO_MIN_S,
     Limits,
 )
-from messenger.link import FOREVER, Link
+from messenger.link import FOREVER, GoneOutlet, Link, Outlet
 from messenger.outgoing import Outgoing
 from messenger.roundtrip import Resends
 from messenger.session import Session, State
@@ -1138,3 +1140,22 @@ def test_whatever_a_link_loses_or_repeats_all_arrives_once_and_in_order(
     pair.settle()
     for index in (0, 1):
         assert pair.received[1 - index] == list(range(1, pair.sent_counts[index] + 1))
+
+
+class Handle:
+    """A connection, as far as a session knows."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda handle: Session(OURS, handle, None, Limits(), FakeRandom()), lambda handle: GoneOutlet(handle)],
+)
+def test_what_is_over_lets_go_of_its_handle(make: Callable[[Handle], Outlet]) -> None:
+    """Compiled, an attribute that a class sets and its base had set before kept the first value for ever."""
+    handle = Handle()
+    gone = weakref.ref(handle)
+    outlet = make(handle)
+    assert (outlet.handle, outlet.owner) == (handle, outlet)
+    del outlet, handle
+    gc.collect()
+    assert gone() is None

@@ -1,8 +1,10 @@
 """`threads`: what a leader must have done before it sleeps, and whom it wakes; the rest: tests/transports."""
 
+import gc
 import statistics
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from messenger import (
     Cancelled,
     Connection,
     DeliveryError,
+    DestinationInvalid,
     Message,
     Messenger,
     MessengerClosed,
@@ -23,8 +26,9 @@ from messenger import (
 )
 from messenger.exchange import Exchange
 from messenger.limits import ACK_DELAY_S, FLUSH_S, Limits
-from messenger.link import Link
+from messenger.link import FOREVER, Link
 from messenger.loop import State
+from messenger.outgoing import Outgoing
 from messenger.threads import ThreadLoop
 from messenger.waiting import ThreadWaiter
 from tests.conftest import TIMEOUT_S, Inbox, StandingClock, wait_until
@@ -75,17 +79,25 @@ class FakeWakeup:
         self.waiter.settle(None, None)
         return []
 
+    def take_ready(self) -> list[int]:
+        return []
+
+
+def make_loop(waiter: ThreadWaiter) -> tuple[Any, Any, Any]:
+    """Returns a loop that has not started, what it sleeps on, and a link."""
+    exchange = Exchange("messenger", Limits(), lambda error: None, b"me", FakeRandom())
+    endpoints: Any = SimpleNamespace(limits=Limits(), are_idle=lambda: True)  # It has none.
+    loop = ThreadLoop("loop", exchange, endpoints, lambda: None)
+    wakeup: Any = FakeWakeup(exchange, waiter)
+    loop._wakeup = wakeup
+    return loop, wakeup, FakeLink(exchange)
+
 
 def test_a_leader_sends_what_input_made_ready_before_it_sleeps() -> None:
     """It once went to sleep on it, so that a first request on a new connection could wait for the next deadline."""
-    exchange = Exchange("messenger", Limits(), lambda error: None, b"me", FakeRandom())
-    endpoints: Any = SimpleNamespace(limits=Limits())  # It has none.
-    loop = ThreadLoop("loop", exchange, endpoints, lambda: None)
     waiter = ThreadWaiter()
-    wakeup: Any = FakeWakeup(exchange, waiter)
-    loop._wakeup = wakeup
+    loop, wakeup, link = make_loop(waiter)
     loop.state = State.RUNNING
-    link: Any = FakeLink(exchange)
     loop._readable.add(link)
     with loop.lock:
         loop.await_outcome(waiter, link, time.monotonic() + 1)
@@ -144,6 +156,114 @@ def test_what_a_thread_sends_behind_others_leaves_soon() -> None:
         release.set()
     # A probe, which sends what waits as well, comes after more than 100.
     assert statistics.median(waits_s) < 20 * FLUSH_S
+
+
+def test_what_was_sent_during_a_nap_leaves_before_callbacks_run() -> None:
+    loop, _, link = make_loop(ThreadWaiter())
+    loop.state = State.CLOSING  # So that one turn is all.
+    loop._naps = True
+    loop._exchange.mark_dirty(link)
+    flush_counts: list[int] = []
+    loop._exchange.calls.append((lambda _: flush_counts.append(link.flush_count), None))
+    loop._serve_turns()
+    assert flush_counts == [1]
+
+
+def test_what_is_sent_when_a_callback_begins_leaves_before_that_returns() -> None:
+    """The second message was left to the loop, which was in the callback, however long that ran."""
+    entered, arrived = threading.Event(), threading.Event()
+    has_arrived: list[bool] = []
+
+    def serve(message: Message) -> None:
+        if message.source_callback_id:
+            message.reply(b"")
+        elif message.contents == b"second":
+            arrived.set()
+
+    def hold(_: Message) -> None:
+        entered.set()
+        has_arrived.append(arrived.wait(TIMEOUT_S))
+
+    with Messenger("server") as server, Messenger("client") as client:
+        connection = client.make_connection(server.listen_for_connection("tcp://127.0.0.1:0", serve).destination)
+        client.request(connection, b"")
+        client.send_message(connection, b"", hold)
+        assert entered.wait(TIMEOUT_S)
+        client.send_message(connection, b"first")
+        client.send_message(connection, b"second")
+    assert has_arrived == [True]
+
+
+def test_a_queue_that_could_be_sent_is_not_full() -> None:
+    """While a callback ran, who waited for room had not sent what filled it."""
+    entered, sent = threading.Event(), threading.Event()
+
+    def hold(_: Message) -> None:
+        entered.set()
+        sent.wait(TIMEOUT_S)
+
+    with Messenger("server") as server, Messenger("client", limits=Limits(queue_msgs_max=4)) as client:
+        listener = server.listen_for_connection(
+            "tcp://127.0.0.1:0", lambda message: message.source_callback_id and message.reply(b"")
+        )
+        connection = client.make_connection(listener.destination)
+        client.request(connection, b"")
+        client.send_message(connection, b"", hold)
+        assert entered.wait(TIMEOUT_S)
+        for _ in range(40):
+            client.send_message(connection, b"", timeout=TIMEOUT_S / 2)
+        sent.set()
+
+
+def test_an_answer_that_waited_for_room_is_not_given_to_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There its id is that of another question."""
+    with Messenger("server") as server, Messenger("client", limits=Limits(queue_msgs_max=4)) as client:
+        asked: Inbox[Message] = Inbox()
+        errors: Inbox[DeliveryError] = Inbox()
+        listener = server.listen_for_connection(
+            "tcp://127.0.0.1:0", lambda message: message.reply(b"why?", on_error=errors)
+        )
+        connection = client.make_connection(listener.destination, callback=asked)
+        client.send_message(connection, b"hello")
+        (question,) = asked.wait()
+        session = connection.outlet
+
+        def wait_room(*_: object) -> None:
+            session.queue.clear()
+            session.peer_incarnation += 1
+
+        monkeypatch.setattr(client._loop, "wait_room", wait_room)
+        session.queue.extend([Outgoing(0, b"", 0, FOREVER)] * 4)
+        question.reply(b"because")
+        assert not session.queue
+        assert client.statistics().dropped["peer_gone"] == 1
+        client.close(0)
+
+
+def test_nothing_is_no_destination(holding: Holding) -> None:
+    """It was taken for the connection that was sent to last, when that was closed."""
+    client, connection, _ = holding
+    for _ in range(2):
+        with pytest.raises(DestinationInvalid):
+            client.send_message(None, b"")  # type: ignore[arg-type]
+        client.send_message(connection, b"")
+    connection.close()
+    with pytest.raises(DestinationInvalid):
+        client.send_message(None, b"")  # type: ignore[arg-type]
+
+
+def test_a_closed_connection_is_let_go() -> None:
+    """The one that was sent to last was kept, and each one, compiled."""
+    with Messenger("server") as server, Messenger("client") as client:
+        listener = server.listen_for_connection("tcp://127.0.0.1:0", None)
+        connections = [client.make_connection(listener.destination) for _ in range(3)]
+        for connection in connections:
+            client.request(connection, b"", remote_callback=ECHO)
+            connection.close()
+        gone = [weakref.ref(connection) for connection in connections]
+        del connection, connections
+        gc.collect()
+        assert [each() for each in gone] == [None] * 3
 
 
 @pytest.fixture

@@ -237,12 +237,44 @@ def compiled_defaults(module: Module) -> Iterator[Finding]:
                             yield Finding(method.lineno, f"{argument.arg} is a float that may be left to its default")
 
 
+def compiled_attributes(module: Module) -> Iterator[Finding]:
+    """mypyc takes what `__init__` sets for the first value, and never lets go of one that a base had set before."""
+    classes = {
+        node.name: node
+        for each in [*source_modules(), module]
+        if each.layer in COMPILED
+        for node in ast.walk(each.tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ClassDef) and module.layer in COMPILED:
+            bases = list(node.bases)
+            while bases:
+                base = classes.get(getattr(bases.pop(), "id", ""))
+                if base is not None:
+                    bases += base.bases
+                    for name in set_when_made(node).keys() & set_when_made(base).keys():
+                        yield Finding(set_when_made(node)[name], f"{name} is set by {base.name} already")
+
+
+def set_when_made(node: ast.ClassDef) -> dict[str, int]:
+    """Return the attributes that the `__init__` of a class sets itself, and where."""
+    makers = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
+    return {
+        target.attr: target.lineno
+        for maker in makers
+        for target in ast.walk(maker)
+        if isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store)
+    }
+
+
 RULES: tuple[Rule, ...] = (
     *(layers, purity, sizes, forbidden_code, asserts, swallowed_exceptions, unfinished_work, docstrings),
-    *(compiled_classes, compiled_defaults),
+    *(compiled_classes, compiled_defaults, compiled_attributes),
 )
 
 
+@functools.cache
 def source_modules() -> list[Module]:
     paths = sorted(SOURCE.joinpath("messenger").rglob("*.py"))
     return [Module(path.relative_to(SOURCE).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
@@ -291,6 +323,13 @@ PLANTED: list[tuple[Rule, str, str]] = [
         compiled_defaults,
         "link.py",
         "@mypyc_attr()\nclass A:\n    def f(self, at: float, s: float = 1.0): #!\n        pass\n",
+    ),
+    (
+        compiled_attributes,
+        "link.py",
+        "class A:\n    def __init__(self):\n        self.a = 1\n"
+        "class B(A):\n    pass\n"
+        "class C(B):\n    def __init__(self):\n        self.a = self.b = 2 #!\n",
     ),
     (layers, "wire.py", "import messenger.session #!"),
     (layers, "wire.py", "from messenger.session import Session #!"),

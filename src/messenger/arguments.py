@@ -5,13 +5,13 @@ and is told here.
 """
 
 import inspect
+import sys
 from operator import index
 from typing import Any, TypeVar
 
 import msgspec
 
 from .limits import IDENTITY_BYTES_MAX
-from .link import FOREVER
 from .message import Contents
 from .typed import encode
 from .wire import ID_MAX, REGISTERED_ID_MAX, REGISTERED_ID_MIN, Buffer, encode_identity
@@ -41,10 +41,10 @@ def as_bytes(contents: Contents) -> Buffer:
         ) from error
 
 
-def check_numbers(timeout: float, remote_callback: int) -> None:
-    """Refuse what is no timeout, or no id of a callback."""
+def as_numbers(timeout: float, remote_callback: int) -> tuple[float, int]:
+    """Return a timeout and the id of a callback as what the core takes; refuse what is none."""
     try:
-        is_in_range = 0 < timeout < FOREVER
+        is_in_range = 0 < timeout <= sys.float_info.max
     except TypeError as error:
         raise TypeError(f"timeout is {shown(timeout)}, it must be a number of seconds above 0") from error
     if not is_in_range:
@@ -58,6 +58,7 @@ def check_numbers(timeout: float, remote_callback: int) -> None:
         ) from error
     if not is_in_range:
         raise ValueError(f"remote_callback is {remote_callback}, it must be 0 to {ID_MAX}")
+    return float(timeout), int(index(remote_callback))
 
 
 def check_close_timeout(timeout: float) -> None:

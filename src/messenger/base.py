@@ -12,7 +12,7 @@ from threading import get_ident
 from time import monotonic
 from typing import ClassVar, Literal
 
-from .arguments import as_bytes, check_callable, check_callback_id, check_identity, check_numbers, check_workers, given
+from .arguments import as_bytes, as_numbers, check_callable, check_callback_id, check_identity, check_workers, given
 from .destination import Destination
 from .endpoint import Connection, Endpoints, KeyFunction, Listener, To
 from .errors import DeliveryError, ForkedError, MessengerClosed, QueueFull
@@ -177,7 +177,9 @@ class BaseMessenger:
         if type(contents) is not bytes:
             contents = as_bytes(contents)
         if timeout != TIMEOUT_S or remote_callback is not NOOP:
-            check_numbers(timeout, remote_callback)
+            timeout, remote_callback = as_numbers(timeout, remote_callback)
+        if redeliver is not False:
+            redeliver = bool(redeliver)
         return self._loop.send(to, contents, callback, on_error, remote_callback, timeout, redeliver)
 
     def cancel(self, message_id: int) -> bool:
@@ -219,7 +221,7 @@ class BaseMessenger:
 
     def _reply_part(self, message: Message, contents: Contents, *, timeout: float = TIMEOUT_S) -> int:
         """Do what `message.reply(contents, more=True)` says. Takes the lock; waits, but not in a callback."""
-        check_numbers(timeout, NOOP)
+        timeout, _ = as_numbers(timeout, NOOP)
         data = as_bytes(contents)
         loop = self._loop
         now = monotonic()
@@ -240,7 +242,7 @@ class BaseMessenger:
 
     def _open_stream(self, to: To, contents: Contents, parts: Parts, remote_callback: int, timeout: float) -> None:
         """Send the message that `parts` answer. Takes the lock, and waits for room."""
-        check_numbers(timeout, remote_callback)
+        timeout, remote_callback = as_numbers(timeout, remote_callback)
         data = as_bytes(contents)
         deadline_at = monotonic() + timeout
         with self._loop.lock:

@@ -398,7 +398,7 @@ class Endpoints:
             outlet = to.link
             endpoint: Any = outlet.handle
             if to.incarnation != outlet.peer_incarnation:
-                outlet = GoneOutlet(endpoint, None)
+                outlet = GoneOutlet(endpoint)
             route = (outlet, to.peer if outlet.is_shared else b"", False)
         elif kind is Connection:
             endpoint = to

@@ -44,8 +44,8 @@ from .wire import (
 # In `calls` this is never called: the driver answers it with `note_processed(*argument)`, under its lock. It is nothing
 # that a user could give as a callback.
 BATCH_PROCESSED: Final[Any] = object()
-# Ids below are compared faster.
 FunctionType: Final = types.FunctionType
+# Ids below are compared faster.
 _ID_SMALL: Final = 2**62 - 1
 
 

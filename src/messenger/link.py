@@ -34,7 +34,6 @@ class Outlet:
 
     Attributes:
         handle: The connection or listener that it belongs to, which users hold.
-        owner: Who may answer messages that leave here: the handle in the basic dialect, else the session.
         callback: Run on every message that arrives here: a listener's SLC, or a connection's callback.
         hears_responses: Whether `callback` also runs on responses, after their own callbacks.
         queue: What has not been given to the network yet.
@@ -50,7 +49,6 @@ class Outlet:
 
     def __init__(self, handle: Any, callback: Callable[[Any], object] | None) -> None:
         self.handle = handle
-        self.owner: object = handle
         self.callback = callback
         self.hears_responses = True
         self.queue: deque[Outgoing] = deque()
@@ -63,6 +61,11 @@ class Outlet:
         self.peer_incarnation = 0
         self.contents_max = ANY_SIZE
         self.cancelled: Mapping[int, None] = _NONE_CANCELLED
+
+    @property
+    def owner(self) -> object:
+        """Who may answer messages that leave here: the handle in the basic dialect, else the session."""
+        return self.handle
 
     @property
     def is_quiet(self) -> bool:
@@ -89,9 +92,13 @@ class Outlet:
 class GoneOutlet(Outlet):
     """Where answers go whose asker is gone: nowhere."""
 
-    def __init__(self, handle: Any, callback: Callable[[Any], object] | None) -> None:
-        super().__init__(handle, callback)
-        self.owner = self  # The handle owns what was sent to its plain peers, which has nothing to do with this.
+    def __init__(self, handle: Any) -> None:
+        super().__init__(handle, None)
+
+    @property
+    def owner(self) -> object:
+        """Itself: the handle owns what was sent to its plain peers, which has nothing to do with this."""
+        return self
 
     @property
     def is_closed(self) -> bool:

@@ -116,7 +116,7 @@ class Loop:
         self._room_wanted_count = 0
         # The connection that was sent to last, as long as it is open, and its outlet.
         self._last_to: Connection | None = None
-        self._last_outlet: Outlet
+        self._last_outlet: Outlet | None = None
 
     # What the drivers say.
 
@@ -241,7 +241,7 @@ class Loop:
             self._touched.discard(link)
             self._readable.discard(link)
             link.inflows.clear()
-            self._last_to = None
+            self._last_to = self._last_outlet = None
             self.announce_calls()
             self._announce_room()
 
@@ -283,9 +283,8 @@ class Loop:
         try:
             if self.state is not RUNNING:
                 self._messenger._require_open(type(to) is Message)
-            if to is self._last_to:
-                outlet = self._last_outlet
-            else:
+            outlet = self._last_outlet if to is self._last_to else None
+            if outlet is None:
                 outlet, peer, roams = self._endpoints.route(to, self)
                 if isinstance(to, Message):
                     dest_id = dest_id or to.source_callback_id
@@ -300,7 +299,8 @@ class Loop:
                 except QueueFull:
                     self.wait_room(outlet, deadline_at)
                     self._messenger._require_open(type(to) is Message)
-                    self._endpoints.route(to, self)  # It may have been closed meanwhile.
+                    # It may have been closed meanwhile, or the peer's process, which an answer was for, is gone.
+                    outlet, peer, roams = self._endpoints.route(to, self)
             if callback is not None and type(callback) is not FunctionType and isinstance(callback, Taker):
                 self.await_outcome(callback, outlet, deadline_at)
             elif exchange.is_urgent:

@@ -98,10 +98,8 @@ class Session(Outlet):
         self, incarnation: int, handle: Any, callback: Callable[[Any], object] | None, limits: Limits, rng: Random
     ) -> None:
         super().__init__(handle, callback)
-        self.owner = self
         self.incarnation = incarnation
         self.state = State.CONNECTING
-        self.peer_incarnation = 0
         self.process = 0
         self.peer = b""
         self.link: Link | None = None
@@ -222,6 +220,11 @@ class Session(Outlet):
     def unreceived_count(self) -> int:
         """Messages that were sent and of which it is not known that they arrived."""
         return self.next_number - 1 - self.peer_received_through
+
+    @property
+    def owner(self) -> object:
+        """Itself."""
+        return self
 
     @property
     def is_quiet(self) -> bool:

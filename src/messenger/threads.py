@@ -4,7 +4,8 @@ One lock guards the core and all sockets; whoever holds it may use them. Any thr
 loop. A thread that waits for an outcome **leads** meanwhile, if nobody else does: it takes the input itself
 (`transports/wakeup.py`), which saves two thread switches. Callbacks run on the loop's own thread, so that what they may
 rely on does not depend on who waits; only that of a message that a thread waits for by `Messenger.wait` runs there.
-While they hold up the loop, one thread of the process looks at what comes by tcp, so that no peer can make use of it.
+While they hold up the loop, one thread of the process looks at what comes by tcp, so that no peer can make use of it,
+and sends what waits.
 
 What must never happen here: a socket that two threads use without the lock.
 """
@@ -29,7 +30,6 @@ from .loop import Loop, State, started
 from .message import Message
 from .transports.local import inproc_names
 from .transports.wakeup import SLEEP_S_MAX, Wakeup
-from .transports.zeromq import SocketLink
 from .waiting import ThreadParts, ThreadWaiter
 
 logger = logging.getLogger("messenger")
@@ -109,6 +109,7 @@ class ThreadLoop(Loop):
         started.add(self)
         self._own_thread.start()
         self.thread_id = self._own_thread.ident or 0
+        _start_stand_in()
         inproc_names.watch(self)
 
     @interrupts.sleeps
@@ -149,14 +150,11 @@ class ThreadLoop(Loop):
         if not self._is_left:
             self.close(CLOSE_TIMEOUT_S)
 
-    def add(self, link: SocketLink) -> None:
-        """Receive from a link from now on."""
-        super().add(link)
-        if link.endpoint.startswith("tcp:"):
-            _start_stand_in()
-
     def look_if_held_up(self) -> None:
-        """Look at the tcp connections, if callbacks have kept the loop from it for long. Called without the lock."""
+        """Look at the connections, and send what waits, if callbacks have kept the loop from it for long.
+
+        Called without the lock.
+        """
         if monotonic() < self._calls_at + STAND_IN_S:
             return
         with self.lock:
@@ -165,6 +163,7 @@ class ThreadLoop(Loop):
                     if link.is_shared:
                         link.read_news()
                 self._exchange.look_at = self._look_around(monotonic())
+                self.flush()
 
     # What the loop sleeps on.
 
@@ -230,6 +229,8 @@ class ThreadLoop(Loop):
         """
         if self.is_own_thread():
             raise QueueFull(f"{self._exchange.why_held_up(outlet, message)}, and a callback cannot wait")
+        if self._exchange.is_dirty:
+            self.flush()  # That may make room.
         # When a close begins the caller looks whether it may still send; if so it waits on, until the close is over.
         state = self.state
         while self._exchange.is_held_up(outlet, message) and self.state is state:
@@ -378,6 +379,8 @@ class ThreadLoop(Loop):
                 self._thread_sleeps = False
                 self._flushes_soon = True
                 self._naps = self._naps and self._exchange.is_dirty
+                if self._naps:
+                    self._exchange.flush(monotonic())  # Before callbacks, which may take long.
                 if self._leader is None:
                     self._leader_sleeps = False
                     self._take_input(self._wakeup.take_ready())

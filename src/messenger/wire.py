@@ -13,6 +13,7 @@ Source: docs/protocol.md, "Messages" and "Session dialect".
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from types import FunctionType
 from typing import Final, NamedTuple
 
 from .blocks import CONTROLS, COUNT_MAX, OPTIONS, Control, Option, decode_block, encode_block
@@ -34,8 +35,6 @@ _SHORT_DIGITS_MAX: Final = 18
 _DASH: Final = 45
 _ZERO: Final = 48
 _NINE: Final = 57
-# Digit by digit is the fastest way in C, and the slowest in the interpreter.
-_IS_COMPILED: Final = not __file__.endswith(".py")
 
 
 class BuiltinCallback(IntEnum):
@@ -96,6 +95,10 @@ def decode_short_id(data: bytes, start: i64) -> tuple[i64, i64]:
         else:
             break
     return 0, 0
+
+
+# Digit by digit is the fastest way in C, and the slowest in the interpreter.
+_IS_COMPILED: Final = not isinstance(decode_short_id, FunctionType)
 
 
 def encode_identity(identity: str) -> bytes:

@@ -424,7 +424,7 @@ class Process:
     def _outlet_of(self, message: Message) -> Outlet:
         """Return where an answer leaves, as `Endpoints.route` does: it is only for the incarnation that asked."""
         is_gone = message.incarnation != message.link.peer_incarnation
-        return GoneOutlet(message.link.handle, None) if is_gone else message.link
+        return GoneOutlet(message.link.handle) if is_gone else message.link
 
     def _act(self, message: Message, sent: Sent) -> None:
         if sent.action == "stream":
