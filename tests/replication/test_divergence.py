@@ -1,6 +1,7 @@
 """A replica that holds something else than its primary is noticed, named, and mended only when somebody says so."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import apsw
 import pytest
 
-from messenger.replication import Diverged, Replica, ReplicaState, verify
+from messenger.replication import Diverged, Replica, ReplicaState, WriterBusy, verify
 from messenger.replication.check import PrimaryCheck
 from messenger.replication.content import compare_buckets, different_buckets, read_bucket, sum_content
 from messenger.replication.follower import Follower
@@ -22,7 +23,7 @@ from messenger.replication.records import (
     encode,
     follow,
 )
-from tests.conftest import wait_until
+from tests.conftest import TIMEOUT_S, wait_until
 from tests.replication.pairs import INSERT, Cluster, assert_equal, content_of, state_of, wait_streaming
 
 
@@ -134,6 +135,28 @@ def test_a_check_compares_one_moment_while_writes_go_on(cluster: Cluster) -> Non
     replica.close()
     wait_until(lambda: state_of(primary, "replica") is ReplicaState.DOWN)
     assert primary.check(timeout=20) == {"second": ""}
+
+
+def test_a_check_waits_for_another_no_longer_than_it_was_told(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary, _ = filled(cluster)
+    begun, end = threading.Event(), threading.Event()
+
+    def compare(*_: object) -> dict[str, str]:
+        begun.set()
+        end.wait(TIMEOUT_S)
+        return {}
+
+    monkeypatch.setattr(primary._hub, "compare", compare)
+    other = threading.Thread(target=primary.check)
+    other.start()
+    assert begun.wait(TIMEOUT_S)
+    with pytest.raises(WriterBusy, match="another check took all the time; this one was not begun"):
+        primary.check(timeout=0.1)
+    end.set()
+    other.join()
+    assert primary.check(timeout=TIMEOUT_S) == {}
 
 
 def test_a_check_does_not_wait_for_a_replica_that_began_behind_it(

@@ -46,7 +46,7 @@ class StatementRefused(ReplicationError, ValueError):
 
 
 class WriterBusy(ReplicationError):
-    """Other transactions took all the time. Nothing of this one was done."""
+    """Other transactions, or another check, took all the time. Nothing of this one was done."""
 
 
 class DatabaseRefused(ReplicationError):

@@ -28,7 +28,7 @@ from .capture import Kind, classify
 from .check import PeriodicCheck, PrimaryCheck
 from .claims import Claims
 from .confirm import Level, Waiter
-from .errors import DiskFailed, Fenced, NotConfirmed
+from .errors import DiskFailed, Fenced, NotConfirmed, WriterBusy
 from .hub import Hub
 from .limits import ENTRY_ROOM_BYTES, MESSAGE_ROOM_BYTES, ReplicationLimits
 from .log import check_in_history, read_age_s
@@ -329,7 +329,7 @@ class Primary:
         rows. A replica that differs is `DIVERGED` from then on.
 
         Args:
-            timeout: Seconds, > 0, to wait for the replicas.
+            timeout: Seconds, > 0, to wait for other checks and transactions, and for the replicas.
 
         Returns:
             For each replica that answered in time, the first row that differs, or an empty text.
@@ -341,7 +341,9 @@ class Primary:
         """
         deadline_at = time.monotonic() + timeout
         self._writer.check_not_mine()  # First, for who has the lock below may wait for this thread's transaction.
-        with self._check_lock:
+        if not wait_until(deadline_at, lambda left_s: self._check_lock.acquire(timeout=left_s)):
+            raise WriterBusy(f"{self.path}: another check took all the time; this one was not begun")
+        try:
             waiter = Waiter()
             check = self._begin_check(waiter, deadline_at)
             try:
@@ -351,6 +353,8 @@ class Primary:
             finally:
                 self._hub.check = None
                 check.close()
+        finally:
+            self._check_lock.release()
 
     @interrupts.shields
     def _begin_check(self, waiter: Waiter, deadline_at: float) -> PrimaryCheck:
