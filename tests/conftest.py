@@ -10,6 +10,7 @@ import fcntl
 import os
 import random
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -32,6 +33,9 @@ from tests.drivers import Host, HostedMessenger
 # A hook of pytest, which it looks for here.
 __all__ = ["pytest_runtest_makereport"]
 
+# A shell ignores Ctrl-C for what it starts in the background, and whatever the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Long enough for a machine under load; a test that passes never waits for it.
 TIMEOUT_S = 10.0
 # A busy machine makes any example slow.
