@@ -201,8 +201,9 @@ class ThreadLoop(Loop):
 
         In a callback messages wait for the end of the turn, so that one frame holds what it sends. In other threads
         they leave at once, but behind messages that are on their way they wait for the loop as well, so that a thread
-        which sends in a tight loop fills frames; unless the loop is held up by a callback. As long as they come, the
-        loop's thread naps instead of sleeping: to be woken for some tens of messages each costs more than to send them.
+        which sends in a tight loop fills frames; unless a callback has held the loop up for `FLUSH_S`. As long as they
+        come, the loop's thread naps instead of sleeping: to be woken for some tens of messages each costs more than to
+        send them.
         """
         if outlet.is_quiet or now - self._callback_at > FLUSH_S:
             self.flush()
